@@ -1,0 +1,1 @@
+"""cowferry: live storage."""

@@ -1,0 +1,76 @@
+"""Dirty bitmaps: which granules of a disk were written since somebody began to ask.
+
+A set bit says "perhaps changed", a clear one "certainly not". One byte of Python per bit
+would be a gigabyte for a large disk; `bitarray` packs them, little-endian like qcow2's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from bitarray import bitarray
+
+
+class Bitmap:
+    """Bits over `size` bytes at `granularity` bytes each (a power of two). Thread-safe."""
+
+    def __init__(self, name: str, size: int, granularity: int = 64 << 10) -> None:
+        self.name = name
+        self.granularity = granularity
+        self.recording = True  # written only inside a drain of the disk
+        self.lock = threading.Lock()  # guards bits and size
+        self.size = size
+        self.bits = bitarray(-(-size // granularity), endian="little")
+        self.bits.setall(False)
+
+    def mark(self, offset: int, length: int) -> None:
+        """The bytes are about to change."""
+        if self.recording and length:
+            with self.lock:
+                self.bits[
+                    offset // self.granularity : -(-(offset + length) // self.granularity)
+                ] = True
+
+    def clear(self, offset: int, length: int) -> None:
+        """Forget the granules that lie wholly inside the range."""
+        with self.lock:
+            first, stop = -(-offset // self.granularity), (offset + length) // self.granularity
+            if offset + length >= self.size:
+                stop = len(self.bits)
+            if first < stop:
+                self.bits[first:stop] = False
+
+    def count(self) -> int:
+        """Dirty bytes, rounded up to granules."""
+        with self.lock:
+            return self.bits.count() * self.granularity
+
+    def runs(self, offset: int = 0, length: int | None = None) -> Iterator[tuple[int, int]]:
+        """(offset, length) in bytes of each dirty run, as it is when the run is reached."""
+        at = offset // self.granularity
+        stop = len(self.bits)
+        if length is not None:
+            stop = min(stop, -(-(offset + length) // self.granularity))
+        while at < stop:
+            with self.lock:
+                first = self.bits.find(1, at, stop)
+                if first < 0:
+                    return
+                end = self.bits.find(0, first, stop)
+            end = stop if end < 0 else end
+            start = first * self.granularity
+            yield start, min(end * self.granularity, self.size) - start
+            at = end
+
+    def resize(self, size: int) -> None:
+        """The disk has another size now; new bytes count as clean. Inside a drain."""
+        with self.lock:
+            want = -(-size // self.granularity)
+            have = len(self.bits)
+            if want < have:
+                del self.bits[want:]
+            else:
+                self.bits.extend(bitarray(want - have, endian="little"))
+                self.bits[have:] = False
+            self.size = size

@@ -1,0 +1,262 @@
+"""Moving bytes from a chain of nodes into one node: the routine that every job shares.
+
+A copy has three layers, each usable alone.
+
+`spans` looks at a range of the source chain and says, granule by granule of the target, what has
+to happen there: COPY (some byte is data), ZERO (all of it reads as zero) or KEEP (only the base
+could answer, so the target needs nothing).
+
+`Copier.fill` puts a range of the source into *room*: a place in a file that nothing points to
+yet. It shares the extents where the file system can (reflink), lets the kernel copy where both
+sides have descriptors (`copy_file_range`), and reads and writes otherwise. What a pair of files
+cannot do is remembered, so the price of asking is paid once.
+
+`Copier.place` does the whole for a target that nobody else uses (convert, rebase): room, fill,
+link; or zeroes; or plain writes where the driver has no notion of room.
+
+Jobs on a live disk use the first two outside the gate, and inside it only look again and `link`;
+a guest is held back for as long as it takes to change a mapping, not to copy bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import NamedTuple
+
+from cowferry.block import sysio
+from cowferry.block.node import Extent, Node, State, chain, read, resolve
+
+BUFFER = 1 << 20  # bytes moved through memory at once
+CLONE_ALIGN = 4096  # what reflink file systems ask of offsets and lengths
+KERNEL_COPY = 16 << 20  # bytes asked of one copy_file_range, so that it can be interrupted
+
+#: errnos by which a kernel or file system says "not for this pair of files".
+UNABLE = (
+    errno.EXDEV,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.ENOTTY,
+    errno.ENOSYS,
+    errno.EBADF,
+    errno.EISDIR,
+    errno.ETXTBSY,
+    errno.EPERM,
+)
+
+
+class Kind(Enum):
+    """What a span of the target needs."""
+
+    COPY = 1
+    ZERO = 2
+    KEEP = 3
+
+
+class Span(NamedTuple):
+    """Bytes `offset, length` and what they need."""
+
+    offset: int
+    length: int
+    kind: Kind
+
+
+KINDS = {State.DATA: Kind.COPY, State.ZERO: Kind.ZERO, State.HOLE: Kind.KEEP}
+
+
+def spans(
+    source: Node | None, offset: int, length: int, granule: int, base: Node | None = None
+) -> Iterator[Span]:
+    """What each granule of `offset, length` needs, equal neighbours joined.
+
+    `offset` is a multiple of `granule`; `length` too, or it ends the disk. A granule whose
+    parts differ is a COPY: the rest of it is then read from wherever it lies."""
+    start, stop, kind = offset, offset, Kind.KEEP
+    for piece in _pieces(resolve(source, offset, length, base), offset, length, granule):
+        if piece.kind is not kind:
+            if stop > start:
+                yield Span(start, stop - start, kind)
+            start, kind = piece.offset, piece.kind
+        stop = piece.offset + piece.length
+    if stop > start:
+        yield Span(start, stop - start, kind)
+
+
+def _pieces(runs: Iterator[Extent], offset: int, length: int, granule: int) -> Iterator[Span]:
+    """The runs cut at granules; a granule made of several runs is one piece."""
+    at, end = offset, offset + length
+    mixed = Kind.KEEP  # of the granule that `at` lies inside, if it does
+    for e in runs:
+        kind, stop = KINDS[e.state], at + e.length
+        if at % granule:
+            first = at // granule * granule
+            edge = min(first + granule, end)
+            mixed = kind if kind is mixed else Kind.COPY
+            if stop < edge:
+                at = stop
+                continue
+            yield Span(first, edge - first, mixed)
+            at = edge
+        whole = end if stop == end else stop // granule * granule
+        if whole > at:
+            yield Span(at, whole - at, kind)
+        at, mixed = stop, kind
+
+
+class Copier:
+    """Moves bytes, and knows what each pair of files can do. Used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._cannot_clone: set[tuple[int, int]] = set()
+        self._cannot_copy: set[tuple[int, int]] = set()
+        self._buffer: memoryview | None = None
+        self.cloned = 0  # bytes shared by reflink
+        self.moved = 0  # bytes copied, by the kernel or by us
+
+    def fill(self, source: Node | None, offset: int, room: list[Extent]) -> None:
+        """Put the source's bytes from `offset` on into `room`, in order. Raises `OSError`.
+
+        Every byte of the room is written: it may be recycled, with old bytes in it."""
+        length = sum(r.length for r in room)
+        if not length:
+            return
+        nodes = list(chain(source))
+        rest = iter(room)
+        place = next(rest)
+        used = 0  # bytes of `place`
+        for e in resolve(source, offset, length):
+            done = 0
+            while done < e.length:
+                if used == place.length:
+                    place, used = next(rest), 0
+                n = min(e.length - done, place.length - used)
+                host = place.host + used
+                if e.state is State.ZERO:
+                    self._zero(place.fd, host, n)
+                elif e.fd >= 0:
+                    self._move(e.fd, e.host + done, place.fd, host, n)
+                else:
+                    part = e._replace(length=n)
+                    self._through(
+                        place.fd,
+                        host,
+                        n,
+                        lambda buf, at, node=nodes[e.depth], run=part, here=offset: node.read_run(
+                            buf, here + at, run._replace(length=len(buf))
+                        ),
+                    )
+                done, used, offset = done + n, used + n, offset + n
+
+    def place(self, source: Node | None, target: Node, span: Span) -> None:
+        """Make `span` of `target`, which nobody else uses, read as `source` does there."""
+        offset, length = span.offset, span.length
+        if span.kind is Kind.KEEP:
+            return
+        if span.kind is Kind.ZERO:
+            target.zero(offset, length, unmap=True)
+            return
+        room = target.reserve(offset, length) if offset % target.granule == 0 else None
+        if room is None:
+            self._write(source, target, offset, length)
+            return
+        try:
+            self.fill(source, offset, room)
+        except BaseException:
+            for r in room:
+                target.unreserve(r)
+            raise
+        for r in room:
+            target.link(offset, r)
+            offset += r.length
+
+    # -------------------------------------------------------------------------------------
+
+    def _move(self, source: int, at: int, fd: int, host: int, length: int) -> None:
+        pair = (source, fd)
+        if pair not in self._cannot_clone and at % CLONE_ALIGN == host % CLONE_ALIGN:
+            lead = min(-at % CLONE_ALIGN, length)
+            whole = (length - lead) // CLONE_ALIGN * CLONE_ALIGN
+            if whole and self._clone(source, at + lead, fd, host + lead, whole):
+                if lead:
+                    self._copy(source, at, fd, host, lead)
+                done = lead + whole
+                at, host, length = at + done, host + done, length - done
+        if length:
+            self._copy(source, at, fd, host, length)
+
+    def _clone(self, source: int, at: int, fd: int, host: int, length: int) -> bool:
+        try:
+            sysio.clone(source, at, fd, host, length)
+        except OSError as error:
+            if error.errno not in UNABLE:
+                raise
+            # EINVAL may be about this range only: a source that ends inside it, say.
+            if error.errno != errno.EINVAL or os.fstat(source).st_size >= at + length:
+                self._cannot_clone.add((source, fd))
+            return False
+        self.cloned += length
+        return True
+
+    def _copy(self, source: int, at: int, fd: int, host: int, length: int) -> None:
+        pair = (source, fd)
+        self.moved += length
+        while length and pair not in self._cannot_copy:
+            try:
+                n = sysio.copy_range(source, at, fd, host, min(length, KERNEL_COPY))
+            except OSError as error:
+                if error.errno not in UNABLE:
+                    raise
+                self._cannot_copy.add(pair)
+                break
+            if n == 0:  # the source ends here, and beyond its end it reads as zero
+                self._zero(fd, host, length)
+                return
+            at, host, length = at + n, host + n, length - n
+
+        def read_file(buf: memoryview, done: int) -> None:
+            n = 0
+            while n < len(buf):
+                k = os.preadv(source, [buf[n:]], at + done + n)
+                if k == 0:
+                    buf[n:] = bytes(len(buf) - n)
+                    return
+                n += k
+
+        if length:
+            self._through(fd, host, length, read_file)
+
+    def _zero(self, fd: int, host: int, length: int) -> None:
+        try:
+            sysio.fallocate(fd, sysio.ZERO_RANGE, host, length)
+        except OSError as error:
+            if error.errno not in UNABLE:
+                raise
+            zeroes = bytes(min(length, BUFFER))
+            while length:
+                n = min(length, len(zeroes))
+                sysio.pwrite(fd, memoryview(zeroes)[:n], host)
+                host, length = host + n, length - n
+
+    def _through(
+        self, fd: int, host: int, length: int, get: Callable[[memoryview, int], None]
+    ) -> None:
+        """Copy through memory; `get(buf, done)` fills `buf` with what lies `done` bytes on."""
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(BUFFER))
+        done = 0
+        while done < length:
+            part = self._buffer[: min(BUFFER, length - done)]
+            get(part, done)
+            sysio.pwrite(fd, part, host + done)
+            done += len(part)
+
+    def _write(self, source: Node | None, target: Node, offset: int, length: int) -> None:
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(BUFFER))
+        while length:
+            part = self._buffer[: min(BUFFER, length)]
+            read(source, part, offset)
+            target.pwrite(part, offset)
+            offset, length = offset + len(part), length - len(part)

@@ -1,0 +1,264 @@
+"""The disk: what guests, exports and jobs hold.
+
+A disk has a root node that can be swapped live, a gate, leases and bitmaps. Its rules
+(design.md, section 2), each held by a test:
+
+* every consumer of a disk enters the gate, without exception;
+* a worker leaves its shared entry before it asks for `exclusive`;
+* inside `exclusive`, talk to nodes, never to the disk;
+* lock order is disk range, then image metadata; no socket I/O inside the gate;
+* whoever is inside `exclusive` may change bytes or mapping of that range of the root's
+  chain; leaving drops the leases.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cowferry.block import sysio
+from cowferry.block.bitmap import Bitmap
+from cowferry.block.gate import END, Gate, Slot
+from cowferry.block.lease import DATA, SPAN, SPAN_BITS, WRITABLE, ZERO, Leases
+from cowferry.block.node import Extent, Node, State, clear, read, read_fully, resolve
+
+COPY_ON_READ_MAX = 1 << 20
+
+
+class Disk:
+    """A virtual disk. Thread-safe; offsets and lengths in bytes; data paths raise `OSError`."""
+
+    def __init__(self, root: Node, name: str = "", copy_on_read: bool = False) -> None:
+        self.name = name
+        self.root = root  # swapped only inside exclusive() over the whole disk
+        self.gate = Gate()
+        self.leases = Leases(root.granule)
+        self.bitmaps: dict[str, Bitmap] = {}  # changed only inside a drain
+        self.copy_on_read = copy_on_read and not root.read_only
+        self._local = threading.local()  # .slot: this thread's place in the gate
+
+    @property
+    def size(self) -> int:
+        """Bytes. Changes only inside a drain."""
+        return self.root.size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused with EPERM."""
+        return self.root.read_only
+
+    def slot(self) -> Slot:
+        """The calling thread's own place in the gate."""
+        try:
+            return self._local.slot  # type: ignore[no-any-return]
+        except AttributeError:
+            self._local.slot = slot = self.gate.slot()
+            return slot
+
+    @contextmanager
+    def exclusive(self, offset: int = 0, length: int | None = None) -> Iterator[None]:
+        """The range, rounded out to granules, is this thread's alone; None: the whole disk.
+
+        Inside, talk to nodes. Leaving drops the leases of the range. Not reentrant."""
+        if length is None:
+            start, end = 0, END
+        else:
+            granule = 1 << self.leases.shift
+            start = offset // granule * granule
+            end = -(-(offset + length) // granule) * granule
+        claim = self.gate.claim(start, end)
+        try:
+            yield
+        finally:
+            if length is None:
+                self.leases.reset(self.root.granule)
+            else:
+                self.leases.drop(start, end)
+            self.gate.release(claim)
+
+    @contextmanager
+    def shared(self, offset: int, length: int) -> Iterator[None]:
+        """The calling thread is inside `offset, length` along with other requests."""
+        slot = self.slot()
+        self.gate.enter(slot, offset, offset + length)
+        try:
+            yield
+        finally:
+            self.gate.leave(slot)
+
+    def check(self, offset: int, length: int, write: bool = False) -> None:
+        """The one choke point for ranges. Raises EINVAL, ENOSPC (a write past the end), EPERM."""
+        if offset < 0 or length < 0:
+            raise OSError(errno.EINVAL, f"disk '{self.name}': negative offset or length")
+        if write and self.root.read_only:
+            raise OSError(errno.EPERM, f"disk '{self.name}' is read-only")
+        if offset + length > self.root.size:
+            code = errno.ENOSPC if write else errno.EINVAL
+            raise OSError(
+                code, f"disk '{self.name}': {offset}+{length} is past its end at {self.root.size}"
+            )
+
+    # Requests ----------------------------------------------------------------------------
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        """Fill `buf` with the disk's bytes at `offset`."""
+        length = len(buf)
+        if not length:
+            return
+        with self.shared(offset, length):
+            self.check(offset, length)
+            if not self.copy_on_read and self.serve_read(buf, offset):
+                return
+            read(self.root, buf, offset)
+        if self.copy_on_read:
+            self._keep_read(buf, offset)
+
+    def serve_read(self, buf: memoryview, offset: int) -> bool:
+        """Fill `buf` from leases, filling those first. Caller is inside. False: not all leased."""
+        end = offset + len(buf)
+        runs = self._leased(offset, end, 0)
+        if runs is None:
+            self.leases.fill(self.root, offset, end - offset)
+            runs = self._leased(offset, end, 0)
+            if runs is None:
+                return False
+        for fd, host, length in runs:
+            if fd < 0:
+                clear(buf[:length])
+            else:
+                read_fully(fd, buf[:length], host)
+            buf = buf[length:]
+        return True
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
+        """Write; with `fua` durable on return (N2). A part may be written if it raises."""
+        length = len(buf)
+        if not length:
+            return
+        runs: list[tuple[int, int, int]] | None
+        with self.shared(offset, length):
+            self.check(offset, length, write=True)
+            runs = self._leased(offset, offset + length, WRITABLE)
+            if runs is None:
+                self.leases.fill(self.root, offset, length)
+                runs = self._leased(offset, offset + length, WRITABLE)
+            if runs is not None:
+                rest = buf
+                for fd, host, run in runs:
+                    sysio.pwrite(fd, rest[:run], host)
+                    rest = rest[run:]
+                self.mark(offset, length)
+        if runs is None:
+            with self.exclusive(offset, length):
+                self.check(offset, length, write=True)
+                self.mark(offset, length)
+                self.root.pwrite(buf, offset)
+        if fua:
+            self.flush()
+
+    def zero(
+        self, offset: int, length: int, unmap: bool = False, fua: bool = False, fast: bool = False
+    ) -> None:
+        """Make the range read as zeroes. `fast`: EOPNOTSUPP rather than a slow way."""
+        if not length:
+            return
+        with self.exclusive(offset, length):
+            self.check(offset, length, write=True)
+            self.mark(offset, length)
+            self.root.zero(offset, length, unmap, fast)
+        if fua:
+            self.flush()
+
+    def discard(self, offset: int, length: int, fua: bool = False) -> None:
+        """The range is needed no more; it never reads as an older layer again (ST4)."""
+        if not length:
+            return
+        with self.exclusive(offset, length):
+            self.check(offset, length, write=True)
+            self.mark(offset, length)
+            self.root.discard(offset, length)
+        if fua:
+            self.flush()
+
+    def flush(self) -> None:
+        """Every write that returned before the call is durable on return (N1, N3)."""
+        self.root.flush()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """The resolved runs of the range, with depth, as they are at one moment."""
+        with self.shared(offset, length):
+            self.check(offset, length)
+            return list(resolve(self.root, offset, length))
+
+    def resize(self, size: int) -> None:
+        """Change the disk's size under a drain."""
+        with self.exclusive():
+            self.root.resize(size)
+            for bitmap in self.bitmaps.values():
+                bitmap.resize(size)
+
+    def mark(self, offset: int, length: int) -> None:
+        """A write of the range is about to be visible: tell the bitmaps. Caller is inside."""
+        for bitmap in self.bitmaps.values():
+            bitmap.mark(offset, length)
+
+    # -------------------------------------------------------------------------------------
+
+    def _leased(self, offset: int, end: int, need: int) -> list[tuple[int, int, int]] | None:
+        """(fd, host, length) of each run, fd -1 for zeroes; None if a granule is not leased so."""
+        leases = self.leases
+        shift, tables, fds = leases.shift, leases.tables, leases.fds
+        runs: list[tuple[int, int, int]] = []
+        while offset < end:
+            granule = offset >> shift
+            table = tables.get(granule >> SPAN_BITS)
+            entry = table[granule & (SPAN - 1)] if table is not None else 0
+            if not entry or entry & need != need:
+                return None
+            within = offset & ((1 << shift) - 1)
+            length = min((1 << shift) - within, end - offset)
+            if entry & 3 == ZERO:
+                fd, host = -1, 0
+            else:
+                assert entry & 3 == DATA
+                fd, host = fds[entry >> 8 & 0xFFFF], (entry >> 24 << 9) + within
+            if runs and runs[-1][0] == fd and (fd < 0 or sum(runs[-1][1:]) == host):
+                runs[-1] = (fd, runs[-1][1], runs[-1][2] + length)
+            else:
+                runs.append((fd, host, length))
+            offset += length
+        return runs
+
+    def _keep_read(self, buf: memoryview, offset: int) -> None:
+        """Copy-on-read: place what was just read wherever the root still has a hole.
+
+        The guest has its answer whether this works or not; a failure only costs the copy."""
+        granule = self.root.granule
+        start = offset // granule * granule
+        stop = min(-(-(offset + len(buf)) // granule) * granule, self.root.size)
+        while start < stop:
+            length = min(COPY_ON_READ_MAX, stop - start)
+            if any(e.state is State.HOLE for e in self.root.extents(start, length)):
+                try:
+                    self._place(start, length)
+                except OSError:
+                    return
+            start += length
+
+    def _place(self, start: int, length: int) -> None:
+        with self.exclusive(start, length):
+            at = start
+            for e in list(self.root.extents(start, length)):
+                if e.state is State.HOLE and self.root.backing is not None:
+                    part = memoryview(bytearray(e.length))
+                    read(self.root.backing, part, at)
+                    self.root.pwrite(part, at)
+                at += e.length
+
+
+def os_error(code: int, text: str) -> OSError:
+    """An `OSError` with the field's wording and a name of whose it is."""
+    return OSError(code, f"{text}: {os.strerror(code)}")

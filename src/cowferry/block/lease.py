@@ -1,0 +1,116 @@
+"""Leases: where a disk's bytes lie, remembered so that a request is a look-up and a system call.
+
+A disk is cut into granules (a qcow2 cluster; 64 KiB of a raw file). What `resolve` said of a
+granule is kept as one integer, so that the table is a typed array which compiled code can walk:
+
+    bits 63..24   host offset / 512      (48 bits of host offset: 256 TiB files)
+    bits 23..8    index into `fds`
+    bit  2        writable: may be overwritten in place
+    bits 1..0     0 nothing known (a miss), 1 DATA at fd:host, 2 reads as ZERO
+
+Arrays cover `SPAN` granules each and are made on first use, so a 1 TiB disk costs nothing until
+it is touched; beyond `TABLES` arrays the oldest goes.
+
+Rules (design.md, section 1): a lease is used only between enter and leave; leaving an exclusive
+section drops the leases of its range; an answer wider than what one has entered is kept only if
+no exclusive section ended meanwhile. `epoch` counts those ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+
+from cowferry.block.node import Extent, Node, State, resolve
+
+SPAN_BITS = 10
+SPAN = 1 << SPAN_BITS  # granules in one array
+TABLES = 4096  # arrays kept: 32 MiB
+
+NONE, DATA, ZERO, WRITABLE = 0, 1, 2, 4
+EMPTY = array("q", bytes(8 * SPAN))
+MAX_FDS = 1 << 16
+MAX_HOST = 1 << 48
+
+
+class Leases:
+    """The lease table of one disk. `tables` and `fds` are read by the lane inside the gate."""
+
+    def __init__(self, granule: int) -> None:
+        self.shift = granule.bit_length() - 1  # a granule is 1 << shift bytes
+        self.tables: dict[int, array[int]] = {}  # written under `filling`, read inside the gate
+        self.fds: list[int] = []  # append-only between resets
+        self._index: dict[int, int] = {}  # fd -> its place in fds; guarded by `filling`
+        self.epoch = 0  # guarded by `filling`
+        # Duty: the test of `epoch` and the filling of `tables` are one step against `drop`.
+        self.filling = threading.Lock()
+
+    def drop(self, start: int, end: int) -> None:
+        """Forget [start, end) in bytes: its exclusive section ends."""
+        with self.filling:
+            self.epoch += 1
+            first, last = start >> self.shift, (end - 1) >> self.shift
+            if (last >> SPAN_BITS) - (first >> SPAN_BITS) >= len(self.tables):
+                for key in [k for k in self.tables if first >> SPAN_BITS <= k <= last >> SPAN_BITS]:
+                    del self.tables[key]
+                return
+            for key in range(first >> SPAN_BITS, (last >> SPAN_BITS) + 1):
+                table = self.tables.get(key)
+                if table is None:
+                    continue
+                a = max(first - (key << SPAN_BITS), 0)
+                b = min(last - (key << SPAN_BITS), SPAN - 1) + 1
+                table[a:b] = EMPTY[a:b]
+
+    def reset(self, granule: int) -> None:
+        """Forget everything, descriptors included: the root changed. Inside a drain."""
+        with self.filling:
+            self.epoch += 1
+            self.tables = {}
+            self.fds = []
+            self._index = {}
+            self.shift = granule.bit_length() - 1
+
+    def fill(self, root: Node, offset: int, length: int) -> None:
+        """Resolve the array around `offset, length` (which the caller has entered) and keep it."""
+        span = SPAN << self.shift
+        for key in range(offset // span, (offset + length - 1) // span + 1):
+            epoch = self.epoch
+            base = key * span
+            runs = list(resolve(root, base, min(span, root.size - base)))
+            with self.filling:
+                if self.epoch == epoch:
+                    self._keep(key, runs)
+
+    def _keep(self, key: int, runs: list[Extent]) -> None:
+        table = array("q", EMPTY)
+        granule = 1 << self.shift
+        at = 0  # bytes from the start of the array
+        for e in runs:
+            first = -(-at // granule)
+            stop = (at + e.length) // granule  # whole granules only
+            if at + e.length == sum(r.length for r in runs):
+                stop = -(-(at + e.length) // granule)  # the disk's last, short granule is whole
+            if first < stop and not e.compressed:
+                if e.state is State.ZERO and not e.writable:
+                    table[first:stop] = array("q", [ZERO]) * (stop - first)
+                elif e.fd >= 0:
+                    self._lay(table, first, stop, e.host + first * granule - at, e)
+            at += e.length
+        if len(self.tables) >= TABLES:
+            del self.tables[next(iter(self.tables))]
+        self.tables[key] = table
+
+    def _lay(self, table: array[int], first: int, stop: int, host: int, e: Extent) -> None:
+        granule = 1 << self.shift
+        if host % 512 or host + (stop - first) * granule > MAX_HOST:
+            return
+        index = self._index.get(e.fd)
+        if index is None:
+            if len(self.fds) >= MAX_FDS:
+                return
+            index = self._index[e.fd] = len(self.fds)
+            self.fds.append(e.fd)
+        entry = (host >> 9) << 24 | index << 8 | DATA | (WRITABLE if e.writable else 0)
+        step = (granule >> 9) << 24
+        table[first:stop] = array("q", range(entry, entry + step * (stop - first), step))

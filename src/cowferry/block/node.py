@@ -1,0 +1,221 @@
+"""Nodes: what a driver is, and what it answers.
+
+A node is bytes with, perhaps, a backing node: a host file, a raw image in it, a qcow2
+image in it. Its one interesting answer is `extents()`: which runs of a range are data, zero
+or a hole to be looked up in the backing node and, where it can say so, *in which file
+descriptor at which host offset the bytes lie*, and whether they may be overwritten there.
+Everything else in the house is built on that answer: the lane serves guests from it, NBD
+block status and `cowferry map` print it, jobs skip by it, and a copy clones by it.
+
+Who calls what, and under which lock:
+
+* `extents`, `pread` may be called by any thread at any time. A caller that is not inside
+  the disk's gate gets an answer that may be stale the moment it arrives.
+* `pwrite`, `zero`, `discard` and `link` change bytes or mapping: the caller holds
+  `Disk.exclusive()` over every granule that the range touches. Two threads may be inside
+  at once for different granules, so a driver guards its own tables with its own lock,
+  which is always taken after the disk's range, never held over data I/O.
+* `flush` may be called by any thread at any time; flushes that arrive together are one.
+* `reserve`/`unreserve` hand out room that nothing points to, so they need no gate: a job
+  fills the room outside the gate, then goes inside only to look again and `link`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple
+
+from cowferry.errors import NotSupported
+
+
+class State(Enum):
+    """What a run of bytes is, as the node itself knows it."""
+
+    DATA = 1
+    ZERO = 2
+    HOLE = 3  # ask the backing node; without one it reads as zero
+
+
+class Extent(NamedTuple):
+    """A run of bytes, and a lease on where they lie if `fd` is not negative."""
+
+    length: int  # bytes
+    state: State
+    fd: int = -1  # >= 0: the bytes lie at fd:host
+    host: int = 0  # bytes
+    writable: bool = False  # may be overwritten in place at fd:host
+    depth: int = 0  # 0: the node asked, 1: its backing, ... (filled in by `resolve`)
+    compressed: bool = False  # DATA that has to go through `pread`
+
+
+class Node:
+    """One subclass per driver. Offsets and lengths are bytes; data paths raise `OSError`.
+
+    Attributes: `size` and `align` in bytes; `granule` is the unit, a power of two of at
+    least 512 bytes, in which the mapping changes (a qcow2 cluster), and so the unit in
+    which ranges are locked; `backing` is the node that holes are looked up in.
+    """
+
+    driver: ClassVar[str] = ""
+    name: str = ""  # node-name, given by the graph
+    filename: str = ""  # what a person calls it
+    size: int = 0
+    align: int = 1
+    granule: int = 64 << 10
+    read_only: bool = False
+    backing: Node | None = None
+    #: (file name exactly as recorded, format or None) that the image's header asks for.
+    backing_spec: tuple[str, str | None] | None = None
+    backing_refused: bool = False  # opened with "backing": null
+    #: The protocol node that holds this format's bytes, if it is a format.
+    file: Node | None = None
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The runs of `offset, length`, in order, adding up to `length`. Never resolves holes."""
+        raise NotImplementedError
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        """Fill `buf` with the bytes at `offset`, holes looked up through the backing chain."""
+        read(self, buf, offset)
+
+    def read_run(self, buf: memoryview, offset: int, extent: Extent) -> None:
+        """Fill `buf` from a DATA run of `extents()` that has no fd (compressed, say)."""
+        raise OSError(errno.EIO, f"{self.filename}: a run without a place at offset {offset}")
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
+        """Write; allocates and copies on write as needed. With `fua` durable on return."""
+        raise NotImplementedError
+
+    def zero(self, offset: int, length: int, unmap: bool = False, fast: bool = False) -> None:
+        """Make the range read as zeroes; `unmap`: room may be given back.
+
+        `fast`: raise `OSError(EOPNOTSUPP)` before changing anything rather than write zeroes."""
+        raise NotImplementedError
+
+    def discard(self, offset: int, length: int) -> None:
+        """The guest needs the range no more. It reads zero or as before, never as backing."""
+
+    def flush(self) -> None:
+        """All that was written before the call is durable on return (N1). A failure sticks (N6)."""
+
+    def resize(self, size: int) -> None:
+        """Grow (or, where the driver can, shrink) to `size` bytes. New bytes read as zeroes."""
+        raise NotSupported(f"{self.driver} node '{self.name or self.filename}' cannot be resized")
+
+    # Placing bytes in two steps: room first, mapping later -------------------------------
+
+    def reserve(self, offset: int, length: int) -> list[Extent] | None:
+        """Room for `offset, length` (granule-aligned, or up to the end) that nothing points to.
+
+        None: this driver cannot; write inside the gate instead. The extents give fd:host for
+        consecutive pieces of the range; fill them, then `link` or `unreserve` each."""
+        return None
+
+    def link(self, offset: int, room: Extent) -> None:
+        """Point `offset, room.length` at reserved room whose bytes have been written."""
+        raise NotImplementedError
+
+    def unreserve(self, room: Extent) -> None:
+        """Give reserved room back."""
+        raise NotImplementedError
+
+    # The image as a whole ----------------------------------------------------------------
+
+    @property
+    def unflushed(self) -> bool:
+        """Whether mapping changes wait in memory: then FUA needs a flush, not one fdatasync."""
+        return False
+
+    def set_backing(self, filename: str | None, format: str | None) -> None:
+        """Durably record another backing file (None: no backing file) in the header (Q6).
+
+        Only the header; the caller swaps `backing` itself, inside the gate."""
+        raise NotSupported(f"{self.driver} images have no backing file")
+
+    def info(self) -> dict[str, Any]:
+        """The `format-specific` data of qemu-img's info (empty if the format has none)."""
+        return {}
+
+    def close(self) -> None:
+        """Flush, mark clean, let the file go. Idempotent; closes `file` but not `backing`."""
+
+    def abort(self) -> None:
+        """Fail blocked I/O now (remote nodes)."""
+
+
+def resolve(
+    node: Node | None, offset: int, length: int, base: Node | None = None
+) -> Iterator[Extent]:
+    """Extents of the chain under `node`: no HOLE is left, `depth` says who answered.
+
+    With `base`, what only `base` or a node below it could answer stays a HOLE. A hole that
+    no node answers is ZERO with depth -1 (qemu:allocation-depth 0). Only the top node's runs
+    keep `writable`. Iterative: a chain may be hundreds of nodes deep."""
+    # A stack of pending runs, deepest first, in place of recursion.
+    stack: list[tuple[Node | None, int, int, int]] = [(node, offset, length, 0)]
+    while stack:
+        current, at, left, depth = stack.pop()
+        if base is not None and current is base:
+            yield Extent(left, State.HOLE, depth=depth)
+            continue
+        if current is None or at >= current.size:
+            yield Extent(left, State.ZERO, depth=-1)
+            continue
+        if at + left > current.size:  # the backing is shorter: the rest reads as zero
+            stack.append((None, current.size, at + left - current.size, depth))
+            left = current.size - at
+        pending: list[tuple[Node | None, int, int, int]] = []
+        for e in current.extents(at, left):
+            if e.state is State.HOLE:
+                pending.append((current.backing, at, e.length, depth + 1))
+            elif pending:
+                pending.append((current, at, e.length, depth))
+            else:
+                yield e._replace(depth=depth, writable=e.writable and depth == 0)
+            at += e.length
+        stack.extend(reversed(pending))
+
+
+def chain(node: Node | None) -> Iterator[Node]:
+    """`node`, its backing node, and so on to the bottom."""
+    while node is not None:
+        yield node
+        node = node.backing
+
+
+def read(node: Node | None, buf: memoryview, offset: int) -> None:
+    """Fill `buf` through the chain under `node`. Raises `OSError`."""
+    nodes = list(chain(node))
+    for e in resolve(node, offset, len(buf)):
+        part, buf = buf[: e.length], buf[e.length :]
+        if e.state is State.ZERO:
+            clear(part)
+        elif e.fd >= 0:
+            read_fully(e.fd, part, e.host)
+        else:
+            nodes[e.depth].read_run(part, offset, e)
+        offset += e.length
+
+
+ZEROES = bytes(1 << 20)
+
+
+def clear(buf: memoryview) -> None:
+    """Fill `buf` with zeroes without allocating its length."""
+    while len(buf) > len(ZEROES):
+        buf[: len(ZEROES)] = ZEROES
+        buf = buf[len(ZEROES) :]
+    buf[:] = ZEROES[: len(buf)]
+
+
+def read_fully(fd: int, buf: memoryview, host: int) -> None:
+    """`preadv` until `buf` is full; past the end of the file the bytes are zeroes."""
+    while len(buf):
+        n = os.preadv(fd, [buf], host)
+        if n == 0:
+            clear(buf)
+            return
+        buf, host = buf[n:], host + n

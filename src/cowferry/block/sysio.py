@@ -1,0 +1,105 @@
+"""Every system call that changes an image, in one place.
+
+Two reasons. A recorder can be put in front of all of them (`tests` replay each prefix and
+many reorderings of what it recorded, which is how durability is proved rather than hoped
+for), and the compiled lane replaces the same few names with their C counterparts.
+
+Calls go through the module (`sysio.pwrite(...)`), never through a name bound at import time.
+All take the descriptor first, offsets and lengths in bytes, and raise `OSError`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from typing import Any, Protocol
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10
+FICLONERANGE = 0x4020940D
+
+
+class Recorder(Protocol):
+    """What sees every change: called after the call succeeded, with its arguments."""
+
+    def wrote(self, fd: int, offset: int, data: bytes) -> None: ...
+    def flushed(self, fd: int) -> None: ...
+    def truncated(self, fd: int, size: int) -> None: ...
+    def renamed(self, source: str, target: str) -> None: ...
+    def directory_flushed(self, path: str) -> None: ...
+
+
+recorder: Recorder | None = None
+
+
+def pwrite(fd: int, buf: Any, offset: int) -> None:
+    """Write all of `buf` at `offset`."""
+    view = memoryview(buf)
+    done = os.pwrite(fd, view, offset)
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+    if recorder is not None:
+        recorder.wrote(fd, offset, bytes(view))
+
+
+def fdatasync(fd: int) -> None:
+    """Durable: the data and the size. What a failure means is the file node's business (N6)."""
+    os.fdatasync(fd)
+    if recorder is not None:
+        recorder.flushed(fd)
+
+
+def ftruncate(fd: int, size: int) -> None:
+    """Set the file's size."""
+    os.ftruncate(fd, size)
+    if recorder is not None:
+        recorder.truncated(fd, size)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with its flags. Raises EOPNOTSUPP where the file system has no such thing."""
+    while _fallocate(fd, mode, offset, length) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    if recorder is not None and mode:
+        recorder.wrote(fd, offset, bytes(length))
+
+
+def clone(source: int, source_offset: int, fd: int, offset: int, length: int) -> None:
+    """FICLONERANGE. Raises EOPNOTSUPP, EXDEV or EINVAL where it cannot be done."""
+    fcntl.ioctl(fd, FICLONERANGE, struct.pack("qQQQ", source, source_offset, length, offset))
+    if recorder is not None:
+        recorder.wrote(fd, offset, os.pread(source, length, source_offset))
+
+
+def copy_range(source: int, source_offset: int, fd: int, offset: int, length: int) -> int:
+    """copy_file_range; returns the bytes copied, 0 at the end of the source."""
+    n = os.copy_file_range(source, fd, length, source_offset, offset)
+    if recorder is not None and n:
+        recorder.wrote(fd, offset, os.pread(source, n, source_offset))
+    return n
+
+
+def rename(source: str, target: str) -> None:
+    """Atomically replace `target`; durable only after `flush_directory`."""
+    os.rename(source, target)
+    if recorder is not None:
+        recorder.renamed(source, target)
+
+
+def flush_directory(path: str) -> None:
+    """Make the names in the folder `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    if recorder is not None:
+        recorder.directory_flushed(path)

@@ -1,0 +1,116 @@
+"""The drivers: one module for one format or protocol, found by its class's registration.
+
+To add one, write `drivers/NAME.py` with a `Node` subclass decorated by `@register`, whose
+nested `Options` is a msgspec struct of what `blockdev-add` takes for it, and name the module
+in `MODULES`. `file.py` is the example to copy.
+
+A driver is opened with its options and with its children already open; it never opens
+another node itself, so it cannot be talked into opening a host file by an image (the class
+of CVE-2024-4467). Following a backing string is done here, in `open_backing`, and only with
+the format that the image records for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, cast
+
+import msgspec
+
+from cowferry.block.node import Node
+from cowferry.errors import CowferryError, ImageError
+
+MODULES = {"file": "file", "host_device": "file", "raw": "raw", "qcow2": "qcow2"}
+
+#: File name extensions that say what format a file has. Content never says it.
+EXTENSIONS = {
+    ".qcow2": "qcow2",
+    ".qcow": "qcow2",
+    ".raw": "raw",
+    ".iso": "raw",
+    ".bin": "raw",
+}
+
+MAX_DEPTH = 1024  # nodes in a chain; 200 must work, a loop must not
+
+
+class Common(msgspec.Struct, kw_only=True, rename="kebab"):
+    """What every driver's `Options` begins with (BlockdevOptions in QMP)."""
+
+    driver: str
+    node_name: str | None = None
+    read_only: bool = False
+    auto_read_only: bool = False
+    discard: str = "unmap"  # "ignore" or "unmap"
+    detect_zeroes: str = "off"
+    force_share: bool = False
+    cache: dict[str, bool] | None = None
+
+
+class Driver(Protocol):
+    """The class side of a driver."""
+
+    driver: str
+    Options: type[Common]
+
+    @classmethod
+    def open(cls, options: Any, children: Mapping[str, Node]) -> Node:
+        """A node from typed options; `children` holds the opened node of each child option."""
+        ...
+
+    @classmethod
+    def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
+        """Make a new image file. `options` are qemu-img's `-o` names."""
+        ...
+
+
+_drivers: dict[str, type[Node]] = {}
+N = TypeVar("N", bound=type[Node])
+
+
+def register(*names: str) -> Callable[[N], N]:
+    """Class decorator: this class serves these driver names."""
+
+    def keep(cls: N) -> N:
+        for name in names:
+            _drivers[name] = cls
+        cls.driver = names[0]
+        return cls
+
+    return keep
+
+
+def driver(name: str) -> Driver:
+    """The driver class called `name`. Raises `CowferryError` for an unknown one."""
+    if name not in _drivers and name in MODULES:
+        importlib.import_module(f"cowferry.drivers.{MODULES[name]}")
+    if name not in _drivers:
+        raise CowferryError(
+            f"Unknown driver '{name}'", f"known drivers: {', '.join(sorted(MODULES))}"
+        )
+    return cast(Driver, _drivers[name])
+
+
+def format_of(path: str) -> str:
+    """The format that a file's name says, "raw" if it says none or is a block device.
+
+    The content is looked at only to *refuse*: a file whose name says raw (or nothing) but
+    which begins like a qcow2 image needs an explicit format, for a guest could have written
+    that header. Raises `ImageError` then."""
+    found = EXTENSIONS.get(os.path.splitext(path)[1].lower())
+    if found is not None:
+        return found
+    try:
+        with open(path, "rb") as f:
+            magic = f.read(4)
+    except OSError:
+        magic = b""
+    if magic in (b"QFI\xfb", b"QED\0"):
+        raise ImageError(
+            f"'{path}': its name does not say its format",
+            "give the format explicitly (-f qcow2, or -f raw if a guest wrote that header); "
+            "formats are never guessed from the content",
+        )
+    return "raw"

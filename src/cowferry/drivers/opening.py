@@ -1,0 +1,274 @@
+"""Opening images: from options, from a path, and down a backing chain.
+
+This is the only place where one image leads to another, and so the only place where an
+image could talk us into opening something that its owner did not mean. Hence:
+
+* a backing string is followed only with the format recorded beside it; a missing format is
+  an error with the command that repairs it, never a guess (CVE-2008-2004 and its heirs);
+* a backing string is a path. `json:...` and `proto:...` are refused (CVE-2024-4467);
+* a chain that comes back to a file already in it is refused by device and inode;
+* if anything fails, everything opened on the way is closed again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from cowferry.block.node import Node, chain
+from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of
+from cowferry.errors import CowferryError, ImageError
+
+CHILDREN = ("file", "data-file")
+Lookup = Callable[[str], Node]
+Opened = Callable[[Node, Mapping[str, Any]], None]
+
+PROTOCOL = re.compile(r"^[A-Za-z0-9_+.-]+:")  # a colon before any slash
+
+
+def typed(struct: type[Common], options: Mapping[str, Any], driver_name: str) -> Common:
+    """The driver's typed options. "on"/"off" and numbers in strings (keyval) are taken too.
+
+    Raises `CowferryError` naming the option."""
+    plain = {k: v for k, v in options.items() if k not in (*CHILDREN, "backing")}
+    for field in msgspec.structs.fields(struct):
+        value = plain.get(field.encode_name)
+        if isinstance(value, str) and value in ("on", "off") and field.type is bool:
+            plain[field.encode_name] = value == "on"
+    known = {field.encode_name for field in msgspec.structs.fields(struct)}
+    for key in plain:
+        if key not in known:
+            raise CowferryError(
+                f"Parameter '{key}' is unexpected", f"driver '{driver_name}' has no such option"
+            )
+    try:
+        return msgspec.convert(plain, struct, strict=False)
+    except msgspec.ValidationError as error:
+        found = re.search(r"`([^`]+)`$", str(error))
+        if "missing required field" in str(error) and found:
+            raise CowferryError(f"Parameter '{found[1]}' is missing") from None
+        where = re.search(r"\$\.([\w.-]+)", str(error))
+        name = where[1] if where else "options"
+        raise CowferryError(f"Parameter '{name}' of driver '{driver_name}': {error}") from None
+
+
+def open_node(
+    options: Mapping[str, Any], lookup: Lookup | None = None, opened: Opened | None = None
+) -> Node:
+    """The node that `blockdev-add`'s options describe, its children and its backing chain.
+
+    A child given as a string is looked up by name, and stays its owner's. `opened` hears of
+    every node opened here, children first, with the options it was opened from. Raises
+    `CowferryError`; then nothing stays open."""
+    made: list[Node] = []
+    try:
+        node = _open(options, lookup, made, opened)
+        _follow(node, lookup, made, opened)
+    except BaseException:
+        for m in reversed(made):
+            m.close()
+        raise
+    return node
+
+
+def open_image(
+    path: str,
+    format: str | None = None,
+    *,
+    read_only: bool = False,
+    backing: bool = True,
+    force_share: bool = False,
+    opened: Opened | None = None,
+    **more: Any,
+) -> Node:
+    """Open the image at `path`, with its backing chain (read-only) unless `backing` is False.
+
+    The format is given or follows from the name (`format_of`). `more` are further driver options
+    (`data_file="path"`, `lazy_refcounts=True`). Raises `CowferryError`."""
+    options = image_options(path, format, read_only=read_only, force_share=force_share)
+    for key, value in more.items():
+        key = key.replace("_", "-")
+        if key == "data-file" and isinstance(value, str):
+            value = {**file_options(value), **_common(read_only, force_share)}
+        options[key] = value
+    if not backing and options["driver"] != "raw":
+        options["backing"] = None
+    return open_node(options, opened=opened)
+
+
+def file_options(path: str) -> dict[str, Any]:
+    """The options of the protocol node for a host path."""
+    return {"driver": "file", "filename": path}
+
+
+def _common(read_only: bool, force_share: bool) -> dict[str, Any]:
+    return {"read-only": read_only, "force-share": force_share}
+
+
+def image_options(
+    path: str, format: str | None = None, *, read_only: bool = False, force_share: bool = False
+) -> dict[str, Any]:
+    """blockdev-add options for an image file. Raises `ImageError` if its format is unclear."""
+    common = _common(read_only, force_share)
+    return {
+        "driver": format or format_of(path),
+        **common,
+        "file": {**file_options(path), **common},
+    }
+
+
+def close_chain(node: Node | None) -> None:
+    """Close `node` and all its backing nodes; the first error is raised after all were tried."""
+    first: BaseException | None = None
+    for n in list(chain(node)):
+        try:
+            n.close()
+        except (OSError, CowferryError) as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def create_image(path: str, format: str, size: int, options: Mapping[str, Any]) -> None:
+    """Make a new image of `size` bytes. `options` are qemu-img's `-o` names.
+
+    Raises `CowferryError`; an unfinished file is removed if it was made here."""
+    existed = os.path.lexists(path)
+    try:
+        driver(format).create(path, size, options)
+    except BaseException as error:
+        if not existed and os.path.lexists(path):
+            os.unlink(path)
+        if isinstance(error, OSError):
+            raise ImageError(f"{path}: {error.strerror or error}") from error
+        raise
+
+
+def backing_path(image: str, recorded: str) -> str:
+    """Where a recorded backing name leads, seen from the image that records it.
+
+    Raises `ImageError` for anything that is not a plain path."""
+    if PROTOCOL.match(recorded):
+        raise ImageError(
+            f"'{image}': its backing file '{recorded[:200]}' is not a plain path",
+            "json: and protocol names inside an image are never followed; "
+            "name the backing file with rebase -u -b FILE -F FORMAT",
+        )
+    return os.path.join(os.path.dirname(image), recorded)
+
+
+def _open(
+    options: Mapping[str, Any], lookup: Lookup | None, made: list[Node], opened: Opened | None
+) -> Node:
+    name = options.get("driver")
+    if not isinstance(name, str):
+        raise CowferryError("Parameter 'driver' is missing")
+    cls = driver(name)
+    given = typed(cls.Options, options, name)
+    children: dict[str, Node] = {}
+    for key in CHILDREN:
+        child = options.get(key)
+        if child is None:
+            continue
+        if isinstance(child, str):
+            if lookup is None:
+                raise CowferryError(f"Cannot find device='' nor node-name='{child}'")
+            children[key] = lookup(child)
+        elif isinstance(child, Mapping):
+            inherited = {k: options[k] for k in ("read-only", "force-share") if k in options}
+            children[key] = _open({**inherited, **child}, lookup, made, opened)
+        else:
+            raise CowferryError(f"Invalid parameter type for '{key}', expected: object or string")
+    try:
+        node = cls.open(given, children)
+    except OSError as error:
+        where = getattr(given, "filename", None) or _name(children)
+        raise ImageError(
+            f"Could not open '{where}': {error.strerror or error}",
+        ) from error
+    node.name = given.node_name or ""
+    if not node.filename:
+        node.filename = _name(children)
+    made.append(node)
+    backing = options.get("backing", "")
+    if backing is None or (isinstance(backing, Mapping) and not backing):
+        node.backing_refused = backing is None
+    elif isinstance(backing, Mapping):
+        node.backing = _open({"read-only": True, **backing}, lookup, made, opened)
+        _follow(node.backing, lookup, made, opened)
+    elif isinstance(backing, str) and backing:
+        if lookup is None:
+            raise CowferryError(f"Cannot find device='' nor node-name='{backing}'")
+        node.backing = lookup(backing)
+    if opened is not None:
+        opened(node, options)
+    return node
+
+
+def _name(children: Mapping[str, Node]) -> str:
+    return children["file"].filename if "file" in children else ""
+
+
+def _follow(node: Node, lookup: Lookup | None, made: list[Node], opened: Opened | None) -> None:
+    """Open what the headers ask for, from `node` down. Iterative: chains may be long."""
+    seen = {_identity(n) for n in chain(node)}
+    depth = len(seen)
+    while True:
+        for last in chain(node):
+            node = last
+        if node.backing_spec is None or node.backing_refused:
+            return
+        recorded, format = node.backing_spec
+        path = backing_path(node.filename, recorded)
+        if not format:
+            raise ImageError(
+                f"'{node.filename}' does not record the format of its backing file '{recorded}'",
+                f"record it: cowferry rebase -u -b '{recorded}' -F raw|qcow2 '{node.filename}'",
+            )
+        if format == "file" or format == "host_device":
+            format = "raw"
+        try:
+            below = _open(image_options(path, format, read_only=True), lookup, made, opened)
+        except CowferryError as error:
+            raise ImageError(
+                f"Could not open backing file of '{node.filename}': {error.desc}",
+                error.hint
+                or "the overlay itself is intact; put the file back, or point the overlay at "
+                f"its new place: cowferry rebase -u -b FILE -F {format} '{node.filename}'",
+            ) from error
+        who = _identity(below)
+        depth += 1
+        if who in seen or depth > MAX_DEPTH:
+            reason = "its backing chain comes back to it" if who in seen else "chain too long"
+            raise ImageError(f"'{below.filename}': {reason} (through '{node.filename}')")
+        seen.add(who)
+        node.backing = below
+
+
+def _identity(node: Node) -> object:
+    """The same for two nodes over one host file."""
+    bottom = node
+    while bottom.file is not None:
+        bottom = bottom.file
+    try:
+        st = os.stat(bottom.filename)
+    except OSError:
+        return id(bottom)
+    return st.st_dev, st.st_ino
+
+
+__all__ = [
+    "EXTENSIONS",
+    "backing_path",
+    "close_chain",
+    "create_image",
+    "file_options",
+    "image_options",
+    "open_image",
+    "open_node",
+    "typed",
+]

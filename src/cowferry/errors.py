@@ -1,0 +1,57 @@
+"""The errors a person or a QMP client sees.
+
+Two kinds never mix. A *data path* (reading, writing, flushing a node) raises `OSError` with
+an errno, because that is what an NBD client gets as an answer. Everything else that is
+somebody's mistake or somebody's broken file raises `CowferryError`: one line that names the
+disk, the file, the offset or the option, and a hint that says what is still intact and what
+to do next. A traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CowferryError(Exception):
+    """A mistake told in one line. `desc` is the line, `hint` what to do next (may be empty)."""
+
+    klass: ClassVar[str] = "GenericError"  # the QMP error class
+
+    def __init__(self, desc: str, hint: str = "") -> None:
+        super().__init__(desc)
+        self.desc = desc
+        self.hint = hint
+
+
+class ImageError(CowferryError):
+    """An image that cannot be opened or used: damaged, of another format, unsupported."""
+
+
+class DeviceNotFound(CowferryError):
+    """No disk or node has that name."""
+
+    klass = "DeviceNotFound"
+
+
+class DeviceInUse(CowferryError):
+    """The disk is held by a job, an export or another process."""
+
+    klass = "DeviceInUse"
+
+
+class DeviceNotActive(CowferryError):
+    """No job runs on that disk."""
+
+    klass = "DeviceNotActive"
+
+
+class NotSupported(CowferryError):
+    """The disk, or its format, cannot do that."""
+
+    klass = "NotSupported"
+
+
+class CommandNotFound(CowferryError):
+    """The monitor has no such command (or not yet: capabilities are not negotiated)."""
+
+    klass = "CommandNotFound"
