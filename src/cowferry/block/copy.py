@@ -105,6 +105,17 @@ def _pieces(runs: Iterator[Extent], offset: int, length: int, granule: int) -> I
         at, mixed = stop, kind
 
 
+class _Run(NamedTuple):
+    """A run that only its node can read (compressed, say), as a source of bytes."""
+
+    node: Node
+    offset: int
+    extent: Extent
+
+    def get(self, buf: memoryview, done: int) -> None:
+        self.node.read_run(buf, self.offset + done, self.extent._replace(length=len(buf)))
+
+
 class Copier:
     """Moves bytes, and knows what each pair of files can do. Used by one thread at a time."""
 
@@ -138,15 +149,8 @@ class Copier:
                 elif e.fd >= 0:
                     self._move(e.fd, e.host + done, place.fd, host, n)
                 else:
-                    part = e._replace(length=n)
-                    self._through(
-                        place.fd,
-                        host,
-                        n,
-                        lambda buf, at, node=nodes[e.depth], run=part, here=offset: node.read_run(
-                            buf, here + at, run._replace(length=len(buf))
-                        ),
-                    )
+                    run = _Run(nodes[e.depth], offset, e)
+                    self._through(place.fd, host, n, run.get)
                 done, used, offset = done + n, used + n, offset + n
 
     def place(self, source: Node | None, target: Node, span: Span) -> None:

@@ -1,0 +1,256 @@
+"""The file driver: bytes of a host file or block device. The example to copy for a new driver.
+
+What every driver has, in the order in which you will want to write it:
+
+1. a module in this folder, named in `drivers.MODULES`, with one `Node` subclass that is
+   decorated by `@register` with the names by which QMP and `-f` know it;
+2. a nested `Options` struct: what `blockdev-add` takes. The command line, the schema and the
+   checks come from its typed fields;
+3. `open(options, children)`: children are opened nodes; never open another node yourself;
+4. `extents`: the more it says (states, descriptors, what is writable) the less the lane and
+   the jobs have to ask;
+5. `pread`/`pwrite`/`zero`/`discard`/`flush`, raising `OSError`;
+6. `create`, if there is something to create.
+
+Two duties are this driver's alone. A failed fdatasync is *sticky* (N6): Linux marks the
+pages clean after reporting the error once, so a later success would be a lie; every flush
+fails from then on until the file is opened again. And flushes that arrive together are one
+system call: a flush is answered by any fdatasync that *started* after the flush arrived.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from cowferry.block import sysio
+from cowferry.block.node import ZEROES, Extent, Node, State, read_fully
+from cowferry.drivers import Common, register
+from cowferry.drivers.locks import Lock
+from cowferry.errors import CowferryError, ImageError
+
+BLKGETSIZE64 = 0x80081272
+
+
+@register("file", "host_device")
+class File(Node):
+    """A host file or block device. Thread-safe."""
+
+    class Options(Common, kw_only=True, rename="kebab"):
+        """QMP: BlockdevOptionsFile."""
+
+        filename: str
+        locking: Literal["auto", "on", "off"] = "auto"
+        aio: str = "threads"  # taken for compatibility; the data path is threads
+
+    def __init__(self, fd: int, filename: str, read_only: bool, lock: Lock | None) -> None:
+        self.fd = fd
+        self.filename = filename
+        self.read_only = read_only
+        self.lock = lock
+        self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._grouped = threading.Condition(threading.Lock())  # guards the next four
+        self._started = 0  # fdatasyncs begun
+        self._finished = 0
+        self._running = False
+        self._failed: OSError | None = None  # N6: sticky
+        self._closed = False
+
+    @classmethod
+    def open(cls, options: File.Options, children: Mapping[str, Node]) -> File:
+        """Open and lock. Raises `OSError`, or `ImageError` if another process holds it."""
+        read_only = options.read_only
+        flags = os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            fd = os.open(options.filename, flags | (os.O_RDONLY if read_only else os.O_RDWR))
+        except OSError as error:
+            denied = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
+            if not (options.auto_read_only and denied and not read_only):
+                raise
+            fd, read_only = os.open(options.filename, flags | os.O_RDONLY), True
+        try:
+            mode = os.fstat(fd).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise ImageError(
+                    f"'{options.filename}' is neither a regular file nor a block device"
+                )
+            lock = None
+            if options.locking != "off":
+                lock = Lock.take(fd, options.filename, read_only, options.force_share)
+            return cls(fd, options.filename, read_only, lock)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
+        """An empty file of `size` bytes. `preallocation`: off, falloc or full."""
+        how = options.get("preallocation", "off")
+        if how not in ("off", "falloc", "full"):
+            raise CowferryError(f"Parameter 'preallocation' does not accept value '{how}'")
+        if size < 0 or size >= 1 << 63:
+            raise CowferryError(f"'{path}': an image cannot have {size} bytes")
+        is_device = os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
+        flags = os.O_RDWR | os.O_CLOEXEC | (0 if is_device else os.O_CREAT)
+        fd = os.open(path, flags, 0o644)
+        try:
+            lock = Lock.take(fd, path, read_only=False, force_share=False)
+            if is_device:
+                if os.lseek(fd, 0, os.SEEK_END) < size:
+                    raise ImageError(f"device '{path}' is smaller than {size} bytes")
+            else:
+                sysio.ftruncate(fd, 0)
+                sysio.ftruncate(fd, size)
+                if how != "off" and size:
+                    sysio.fallocate(fd, 0, 0, size)
+                for at in range(0, size if how == "full" else 0, len(ZEROES)):
+                    sysio.pwrite(fd, ZEROES[: min(len(ZEROES), size - at)], at)
+            sysio.fdatasync(fd)
+            lock.drop()
+        finally:
+            os.close(fd)
+
+    # Data ---------------------------------------------------------------------------------
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Data and holes as the file system tells them; a hole is ZERO, and writable in place."""
+        end = offset + length
+        writable = not self.read_only
+        if self.is_device:
+            yield Extent(length, State.DATA, self.fd, offset, writable)
+            return
+        while offset < end:
+            try:
+                data = os.lseek(self.fd, offset, os.SEEK_DATA)
+            except OSError as error:
+                data = end if error.errno == errno.ENXIO else offset
+            if data > offset:
+                run = min(data, end) - offset
+                yield Extent(run, State.ZERO, self.fd, offset, writable)
+                offset += run
+                continue
+            try:
+                hole = os.lseek(self.fd, offset, os.SEEK_HOLE)
+            except OSError:
+                hole = end
+            run = max(min(hole, end) - offset, 1)
+            yield Extent(run, State.DATA, self.fd, offset, writable)
+            offset += run
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        """Bytes past the end of the file are zeroes."""
+        read_fully(self.fd, buf, offset)
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
+        """Write; a regular file grows as needed."""
+        sysio.pwrite(self.fd, buf, offset)
+        if offset + len(buf) > self.size:
+            self.size = offset + len(buf)
+        if fua:
+            self.flush()
+
+    def zero(self, offset: int, length: int, unmap: bool = False, fast: bool = False) -> None:
+        """By a hole, else by the file system's own zeroing, else (unless `fast`) by writing."""
+        modes = [sysio.PUNCH_HOLE | sysio.KEEP_SIZE] if unmap else []
+        modes += [sysio.ZERO_RANGE, sysio.PUNCH_HOLE | sysio.KEEP_SIZE]
+        for mode in modes:
+            if mode & sysio.PUNCH_HOLE and offset + length > self.size:
+                continue  # punching does not grow the file
+            try:
+                sysio.fallocate(self.fd, mode, offset, length)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS):
+                    raise
+            else:
+                self.size = max(self.size, offset + length) if not self.is_device else self.size
+                return
+        if fast:
+            raise OSError(errno.EOPNOTSUPP, f"{self.filename}: no fast way to write zeroes")
+        while length:
+            n = min(length, len(ZEROES))
+            self.pwrite(memoryview(ZEROES)[:n], offset)
+            offset, length = offset + n, length - n
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give the room back where the file system can; else leave the bytes."""
+        self.punch(offset, length)
+
+    def punch(self, offset: int, length: int) -> None:
+        """A hole, if the file system can; no error if it cannot."""
+        try:
+            sysio.fallocate(self.fd, sysio.PUNCH_HOLE | sysio.KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS):
+                raise
+
+    def flush(self) -> None:
+        """One fdatasync for all flushes that wait together. Fails for good once it failed (N6)."""
+        with self._grouped:
+            mine = self._started + 1  # the next one to start covers us
+            while self._failed is None and self._finished < mine:
+                if not self._running:
+                    self._running = True
+                    self._started += 1
+                    number = self._started
+                    self._grouped.release()
+                    failure: OSError | None = None
+                    try:
+                        sysio.fdatasync(self.fd)
+                    except OSError as error:
+                        failure = error
+                    finally:
+                        self._grouped.acquire()
+                        self._running = False
+                        self._finished = number
+                        self._failed = self._failed or failure
+                        self._grouped.notify_all()
+                else:
+                    self._grouped.wait()
+            if self._failed is not None:
+                raise OSError(
+                    self._failed.errno or errno.EIO,
+                    f"{self.filename}: a flush has failed ({self._failed.strerror}); "
+                    "no later one counts until the file is opened again",
+                )
+
+    def resize(self, size: int) -> None:
+        """Truncate or extend; a device keeps its size."""
+        if self.is_device:
+            if size > self.size:
+                raise OSError(errno.ENOSPC, f"{self.filename}: a device of {self.size} bytes")
+            return
+        sysio.ftruncate(self.fd, size)
+        self.size = size
+
+    def reopen(self, read_only: bool) -> None:
+        """Change access and locks under the same descriptor number, so that leases stay right."""
+        if read_only == self.read_only:
+            return
+        flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+        fresh = os.open(f"/proc/self/fd/{self.fd}", flags)
+        try:
+            if self.lock is not None:
+                self.lock.drop()
+            lock = self.lock and Lock.take(fresh, self.filename, read_only, False)
+            os.dup2(fresh, self.fd, inheritable=False)
+        except BaseException:
+            if self.lock is not None:
+                self.lock = Lock.take(self.fd, self.filename, self.read_only, False)
+            raise
+        finally:
+            os.close(fresh)
+        if lock is not None:
+            lock.fd = self.fd
+            self.lock = lock
+        self.read_only = read_only
+
+    def close(self) -> None:
+        """Let the file and its locks go. Does not flush: the format above did."""
+        if not self._closed:
+            self._closed = True
+            os.close(self.fd)

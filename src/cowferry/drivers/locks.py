@@ -1,0 +1,82 @@
+"""QEMU's image locks, honoured both ways.
+
+QEMU keeps two processes from opening one image in ways that hurt each other by locks on single
+bytes of the file itself. Byte 100+P is held by whoever *uses* permission P, byte 200+P by
+whoever does *not let others* use it; both are shared locks, so any number of processes may
+hold the same byte. After taking its own bytes, a process asks whether somebody holds the
+opposite byte of any permission: uses what I do not share, or does not share what I use.
+
+The locks are open-file-description locks, so they go with the descriptor, whatever else in
+this process opens and closes the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+
+from cowferry.errors import DeviceInUse
+
+F_OFD_GETLK, F_OFD_SETLK = 36, 37
+USED, UNSHARED = 100, 200  # first byte of each row
+
+CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)
+NAMES = {
+    CONSISTENT_READ: "consistent read",
+    WRITE: "write",
+    WRITE_UNCHANGED: "write unchanged",
+    RESIZE: "resize",
+}
+
+_flock = struct.Struct("hhqqi4x")  # struct flock with 64-bit offsets
+
+
+def _lock(kind: int, start: int, length: int) -> bytes:
+    return _flock.pack(kind, os.SEEK_SET, start, length, 0)
+
+
+class Lock:
+    """The bytes that one open file holds. Not thread-safe; used while opening and closing."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @classmethod
+    def take(cls, fd: int, name: str, read_only: bool, force_share: bool) -> Lock:
+        """Take and check the locks for an image. Raises `DeviceInUse` naming file and reason.
+
+        A file system without such locks (some network ones) gets none, as with QEMU."""
+        if force_share:
+            used, unshared = [CONSISTENT_READ], []
+        elif read_only:
+            used, unshared = [CONSISTENT_READ], [WRITE, RESIZE]
+        else:
+            used, unshared = [CONSISTENT_READ, WRITE, RESIZE], [WRITE, RESIZE]
+        if force_share:
+            used = []  # reads whatever it finds: nobody has to share anything with it
+        mine = cls(fd)
+        try:
+            for start in [USED + p for p in used] + [UNSHARED + p for p in unshared]:
+                fcntl.fcntl(fd, F_OFD_SETLK, _lock(fcntl.F_RDLCK, start, 1))
+            for row, wanted, verb in ((UNSHARED, used, "use"), (USED, unshared, "share")):
+                for p in wanted:
+                    answer = fcntl.fcntl(fd, F_OFD_GETLK, _lock(fcntl.F_WRLCK, row + p, 1))
+                    if _flock.unpack(answer)[0] != fcntl.F_UNLCK:
+                        mine.drop()
+                        what = "shared " if verb == "share" else ""
+                        raise DeviceInUse(
+                            f"'{name}': failed to get {what}\"{NAMES[p]}\" lock",
+                            "another process has the image open; nothing was changed. Is a "
+                            "guest using it? (reading it meanwhile: info -U)",
+                        )
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                return mine
+            raise
+        return mine
+
+    def drop(self) -> None:
+        """Let go of every byte."""
+        fcntl.fcntl(self.fd, F_OFD_SETLK, _lock(fcntl.F_UNLCK, USED, 200))

@@ -1,0 +1,710 @@
+"""A qcow2 image as a node: the data path, and the ordered flush that makes it durable.
+
+What a guest writes goes to the file at once; what the *tables* say changes in memory only, and
+reaches the disk in `flush`, in this order, each step durable before the next (Q1):
+
+1. refcount blocks, and by the same barrier all data and copied-on-write bytes;
+2. the refcount table, if it has new blocks, and the header, if the table moved;
+3. L2 tables;
+4. L1 entries of new L2 tables;
+5. only now are clusters that nothing points to any more given back.
+
+So a crash between flushes may leak clusters and never corrupts (Q2): whatever subset of a
+step's writes survives, nothing points to what is not there. The cost is a bound on what may
+wait: the daemon flushes every few seconds, and so does an image with many dirty tables.
+
+Locks: `meta` guards every table, and is a leaf but for loading tables from the file; no data
+I/O happens under it. `flushing` makes flushes take turns; it is taken before `meta`.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import threading
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+from cowferry.block.node import ZEROES, Extent, Node, State, read, resolve
+from cowferry.drivers import Common, register
+from cowferry.drivers.qcow2 import header as headers
+from cowferry.drivers.qcow2 import snapshots
+from cowferry.drivers.qcow2.clusters import (
+    ALL,
+    COMPRESSED,
+    COPIED,
+    SUBCLUSTERS,
+    ZERO_FLAG,
+    Map,
+)
+from cowferry.drivers.qcow2.compressed import inflate
+from cowferry.drivers.qcow2.refcounts import OFFSET, Refcounts, swapped
+from cowferry.errors import CowferryError, ImageError, NotSupported
+
+MAX_DIRTY = 32 << 20  # bytes of L2 tables that may wait for a flush
+
+
+@register("qcow2")
+class Qcow2(Node):
+    """A qcow2 image. Thread-safe in the manner of `Node`."""
+
+    class Options(Common, kw_only=True, rename="kebab"):
+        """QMP: BlockdevOptionsQcow2."""
+
+        lazy_refcounts: bool | None = None
+        pass_discard_request: bool = True
+        pass_discard_snapshot: bool = True
+        pass_discard_other: bool = False
+        overlap_check: str | dict[str, Any] | None = None
+        cache_size: int | None = None
+        l2_cache_size: int | None = None
+        l2_cache_entry_size: int | None = None
+        refcount_cache_size: int | None = None
+        cache_clean_interval: int | None = None
+
+    INFO_TYPES: ClassVar[dict[int, str]] = {0: "zlib", 1: "zstd"}
+
+    def __init__(
+        self, file: Node, data: Node | None, header: headers.Header, read_only: bool
+    ) -> None:
+        self.file: Node = file
+        self.filename = file.filename
+        self.header = header
+        self.external = data is not None
+        self.data = data or file
+        self.data_fd: int = getattr(self.data, "fd", -1)
+        self.size = header.size
+        self.granule = self.cluster_size = header.cluster_size
+        self.read_only = read_only
+        if header.backing_file is not None:
+            self.backing_spec = (header.backing_file, header.backing_format)
+        self.meta = threading.RLock()  # guards map, refcounts, metadata, header, broken
+        self.flushing = threading.Lock()  # one ordered flush at a time
+        self.metadata: set[int] = {0}  # host clusters that hold tables
+        self.broken = False  # found damaged: no more writes (Q4)
+        self._closed = False
+        self._inflated: tuple[int, bytes] = (-1, b"")  # the last cluster decompressed
+        self.map = Map(self)
+        self.refcounts = Refcounts(self)
+        self.snapshots = snapshots.read(self)
+        self._note_metadata()
+
+    @classmethod
+    def open(cls, options: Qcow2.Options, children: Mapping[str, Node]) -> Qcow2:
+        """Open an image. Read-only, it writes nothing. Raises `ImageError`, `OSError`.
+
+        Opened for writing, an image that was not closed cleanly has its refcounts repaired
+        (Q3), unknown autoclear bits are cleared (Q5), and one marked corrupt is refused (Q4)."""
+        if "file" not in children:
+            raise CowferryError("A block device must be specified for 'file'")
+        file = children["file"]
+        read_only = options.read_only or file.read_only
+        start = bytearray(min(file.size, 2 << 20))
+        file.pread(memoryview(start), 0)
+        header = headers.parse(file.filename, bytes(start), file.size)
+        data = children.get("data-file")
+        if header.incompatible & headers.DATA_FILE and data is None:
+            raise ImageError(
+                f"'{file.filename}' keeps its data in another file "
+                f"('{header.data_file or 'unnamed'}')",
+                "name that file with the option data-file; the name in the image is not followed",
+            )
+        if data is not None and not header.incompatible & headers.DATA_FILE:
+            raise ImageError(
+                f"'{file.filename}': 'data-file' can only be set for an image with one"
+            )
+        if not read_only and header.incompatible & headers.CORRUPT:
+            raise ImageError(
+                f"'{file.filename}' is marked corrupt; it cannot be opened for writing",
+                "it can still be read; repair it with: cowferry check -r all",
+            )
+        image = cls(file, data, header, read_only)
+        if not read_only:
+            image._prepare_for_writing()
+        return image
+
+    @classmethod
+    def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
+        """Make a new image; see `create.make`."""
+        from cowferry.drivers.qcow2 import create
+
+        create.make(path, size, options)
+
+    def _prepare_for_writing(self) -> None:
+        h = self.header
+        if h.incompatible & headers.DIRTY:
+            from cowferry.drivers.qcow2.check import check
+
+            check(self, "all")
+            self.flush()
+            h.incompatible &= ~headers.DIRTY
+            self.write_header()
+        if h.autoclear & ~headers.DATA_FILE_RAW:
+            # Bitmaps, too: nobody keeps them while we write, so they are not valid any more.
+            h.autoclear &= headers.DATA_FILE_RAW
+            self.write_header()
+
+    def _note_metadata(self) -> None:
+        h, bits = self.header, self.header.cluster_bits
+        note = self.metadata.update
+        note(range(h.l1_offset >> bits, (h.l1_offset + h.l1_size * 8 + (1 << bits) - 1) >> bits))
+        first = h.reftable_offset >> bits
+        note(range(first, first + h.reftable_clusters))
+        note((e & OFFSET) >> bits for e in self.refcounts.table if e)
+        note((e & OFFSET) >> bits for e in self.map.l1 if e)
+        self.metadata.discard(-1)
+
+    # Reading -----------------------------------------------------------------------------
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Runs as the cluster map has them; compressed clusters have no place."""
+        with self.meta:
+            found = self.map.runs(offset, length)
+        return iter(found)
+
+    def read_run(self, buf: memoryview, offset: int, extent: Extent) -> None:
+        """Decompress as many clusters as the run touches."""
+        size = self.cluster_size
+        while len(buf):
+            cluster, within = divmod(offset, size)
+            n = min(len(buf), size - within)
+            with self.meta:
+                entry, _ = self.map.entry(cluster)
+                cached, plain = self._inflated
+            if not entry & COMPRESSED:  # written meanwhile, in another place
+                read(self, buf[:n], offset)
+            else:
+                if cached != entry:
+                    place, length = self.map.compressed_place(entry)
+                    length = min(length, max(self.file.size - place, 0))
+                    raw = bytearray(length)
+                    self.file.pread(memoryview(raw), place)
+                    plain = inflate(
+                        self.filename, self.header.compression_type, bytes(raw), size, offset
+                    )
+                    with self.meta:
+                        self._inflated = (entry, plain)
+                buf[:n] = plain[within : within + n]
+            buf, offset = buf[n:], offset + n
+
+    # Writing -----------------------------------------------------------------------------
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
+        """Caller holds `exclusive` over the clusters. Allocates, copies on write, links."""
+        self._writable()
+        size = self.cluster_size
+        while len(buf):
+            cluster, within = divmod(offset, size)
+            n = 0
+            if not within and len(buf) >= size:
+                n = self._write_whole(cluster, buf)
+            if not n:
+                n = min(len(buf), size - within)
+                self._write_part(cluster, within, buf[:n])
+            buf, offset = buf[n:], offset + n
+        self._bound_dirty()
+        if fua:
+            self.flush()
+
+    def _write_whole(self, cluster: int, buf: memoryview) -> int:
+        """Write whole clusters that need a new place, as many as lie in a row. 0: none does."""
+        want = len(buf) // self.cluster_size
+        with self.meta:
+            count = 0
+            while count < want and not self._in_place(*self.map.entry(cluster + count)):
+                count += 1
+            if not count:
+                return 0
+            first, count = self._room(cluster, count)
+        host = first << self.header.cluster_bits
+        try:
+            self.data.pwrite(buf[: count * self.cluster_size], host)
+        except BaseException:
+            self._give_back(first, count)
+            raise
+        with self.meta:
+            self.map.link(cluster, count, host)
+        return count * self.cluster_size
+
+    def _write_part(self, cluster: int, within: int, data: memoryview) -> None:
+        """Write inside one cluster, filling the rest of what must be filled from below."""
+        size = self.cluster_size
+        sub = size // SUBCLUSTERS
+        extended = self.map.words == 2
+        with self.meta:
+            entry, bitmap = self.map.entry(cluster)
+            ours = self._in_place(entry, bitmap)
+            fresh = False
+            if ours:
+                first = (entry & OFFSET) // size
+            else:
+                first, _ = self._room(cluster, 1)
+                fresh = first * size >= self.data.size and not self.external
+        host = first * size
+        first_sub, last_sub = within // sub, (within + len(data) - 1) // sub
+        touched = ((1 << (last_sub + 1)) - 1) & ~((1 << first_sub) - 1)
+        whole = not extended and (entry & ZERO_FLAG or not ours)
+        if ours and not whole and (not extended or bitmap & touched == touched):
+            self.data.pwrite(data, host + within)
+            return
+        if extended and (ours or not entry & (OFFSET | COMPRESSED)):
+            start, stop = first_sub * sub, (last_sub + 1) * sub
+            alloc = (bitmap | touched) & ALL
+            zero = (bitmap >> SUBCLUSTERS) & ~touched
+            new_bitmap = zero << SUBCLUSTERS | alloc
+        else:
+            start, stop, new_bitmap = 0, size, ALL
+        try:
+            self._put(cluster * size, host, start, stop, within, data, fresh)
+        except BaseException:
+            if not ours:
+                self._give_back(first, 1)
+            raise
+        with self.meta:
+            self.map.set(cluster, host | COPIED, new_bitmap)
+
+    def _put(
+        self,
+        guest: int,
+        host: int,
+        start: int,
+        stop: int,
+        within: int,
+        data: memoryview,
+        fresh: bool,
+    ) -> None:
+        """Bytes `start..stop` of a cluster: the old ones, with `data` at `within`.
+
+        In a place that was never written (`fresh`), zeroes need not be."""
+        end = within + len(data)
+        if fresh and self._reads_zero(guest + start, within - start):
+            start = within
+        if fresh and self._reads_zero(guest + end, stop - end):
+            stop = end
+        if start == within and stop == end:
+            self.data.pwrite(data, host + within)
+            return
+        piece = bytearray(stop - start)
+        view = memoryview(piece)
+        for a, b in ((start, within), (end, stop)):
+            b = min(b, self.size - guest)
+            if a < b:
+                read(self, view[a - start : b - start], guest + a)
+        view[within - start : end - start] = data
+        self.data.pwrite(view, host + start)
+
+    def _reads_zero(self, offset: int, length: int) -> bool:
+        length = min(length, self.size - offset)
+        return length <= 0 or all(e.state is State.ZERO for e in resolve(self, offset, length))
+
+    def _in_place(self, entry: int, bitmap: int) -> bool:
+        """Whether the cluster has a place of its own that may be written."""
+        return (
+            bool(entry & COPIED)
+            and not entry & COMPRESSED
+            and (bool(entry & OFFSET) or self.external)
+        )
+
+    def _room(self, cluster: int, count: int) -> tuple[int, int]:
+        """(first host cluster, how many) for new data of guest `cluster`. Caller holds `meta`."""
+        if self.external:
+            return cluster, count  # an external data file is laid out like the disk
+        return self.refcounts.allocate(count)
+
+    def _give_back(self, first: int, count: int) -> None:
+        """Room that nothing on disk or in memory points to goes back at once."""
+        if not self.external:
+            with self.meta:
+                self.refcounts.settle([(first, count)])
+
+    # Zeroes ------------------------------------------------------------------------------
+
+    def zero(self, offset: int, length: int, unmap: bool = False, fast: bool = False) -> None:
+        """Zero clusters where the version has them; else zero bytes, unless `fast`."""
+        self._writable()
+        size, end = self.cluster_size, offset + length
+        flags = self.header.version >= 3
+        if fast and not flags and self.backing is not None:
+            raise OSError(errno.EOPNOTSUPP, f"{self.filename}: version 2 has no zero clusters")
+        first = -(-offset // size)
+        last = -(-end // size) if end == self.size else end // size
+        if first >= last or (not flags and self.backing is not None) or self.external:
+            return self._zero_bytes(offset, end, unmap)
+        if offset < first * size:
+            self._zero_bytes(offset, first * size, unmap)
+        with self.meta:
+            cluster = first
+            while cluster < last:
+                cluster += self._zero_clusters(cluster, last - cluster, unmap, flags)
+        if last * size < end:
+            self._zero_bytes(last * size, end, unmap)
+        self._bound_dirty()
+
+    def _zero_clusters(self, cluster: int, count: int, unmap: bool, flags: bool) -> int:
+        """Zero a few whole clusters; returns how many. Caller holds `meta`."""
+        index, slot = divmod(cluster, self.map.per_table)
+        count = min(count, self.map.per_table - slot)
+        if self.map.table(index) is None and self.backing is None:
+            return count  # nothing there, nothing below
+        for c in range(cluster, cluster + count):
+            entry, bitmap = self.map.entry(c)
+            if not entry and not bitmap and self.backing is None:
+                continue
+            keep = entry & ~ZERO_FLAG if not unmap and self._in_place(entry, bitmap) else 0
+            if self.map.words == 2:
+                self.map.set(c, keep, ALL << SUBCLUSTERS)
+            else:
+                self.map.set(c, keep | ZERO_FLAG if flags else 0)
+        return count
+
+    def _zero_bytes(self, offset: int, end: int, unmap: bool) -> None:
+        while offset < end:
+            n = min(end - offset, len(ZEROES), self.cluster_size - offset % self.cluster_size)
+            if not self._reads_zero(offset, n) or self.external:
+                if self.external:
+                    self._zero_external(offset, n, unmap)
+                else:
+                    self.pwrite(memoryview(ZEROES)[:n], offset)
+            offset += n
+
+    def _zero_external(self, offset: int, length: int, unmap: bool) -> None:
+        """In an external data file zeroes are the file's own: it must read right by itself."""
+        cluster, within = divmod(offset, self.cluster_size)
+        with self.meta:
+            entry, bitmap = self.map.entry(cluster)
+        if self._in_place(entry, bitmap) and not entry & ZERO_FLAG and bitmap in (0, ALL):
+            self.data.zero(offset, length, unmap)
+            return
+        self._write_part(cluster, within, memoryview(ZEROES)[:length])
+
+    def discard(self, offset: int, length: int) -> None:
+        """Whole clusters become holes that read as zero, never as the backing (ST4)."""
+        self._writable()
+        size, end = self.cluster_size, offset + length
+        if self.external:
+            return self.zero(offset, length, unmap=True)
+        first = -(-offset // size)
+        last = -(-end // size) if end == self.size else end // size
+        flags = self.header.version >= 3
+        if first >= last or (not flags and self.backing is not None):
+            return None
+        with self.meta:
+            while first < last:
+                first += self._zero_clusters(first, last - first, True, flags)
+        self._bound_dirty()
+        return None
+
+    # Room first, mapping later -----------------------------------------------------------
+
+    def reserve(self, offset: int, length: int) -> list[Extent] | None:
+        """Clusters with a refcount that no table points to; a crash leaks them (Q2)."""
+        self._writable()
+        if self.external or self.data_fd < 0:
+            return None
+        size = self.cluster_size
+        clusters = -(-length // size)
+        out: list[Extent] = []
+        with self.meta:
+            while clusters:
+                first, count = self.refcounts.allocate(clusters)
+                clusters -= count
+                out.append(
+                    Extent(min(count * size, length), State.DATA, self.data_fd, first * size, True)
+                )
+                length -= count * size
+        return out
+
+    def link(self, offset: int, room: Extent) -> None:
+        """Point guest clusters at room whose bytes are written. Under `exclusive`."""
+        size = self.cluster_size
+        if room.length % size:  # the disk's last cluster: beyond the end it holds zeroes, too
+            tail = size - room.length % size
+            at = room.host + room.length
+            while tail:
+                n = min(tail, len(ZEROES))
+                self.data.pwrite(memoryview(ZEROES)[:n], at)
+                at, tail = at + n, tail - n
+        with self.meta:
+            self.map.link(offset // size, -(-room.length // size), room.host)
+        self._bound_dirty()
+
+    def unreserve(self, room: Extent) -> None:
+        """Room that was not needed."""
+        size = self.cluster_size
+        self._give_back(room.host // size, -(-room.length // size))
+
+    # Durability --------------------------------------------------------------------------
+
+    @property
+    def unflushed(self) -> bool:
+        """Whether tables in memory differ from those on disk."""
+        return bool(self.map.dirty or self.map.l1_dirty)
+
+    def flush(self) -> None:
+        """The ordered flush. Flushes that arrive while one runs share the next."""
+        if self.read_only:
+            return
+        with self.flushing:
+            with self.meta:
+                nothing = not (self.map.dirty or self.map.l1_dirty or self.refcounts.pending)
+            if nothing:
+                self._barrier()
+                return
+            self._write_tables()
+
+    def _barrier(self) -> None:
+        self.file.flush()
+        if self.external:
+            self.data.flush()
+
+    def _write_tables(self) -> None:
+        bits, refs, table_map = self.header.cluster_bits, self.refcounts, self.map
+        with self.meta:  # one moment's picture of all tables
+            blocks = [(refs.table[i] & OFFSET, refs.encode(i)) for i in sorted(refs.dirty)]
+            tables = [
+                (table_map.l1[i] & OFFSET, swapped(table_map.tables[i]))
+                for i in sorted(table_map.dirty)
+            ]
+            roots = [
+                (table_map.l1_offset + 8 * i, struct.pack(">Q", table_map.l1[i]))
+                for i in sorted(table_map.l1_dirty)
+            ]
+            links = [
+                (refs.table_offset + 8 * i, struct.pack(">Q", refs.table[i])) for i in refs.new
+            ]
+            moved = refs.moved
+            if moved:
+                links = [(refs.table_offset, swapped(refs.table))]
+            gone, refs.pending = refs.pending, []
+            was = (refs.dirty, refs.new, table_map.dirty, table_map.l1_dirty)
+            refs.dirty, refs.new, table_map.dirty, table_map.l1_dirty = set(), set(), set(), set()
+            refs.moved = False
+            end = refs.end << bits
+        try:
+            for offset, data in blocks:
+                self._write(offset, data)
+            if self.file.size < end:
+                self.file.resize(end)  # clusters that were taken and not yet written
+            self._barrier()
+            if links:
+                for offset, data in links:
+                    self._write(offset, data)
+                self._barrier()
+                if moved:
+                    self.header.reftable_offset = refs.table_offset
+                    self.header.reftable_clusters = len(refs.table) * 8 >> bits
+                    self.write_header()
+            if tables:
+                for offset, data in tables:
+                    self._write(offset, data)
+                self._barrier()
+            if roots:
+                for offset, data in roots:
+                    self._write(offset, data)
+                self._barrier()
+        except BaseException:
+            with self.meta:  # nothing is forgotten: the next flush, if one can, writes it all
+                refs.dirty |= was[0]
+                refs.new |= was[1]
+                table_map.dirty |= was[2]
+                table_map.l1_dirty |= was[3]
+                refs.moved = refs.moved or moved
+                refs.pending = gone + refs.pending
+            raise
+        with self.meta:
+            free = refs.settle(gone)
+        self._punch(free)
+
+    def _write(self, offset: int, data: bytes) -> None:
+        self.file.pwrite(memoryview(data), offset)
+
+    def _punch(self, free: list[tuple[int, int]]) -> None:
+        """Room goes back to the file system, unless somebody has taken it again."""
+        bits = self.header.cluster_bits
+        punch = getattr(self.file, "punch", None)
+        for first, count in free:
+            with self.meta:
+                self.metadata.difference_update(range(first, first + count))
+                idle = all(self.refcounts.get(c) == 0 for c in range(first, first + count))
+                if punch is not None and idle:
+                    # under the lock, or a new owner's bytes might be the ones to go
+                    punch(first << bits, count << bits)
+
+    def _bound_dirty(self) -> None:
+        if len(self.map.dirty) * self.cluster_size > MAX_DIRTY:
+            self.flush()
+
+    def write_header(self) -> None:
+        """Sector 0 as `header` says, then a barrier (Q6). No name may have changed."""
+        h = self.header
+        self._write(0, headers.layout(h, h.backing_offset)[: headers.SECTOR])
+        self.file.flush()
+
+    def set_backing(self, filename: str | None, format: str | None) -> None:
+        """Record another backing file, or none, so that a tear leaves the old or the new (Q6)."""
+        self._writable()
+        name = (filename or "").encode("utf-8", "surrogateescape")
+        if len(name) > headers.MAX_BACKING_NAME:
+            raise CowferryError(
+                f"backing file name of {len(name)} bytes is too long (1023 at most)"
+            )
+        with self.flushing, self.meta:
+            h = self.header
+            old = (h.backing_file, h.backing_format, h.backing_offset, h.backing_length)
+            try:
+                h.backing_file, h.backing_format = filename or None, format
+                at = headers.place_name(h, h.backing_offset, h.backing_length) if name else 0
+                sector = headers.layout(h, at)
+            except NotSupported:
+                h.backing_file, h.backing_format = old[0], old[1]
+                raise
+            if at >= headers.SECTOR:
+                self._write(at, name)
+                self.file.flush()
+            elif name:
+                sector = sector.ljust(at, b"\0") + name
+            self._write(0, sector.ljust(headers.SECTOR, b"\0"))
+            self.file.flush()
+            h.backing_offset, h.backing_length = at, len(name)
+            self.backing_spec = (filename, format) if filename else None
+
+    def resize(self, size: int) -> None:
+        """Grow. The new L1 table is durable before the header names it."""
+        self._writable()
+        if size < self.size:
+            raise NotSupported(
+                f"'{self.filename}': a qcow2 image cannot be made smaller",
+                "convert it into a new, smaller image; nothing was changed",
+            )
+        if self.snapshots and self.header.version < 3:
+            raise NotSupported(f"'{self.filename}': cannot resize a version 2 image with snapshots")
+        if size > 1 << 62:
+            raise CowferryError(f"'{self.filename}': absurd size of {size} bytes")
+        if size == self.size:
+            return
+        self.flush()
+        bits, old_size = self.header.cluster_bits, self.size
+        self._zero_tail(old_size)
+        need = -(-size // (self.cluster_size * self.map.per_table))
+        if need * 8 > headers.MAX_L1:
+            raise CowferryError(
+                f"'{self.filename}': {size} bytes need too large an L1 table",
+                "use larger clusters (convert -o cluster_size=2M)",
+            )
+        with self.meta:
+            if need > len(self.map.l1):
+                self.map.l1.extend(array("Q", bytes(8 * (need - len(self.map.l1)))))
+                clusters = (need * 8 + self.cluster_size - 1) >> bits
+                old = (self.map.l1_offset, -(-self.header.l1_size * 8 // self.cluster_size))
+                self.map.l1_offset = self.refcounts.contiguous(clusters) << bits
+                first = self.map.l1_offset >> bits
+                self.metadata.update(range(first, first + clusters))
+                self.map.l1_dirty.update(range(need))
+                self._write(self.map.l1_offset, bytes(clusters << bits))
+                self.refcounts.release(old[0] >> bits, old[1])
+        with self.flushing:
+            with self.meta:
+                gone, self.refcounts.pending = self.refcounts.pending, []
+            self._write_tables()
+            self.header.l1_offset, self.header.l1_size = self.map.l1_offset, len(self.map.l1)
+            self.header.size = size
+            self.write_header()
+            with self.meta:
+                self._punch(self.refcounts.settle(gone))
+        self.size = size
+        below = self.backing.size if self.backing is not None else 0
+        if below > old_size:  # or the backing file's bytes would show in the new room
+            self.zero(old_size, min(below, size) - old_size)
+            self.flush()
+
+    def _zero_tail(self, size: int) -> None:
+        """What a cluster holds beyond the old end becomes visible: it has to be zero."""
+        within = size % self.cluster_size
+        if not within:
+            return
+        cluster = size // self.cluster_size
+        with self.meta:
+            entry, bitmap = self.map.entry(cluster)
+        if self._in_place(entry, bitmap):
+            self.data.pwrite(
+                memoryview(bytes(self.cluster_size - within)), (entry & OFFSET) + within
+                if not self.external else size
+            )  # fmt: skip
+
+    # The image as a whole ----------------------------------------------------------------
+
+    def _writable(self) -> None:
+        if self.read_only:
+            raise OSError(errno.EPERM, f"{self.filename} is open read-only")
+        if self.broken:
+            raise OSError(errno.EIO, f"{self.filename}: damaged metadata was found; not writing")
+
+    def check_overlap(self, first: int, count: int) -> None:
+        """Room about to be handed out must not hold a table, whatever the refcounts say (Q4)."""
+        for cluster in range(first, first + count):
+            if cluster in self.metadata:
+                raise self.damaged(
+                    f"the table at host offset {cluster * self.cluster_size} is counted as free"
+                )
+
+    def damaged(self, what: str) -> OSError:
+        """Note damage: the image is marked corrupt and takes no more writes. Returns the error."""
+        if not self.read_only and not self.broken:
+            self.broken = True
+            if self.header.version >= 3:
+                self.header.incompatible |= headers.CORRUPT
+                self.write_header()
+        return OSError(errno.EIO, f"{self.filename}: damaged image: {what} (see: cowferry check)")
+
+    @property
+    def dirty_flag(self) -> bool:
+        """Whether the header says that refcounts may be out of date."""
+        return bool(self.header.incompatible & headers.DIRTY)
+
+    def info(self) -> dict[str, Any]:
+        """qemu-img's format-specific data."""
+        h = self.header
+        if h.version == 2:
+            return {"compat": "0.10", "compression-type": "zlib", "refcount-bits": 16}
+        out: dict[str, Any] = {
+            "compat": "1.1",
+            "compression-type": self.INFO_TYPES[h.compression_type],
+            "lazy-refcounts": bool(h.compatible & headers.LAZY_REFCOUNTS),
+            "refcount-bits": 1 << h.refcount_order,
+            "corrupt": bool(h.incompatible & headers.CORRUPT),
+            "extended-l2": h.extended_l2,
+        }
+        if h.incompatible & headers.DATA_FILE:
+            if h.data_file is not None:
+                out["data-file"] = h.data_file
+            out["data-file-raw"] = bool(h.autoclear & headers.DATA_FILE_RAW)
+        return out
+
+    def check(self, fix: Literal["leaks", "all"] | None = None) -> Any:
+        """See `check.check`."""
+        from cowferry.drivers.qcow2.check import check
+
+        return check(self, fix)
+
+    def close_tables(self) -> None:
+        """Flush, and write the refcounts of what was freed, too: nothing is leaked."""
+        self.flush()
+        with self.flushing, self.meta:
+            if self.refcounts.dirty or self.refcounts.new:
+                # an entry added for a repair is linked by the ordered flush
+                self._write_tables()
+            self._barrier()
+
+    def close(self) -> None:
+        """Flush what waits, with the refcounts of what was freed, and let the file go."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if not self.read_only and not self.broken:
+                self.close_tables()
+        finally:
+            self.file.close()
+            if self.external:
+                self.data.close()

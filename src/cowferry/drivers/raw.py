@@ -1,0 +1,81 @@
+"""The raw format: the disk's bytes are the file's bytes, or a window of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cowferry.block.node import Extent, Node
+from cowferry.drivers import Common, register
+from cowferry.drivers.file import File
+from cowferry.errors import CowferryError, NotSupported
+
+
+@register("raw")
+class Raw(Node):
+    """Bytes `start .. start + size` of its file. As thread-safe as that."""
+
+    class Options(Common, kw_only=True, rename="kebab"):
+        """QMP: BlockdevOptionsRaw. `offset` and `size` in bytes."""
+
+        offset: int = 0
+        size: int | None = None
+
+    def __init__(self, file: Node, start: int, size: int | None) -> None:
+        self.file: Node = file
+        self.start = start
+        self.whole = size is None and start == 0
+        self.size = file.size - start if size is None else size
+        self.read_only = file.read_only
+
+    @classmethod
+    def open(cls, options: Raw.Options, children: Mapping[str, Node]) -> Raw:
+        """A raw node over `file`. Raises `CowferryError` if the window does not fit."""
+        if "file" not in children:
+            raise CowferryError("A block device must be specified for 'file'")
+        file = children["file"]
+        end = options.offset + (options.size or 0)
+        if options.offset < 0 or (options.size or 0) < 0 or end > file.size:
+            raise CowferryError(
+                f"'{file.filename}': offset {options.offset} and size {options.size} do not fit "
+                f"into its {file.size} bytes"
+            )
+        return cls(file, options.offset, options.size)
+
+    @classmethod
+    def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
+        """A raw image of `size` bytes."""
+        unknown = set(options) - {"preallocation", "extent_size_hint", "nocow"}
+        if unknown:
+            raise CowferryError(f"raw images have no option '{min(unknown)}'")
+        File.create(path, size, options)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The file's own runs."""
+        return self.file.extents(self.start + offset, length)
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        self.file.pread(buf, self.start + offset)
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
+        self.file.pwrite(buf, self.start + offset, fua)
+
+    def zero(self, offset: int, length: int, unmap: bool = False, fast: bool = False) -> None:
+        self.file.zero(self.start + offset, length, unmap, fast)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.file.discard(self.start + offset, length)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def resize(self, size: int) -> None:
+        """Truncate or extend the file; a window into a file cannot be resized."""
+        if not self.whole:
+            raise NotSupported(f"'{self.filename}' is a window into a file and has a fixed size")
+        self.file.resize(size)
+        self.size = size
+
+    def close(self) -> None:
+        """Close the file below."""
+        self.file.close()

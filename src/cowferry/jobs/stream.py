@@ -1,0 +1,165 @@
+"""Stream: fill an overlay from the layers below it, then let them go.
+
+    before: base <- sn1 <- sn2 <- vm.img        stream vm.img down to base
+    after:  base <- vm.img
+
+Bytes that a guest can see never change: what the job places is what was to be read there
+anyway, and only where the overlay still has a hole (ST1). The work is done in chunks, each in
+two steps. Outside the gate, with the guest running: see which granules are holes, take room for
+them in the overlay's file, fill it from the layers below, which are immutable. Inside
+`exclusive(chunk)`: look again, link what is still a hole, give back what a guest has written
+meanwhile. The guest waits for a change of mapping, never for a copy.
+
+Holes below which everything reads as zero stay holes when the whole chain is streamed, for a
+hole without backing reads as zero. With a base they become explicit zeroes, or the base would
+shine through.
+
+The record of progress is the overlay's own allocation. After a crash the image is valid, and
+streaming again goes on where it stopped (ST3). The end is in this order (ST2): flush the data;
+under a drain write the header without the old backing, and flush that; then let go.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+from cowferry.block.copy import Copier, Kind, Span, spans
+from cowferry.block.disk import Disk
+from cowferry.block.node import Extent, Node, State, chain, read
+from cowferry.errors import NotSupported
+
+MIN_CHUNK = 1 << 20
+MAX_CHUNK = 64 << 20
+STEP = 0.05  # seconds a chunk should take: pause, cancel and speed act between chunks
+
+
+class Fill:
+    """Fills the holes of `top`, chunk by chunk, from the layers between it and `base`.
+
+    Knows nothing of jobs; steps of it are what tests interleave with writes. The disk is the
+    one over `top`; `base` None means the whole chain."""
+
+    def __init__(self, disk: Disk, top: Node, base: Node | None) -> None:
+        self.disk = disk
+        self.top = top
+        self.base = base
+        self.copier = Copier()
+
+    def chunk(self, offset: int, length: int) -> int:
+        """Fill one chunk, both steps of it. Returns the bytes that had to be copied.
+
+        `offset` is a multiple of the top's granule; `length` too, or it ends the disk. Raises
+        `OSError`; then the chunk is as it was, but for what is already filled, and may be
+        tried again."""
+        room, rest = self.prepare(offset, length)
+        copied = sum(r.length for _, r in room) + sum(s.length for s in rest)
+        self.settle(offset, length, room, rest)
+        return copied
+
+    def prepare(self, offset: int, length: int) -> tuple[list[tuple[int, Extent]], list[Span]]:
+        """Outside the gate: room already filled, by its offset, and what is left for inside."""
+        top, granule = self.top, self.top.granule
+        room: list[tuple[int, Extent]] = []
+        rest: list[Span] = []
+        try:
+            for start, end in self.holes(offset, length):
+                first = -(-start // granule) * granule
+                last = end if end == top.size else end // granule * granule
+                if first >= last:  # parts of a granule whose other parts are allocated
+                    rest.append(Span(start, end - start, Kind.COPY))
+                    continue
+                if start < first:
+                    rest.append(Span(start, first - start, Kind.COPY))
+                for span in spans(top.backing, first, last - first, granule, self.base):
+                    if span.kind is Kind.ZERO and self.base is not None:
+                        rest.append(span)
+                    elif span.kind is Kind.COPY:
+                        self._fill(span, room, rest)
+                if last < end:
+                    rest.append(Span(last, end - last, Kind.COPY))
+        except BaseException:
+            for _, r in room:
+                top.unreserve(r)
+            raise
+        return room, rest
+
+    def _fill(self, span: Span, room: list[tuple[int, Extent]], rest: list[Span]) -> None:
+        got = self.top.reserve(span.offset, span.length)
+        if got is None:
+            rest.append(span)
+            return
+        at = span.offset
+        for r in got:
+            room.append((at, r))  # before the bytes: the caller gives it back on an error
+            at += r.length
+        self.copier.fill(self.top.backing, span.offset, got)
+
+    def settle(
+        self, offset: int, length: int, room: list[tuple[int, Extent]], rest: list[Span]
+    ) -> None:
+        """Inside the gate: link what is still a hole, fill the rest, give back what is not needed.
+
+        ST1: a guest's write between the two steps has made its granule no hole any more."""
+        if not room and not rest:
+            return
+        spare: list[Extent] = []
+        todo = list(room)
+        with self.disk.exclusive(offset, length):
+            try:
+                while todo:
+                    at, r = todo.pop()
+                    self._link(at, r, spare)
+                for span in rest:
+                    for start, end in self.holes(span.offset, span.length):
+                        if span.kind is Kind.ZERO:
+                            self.top.zero(start, end - start)
+                        else:
+                            self._write(start, end)
+            finally:
+                for r in spare + [r for _, r in todo]:
+                    self.top.unreserve(r)
+
+    def _link(self, at: int, room: Extent, spare: list[Extent]) -> None:
+        top, granule = self.top, self.top.granule
+        cursor, stop = at, at + room.length  # of the room, [at, cursor) is settled
+        try:
+            for start, end in self.holes(at, room.length):
+                first = -(-start // granule) * granule
+                last = end if end == top.size else end // granule * granule
+                if first >= last:
+                    self._write(start, end)
+                    continue
+                if start < first:
+                    self._write(start, first)
+                if cursor < first:
+                    spare.append(room._replace(length=first - cursor, host=room.host + cursor - at))
+                cursor = last
+                top.link(first, room._replace(length=last - first, host=room.host + first - at))
+                if last < end:
+                    self._write(last, end)
+        finally:
+            if cursor < stop:
+                spare.append(room._replace(length=stop - cursor, host=room.host + cursor - at))
+
+    def holes(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """[start, end) of the top's own holes, neighbours joined."""
+        start = at = offset
+        for e in list(self.top.extents(offset, length)):
+            if e.state is not State.HOLE:
+                if start < at:
+                    yield start, at
+                start = at + e.length
+            at += e.length
+        if start < at:
+            yield start, at
+
+    def _write(self, start: int, end: int) -> None:
+        """A piece that no room fits: read and written in place. Inside the gate."""
+        while start < end:
+            buf = memoryview(bytearray(min(MIN_CHUNK, end - start)))
+            read(self.top.backing, buf, start)
+            self.top.pwrite(buf, start)
+            start += len(buf)

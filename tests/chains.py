@@ -1,0 +1,60 @@
+"""Chains of images for tests: a raw base of known bytes, overlays on it, and a flat oracle."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from cowferry.block.disk import Disk
+from cowferry.block.node import Node
+from cowferry.drivers import opening
+
+
+def make_base(folder: Path, size: int, seed: int = 1) -> bytearray:
+    """`base.raw` of random bytes with a hole in its third quarter; returns its bytes."""
+    oracle = bytearray(random.Random(seed).randbytes(size))
+    hole = slice(size // 2, size // 2 + size // 4)
+    oracle[hole] = bytes(len(oracle[hole]))
+    path = folder / "base.raw"
+    with open(path, "wb") as f:
+        f.write(oracle[: hole.start])
+        f.seek(hole.stop)
+        f.write(oracle[hole.stop :])
+        f.truncate(size)
+    return oracle
+
+
+def overlay(folder: Path, name: str, backing: str, format: str, size: int, **options: str) -> Path:
+    """A qcow2 overlay `folder/name` on `backing` (a name in the same folder)."""
+    path = folder / name
+    opening.create_image(
+        str(path), "qcow2", size, {"backing_file": backing, "backing_fmt": format, **options}
+    )
+    return path
+
+
+def overlay_disk(folder: Path, size: int, **options: str) -> tuple[Disk, bytearray]:
+    """A disk over `vm.qcow2` <- `base.raw`, and the flat bytes that it must read as."""
+    oracle = make_base(folder, size)
+    path = overlay(folder, "vm.qcow2", "base.raw", "raw", size, **options)
+    return Disk(opening.open_image(str(path)), "vm"), oracle
+
+
+def contents(target: Disk | Node) -> bytearray:
+    """All bytes of a disk or node."""
+    got = bytearray(target.size)
+    target.pread(memoryview(got), 0)
+    return got
+
+
+def differs(got: bytes | bytearray, want: bytes | bytearray) -> str:
+    """Where two byte strings first differ, in words; empty if nowhere."""
+    if got == want:
+        return ""
+    if len(got) != len(want):
+        return f"{len(got)} bytes, not {len(want)}"
+    at = next(i for i in range(len(got)) if got[i] != want[i])
+    wrong = sum(
+        got[i : i + 512] != want[i : i + 512] for i in range(at // 512 * 512, len(got), 512)
+    )
+    return f"first at {at}; {wrong} sectors"
