@@ -1,0 +1,31 @@
+"""Exports: a disk made available to somebody outside.
+
+A new kind of export is one module in this folder with a subclass of `Export`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from cowferry.block.disk import Disk
+
+
+class Export:
+    """One disk, offered under one id."""
+
+    type: ClassVar[str] = ""
+
+    def __init__(self, id: str, disk: Disk, writable: bool) -> None:
+        self.id = id
+        self.disk = disk
+        self.writable = writable
+        self.shutting_down = False
+
+    @property
+    def users(self) -> int:
+        """Clients connected now."""
+        return 0
+
+    def stop(self, force: bool = False) -> None:
+        """Take no new client; with `force` drop those there are. Returns when all are gone."""
+        raise NotImplementedError

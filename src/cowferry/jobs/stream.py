@@ -21,15 +21,17 @@ under a drain write the header without the old backing, and flush that; then let
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.disk import Disk
 from cowferry.block.node import Extent, Node, State, chain, read
 from cowferry.errors import NotSupported
+from cowferry.jobs.job import Job, Progress
 
 MIN_CHUNK = 1 << 20
 MAX_CHUNK = 64 << 20
@@ -163,3 +165,81 @@ class Fill:
             read(self.top.backing, buf, start)
             self.top.pwrite(buf, start)
             start += len(buf)
+
+
+class Stream(Job):
+    """The job around `Fill`: whole chain, or down to `base`, which stays.
+
+    `above` names every disk whose chain has `top` in it; they are drained for the moment in which
+    the backing is let go. `backing` is the name to record for `base` (None: none). `detached`
+    hears of the nodes that nobody below needs any more, once that is durable."""
+
+    type = "stream"
+
+    def __init__(
+        self,
+        disk: Disk,
+        base: Node | None = None,
+        *,
+        above: Callable[[], list[Disk]] | None = None,
+        backing: tuple[str, str] | None = None,
+        detached: Callable[[Node, Node | None], None] | None = None,
+        released: Callable[[], None] | None = None,
+        chunk: int | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(length=disk.size, **common)
+        top = disk.root
+        if base is not None and (base is top or base not in list(chain(top))):
+            raise NotSupported(f"'{base.filename}' is not below '{top.filename}'")
+        self.disk = disk
+        self.top = top
+        self.base = base
+        self.backing = backing
+        self.work = Fill(disk, top, base)
+        self.fixed = chunk
+        self._above = above or (lambda: [disk])
+        self._detached = detached
+        self._released = released
+
+    def run(self) -> Iterator[Progress]:
+        top, granule = self.top, self.top.granule
+        if top.backing is None or top.backing is self.base:
+            yield Progress(done=self.length)
+            return
+        offset = 0
+        size = self.fixed or max(MIN_CHUNK, granule)
+        while offset < self.disk.size:
+            begin = time.monotonic()
+            limit = size
+            if self.throttle.speed:
+                limit = min(size, max(self.throttle.speed // 10 // granule, 1) * granule)
+            length = min(limit, self.disk.size - offset)
+            copied = yield from self.attempt("read", partial(self.work.chunk, offset, length))
+            yield Progress(done=length, moved=copied or 0)
+            offset += length
+            if self.fixed is None:
+                took = time.monotonic() - begin
+                if took < STEP / 2:
+                    size = min(size * 2, max(MAX_CHUNK, granule))
+                elif took > STEP * 2:
+                    size = max(size // 2, max(MIN_CHUNK, granule))
+
+    def prepare(self) -> None:
+        """ST2: the data is durable, then the header says so, durably; then the old chain goes."""
+        old = self.top.backing
+        if old is None or old is self.base:
+            return
+        self.top.flush()
+        with ExitStack() as drained:
+            for disk in sorted(self._above(), key=id):
+                drained.enter_context(disk.exclusive())
+            name, format = self.backing or (None, None)
+            self.top.set_backing(name, format)
+            self.top.backing = self.base
+        if self._detached is not None:
+            self._detached(old, self.base)
+
+    def clean(self) -> None:
+        if self._released is not None:
+            self._released()

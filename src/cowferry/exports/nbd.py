@@ -1,0 +1,499 @@
+"""The NBD server: listens, shakes hands, and hands each connection to a lane.
+
+Fixed newstyle only. A client has a deadline for the whole handshake, however slowly it talks,
+and a limit for what it may send in it; nothing of a disk is touched before it has chosen one.
+
+Locks: `NbdServer.lock` guards the tables of exports, listeners and connections; no I/O happens
+under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+from cowferry.block.disk import Disk
+from cowferry.block.node import Extent, State
+from cowferry.errors import CowferryError
+from cowferry.exports import Export
+from cowferry.exports.nbd_lane import Context, Lane
+from cowferry.wire import nbd
+
+log = logging.getLogger(__name__)
+
+WORKERS = 8
+MAX_CONTEXTS = 64
+TICK = 0.5  # seconds; how long a stop may go unnoticed by accept
+
+
+def allocation(extents: list[Extent]) -> list[tuple[int, int]]:
+    """base:allocation. A hole in the chain reads as zero and is not allocated."""
+    out = []
+    for e in extents:
+        if e.state is State.DATA:
+            flags = 0
+        elif e.depth < 0 or e.fd >= 0:
+            flags = nbd.STATE_HOLE | nbd.STATE_ZERO
+        else:
+            flags = nbd.STATE_ZERO | nbd.STATE_HOLE
+        out.append((e.length, flags))
+    return out
+
+
+def depth(extents: list[Extent]) -> list[tuple[int, int]]:
+    """qemu:allocation-depth: 0 nowhere, 1 in the top, 2 in its backing, ..."""
+    return [(e.length, e.depth + 1) for e in extents]
+
+
+class NbdExport(Export):
+    """A disk under a name."""
+
+    type = "nbd"
+
+    def __init__(
+        self,
+        id: str,
+        disk: Disk,
+        *,
+        name: str | None = None,
+        writable: bool = True,
+        description: str = "",
+        allocation_depth: bool = True,
+        default: bool = False,
+    ) -> None:
+        super().__init__(id, disk, writable and not disk.read_only)
+        self.name = id if name is None else name
+        if len(self.name.encode()) > nbd.MAX_STRING or len(description.encode()) > nbd.MAX_STRING:
+            raise CowferryError(f"export '{id}': name and description have 4096 bytes at most")
+        self.description = description
+        self.default = default
+        self.contexts: dict[str, Callable[[list[Extent]], list[tuple[int, int]]]] = {
+            "base:allocation": allocation
+        }
+        if allocation_depth:
+            self.contexts["qemu:allocation-depth"] = depth
+        self.lanes: set[Lane] = set()  # guarded by `changed`
+        self.changed = threading.Condition()
+
+    @property
+    def users(self) -> int:
+        """Connections in transmission phase."""
+        return len(self.lanes)
+
+    @property
+    def flags(self) -> int:
+        """The transmission flags. Multi-conn holds because a flush covers the whole disk (N3)."""
+        out = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.SEND_DF | nbd.SEND_CACHE
+        out |= nbd.CAN_MULTI_CONN
+        if self.writable:
+            return out | nbd.SEND_TRIM | nbd.SEND_WRITE_ZEROES | nbd.SEND_FAST_ZERO
+        return out | nbd.READ_ONLY
+
+    def enter(self, lane: Lane) -> None:
+        """A lane begins. Raises `ConnectionError` once the export is on its way out."""
+        with self.changed:
+            if self.shutting_down:
+                raise ConnectionError("the export is gone")
+            self.lanes.add(lane)
+
+    def leave(self, lane: Lane) -> None:
+        """A lane has ended, with nothing in flight."""
+        with self.changed:
+            self.lanes.discard(lane)
+            self.changed.notify_all()
+
+    def stop(self, force: bool = False) -> None:
+        """Returns when nobody uses the disk through this export any more."""
+        with self.changed:
+            self.shutting_down = True
+            if force:
+                for lane in self.lanes:
+                    hang_up(lane)
+            self.changed.wait_for(lambda: not self.lanes)
+
+
+def hang_up(lane: Lane) -> None:
+    """Close a lane's socket; what is in flight still finishes."""
+    lane.closed = True
+    with contextlib.suppress(OSError):
+        lane.sock.shutdown(socket.SHUT_RDWR)
+
+
+class NbdServer:
+    """Listeners, exports and connections. Thread-safe."""
+
+    def __init__(self, max_connections: int = 100, handshake_seconds: float = 10.0) -> None:
+        self.max_connections = max_connections or 1 << 30
+        self.handshake_seconds = handshake_seconds
+        self.lock = threading.Lock()
+        self.exports: dict[str, NbdExport] = {}  # by name
+        self.listeners: list[tuple[socket.socket, str | None]] = []  # and the path to unlink
+        self.connections: set[socket.socket] = set()
+        self.threads: set[threading.Thread] = set()
+        self.stopping = False
+        self.workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="nbd worker")
+
+    # Listening ---------------------------------------------------------------------------
+
+    def listen_unix(self, path: str, mode: int = 0o600) -> None:
+        """Listen on a socket file; a stale one of a dead server is replaced."""
+        sock = bind_unix(path, mode)
+        self.listen_socket(sock, path)
+
+    def listen_tcp(self, host: str, port: int) -> int:
+        """Listen on an address; returns the port (useful with port 0)."""
+        try:
+            sock = socket.create_server((host, port), backlog=128)
+        except OSError as error:
+            raise CowferryError(
+                f"cannot listen on {host}:{port}: {error.strerror}", "is another server there?"
+            ) from error
+        self.listen_socket(sock)
+        return int(sock.getsockname()[1])
+
+    def listen_socket(self, sock: socket.socket, path: str | None = None) -> None:
+        """Serve a socket that listens already (socket activation)."""
+        with self.lock:
+            self.listeners.append((sock, path))
+        self._spawn(lambda: self._accept(sock), "nbd listener")
+
+    def uri(self, name: str) -> str:
+        """The NBD URI of an export on the first listener."""
+        with self.lock:
+            sock, path = self.listeners[0]
+        quoted = quote(name, safe="")
+        if path is not None:
+            return f"nbd+unix:///{quoted}?socket={quote(path)}"
+        host, port = sock.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        return f"nbd://{host}:{port}/{quoted}"
+
+    # Exports -----------------------------------------------------------------------------
+
+    def add(self, export: NbdExport) -> None:
+        """Offer a disk. Raises `CowferryError` if the name is taken."""
+        with self.lock:
+            if export.name in self.exports:
+                raise CowferryError(f"NBD server already has export named '{export.name}'")
+            self.exports[export.name] = export
+
+    def remove(self, export: NbdExport, force: bool = False) -> None:
+        """Withdraw it; returns when it is truly gone. Without `force`, refuse while in use."""
+        with self.lock:
+            if not force and export.users:
+                raise CowferryError(
+                    f"export '{export.id}' still in use",
+                    f"{export.users} client(s) are connected; mode=hard disconnects them",
+                )
+            if self.exports.get(export.name) is export:
+                del self.exports[export.name]
+        export.stop(force=True)
+
+    def find(self, name: str) -> NbdExport | None:
+        """The export of that name; the empty name means the only one, or the default."""
+        with self.lock:
+            found = self.exports.get(name)
+            if found is None and name == "":
+                chosen = [e for e in self.exports.values() if e.default]
+                if not chosen and len(self.exports) == 1:
+                    chosen = list(self.exports.values())
+                found = chosen[0] if len(chosen) == 1 else None
+            return found
+
+    def stop(self) -> None:
+        """Close every socket, wait for what is in flight, forget every export."""
+        with self.lock:
+            self.stopping = True
+            listeners, self.listeners = self.listeners, []
+            exports, self.exports = list(self.exports.values()), {}
+            connections = list(self.connections)
+        for sock, path in listeners:
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for sock in connections:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for export in exports:
+            export.stop(force=True)
+        for thread in list(self.threads):
+            if thread is not threading.current_thread():
+                thread.join(30)
+        self.workers.shutdown()
+
+    # Connections -------------------------------------------------------------------------
+
+    def _spawn(self, work: Callable[[], None], name: str) -> None:
+        def main() -> None:
+            try:
+                work()
+            finally:
+                with self.lock:
+                    self.threads.discard(threading.current_thread())
+
+        thread = threading.Thread(target=main, name=name, daemon=True)
+        with self.lock:
+            self.threads.add(thread)
+        thread.start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self.stopping:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                if self.stopping:
+                    return
+                time.sleep(0.05)  # out of descriptors, say: do not spin
+                continue
+            with self.lock:
+                full = len(self.connections) >= self.max_connections or self.stopping
+                if not full:
+                    self.connections.add(sock)
+            if full:
+                sock.close()
+                continue
+            self._spawn(lambda sock=sock: self._connection(sock), "nbd connection")  # type: ignore[misc]
+
+    def _connection(self, sock: socket.socket) -> None:
+        try:
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+            handshake = Handshake(self, sock, time.monotonic() + self.handshake_seconds)
+            found = handshake.run()
+            if found is None:
+                return
+            sock.settimeout(None)
+            lane = Lane(
+                sock, found.disk, found.writable, handshake.structured,
+                handshake.contexts, self.workers,
+            )  # fmt: skip
+            found.enter(lane)
+            try:
+                lane.run()
+            finally:
+                found.leave(lane)
+        except (OSError, EOFError) as error:
+            log.info("nbd client left: %s", error)
+        finally:
+            with self.lock:
+                self.connections.discard(sock)
+            sock.close()
+
+
+def bind_unix(path: str, mode: int) -> socket.socket:
+    """A listening unix socket at `path`, replacing a stale one. Raises `CowferryError`."""
+    if len(os.fsencode(path)) > 107:
+        raise CowferryError(f"socket path '{path}' is too long (107 bytes at most)")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                try:
+                    probe.connect(path)
+                except OSError:
+                    os.unlink(path)
+                else:
+                    raise CowferryError(f"'{path}': another server listens there")
+        sock.bind(path)
+        os.chmod(path, mode)
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        raise CowferryError(f"cannot listen on '{path}': {error.strerror}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Handshake:
+    """One client's option haggling: a loop over options, each answered before the next."""
+
+    def __init__(self, server: NbdServer, sock: socket.socket, deadline: float) -> None:
+        self.server = server
+        self.sock = sock
+        self.deadline = deadline
+        self.structured = False
+        self.no_zeroes = False
+        self.contexts: list[Context] = []
+        self.contexts_of: NbdExport | None = None
+
+    def run(self) -> NbdExport | None:
+        """The export chosen, or None if the client left. Raises `OSError`."""
+        self._send(nbd.greeting())
+        (flags,) = struct.unpack(">I", self._recv(4))
+        if flags & ~(nbd.FLAG_FIXED_NEWSTYLE | nbd.FLAG_NO_ZEROES):
+            return None  # the specification: unknown flags end the session
+        self.no_zeroes = bool(flags & nbd.FLAG_NO_ZEROES)
+        while True:
+            magic, option, length = nbd.OPTION.unpack(self._recv(nbd.OPTION.size))
+            if magic != nbd.IHAVEOPT:
+                return None
+            if length > nbd.MAX_OPTION:
+                if option == nbd.OPT_EXPORT_NAME or length > nbd.MAX_REQUEST:
+                    return None
+                left = length
+                while left:
+                    left -= len(self._recv(min(left, 65536)))
+                self._reply(option, nbd.REP_ERR_TOO_BIG, b"option is too long")
+                continue
+            payload = self._recv(length)
+            if option == nbd.OPT_EXPORT_NAME:
+                return self._export_name(payload)
+            if option == nbd.OPT_ABORT:
+                with contextlib.suppress(OSError):
+                    self._reply(option, nbd.REP_ACK)
+                return None
+            chosen = self._option(option, payload)
+            if chosen is not None:
+                return chosen
+
+    def _option(self, option: int, payload: bytes) -> NbdExport | None:
+        if option == nbd.OPT_LIST:
+            if payload:
+                self._reply(option, nbd.REP_ERR_INVALID, b"LIST takes no data")
+                return None
+            with self.server.lock:
+                names = list(self.server.exports)
+            for name in names:
+                self._reply(option, nbd.REP_SERVER, nbd.server_entry(name))
+            self._reply(option, nbd.REP_ACK)
+        elif option == nbd.OPT_STRUCTURED_REPLY:
+            if payload:
+                self._reply(option, nbd.REP_ERR_INVALID, b"STRUCTURED_REPLY takes no data")
+            else:
+                self.structured = True
+                self._reply(option, nbd.REP_ACK)
+        elif option in (nbd.OPT_INFO, nbd.OPT_GO):
+            return self._info(option, payload)
+        elif option in (nbd.OPT_LIST_META_CONTEXT, nbd.OPT_SET_META_CONTEXT):
+            self._meta(option, payload)
+        elif option == nbd.OPT_STARTTLS:
+            self._reply(option, nbd.REP_ERR_POLICY, b"this server has no TLS")
+        else:
+            self._reply(option, nbd.REP_ERR_UNSUP, b"unknown option")
+        return None
+
+    def _export_name(self, payload: bytes) -> NbdExport | None:
+        try:
+            found = self.server.find(payload.decode())
+        except UnicodeDecodeError:
+            return None
+        if found is None:
+            return None  # this option has no way to say no but to hang up
+        self._forget_contexts(found)
+        out = struct.pack(">QH", found.disk.size, found.flags)
+        self._send(out if self.no_zeroes else out + bytes(124))
+        return found
+
+    def _info(self, option: int, payload: bytes) -> NbdExport | None:
+        asked = nbd.parse_info(payload)
+        if asked is None:
+            self._reply(option, nbd.REP_ERR_INVALID, b"malformed request")
+            return None
+        name, kinds = asked
+        found = self._find(option, name)
+        if found is None:
+            return None
+        if nbd.INFO_NAME in kinds:
+            self._reply(option, nbd.REP_INFO, nbd.info_text(nbd.INFO_NAME, found.name))
+        if nbd.INFO_DESCRIPTION in kinds and found.description:
+            text = nbd.info_text(nbd.INFO_DESCRIPTION, found.description)
+            self._reply(option, nbd.REP_INFO, text)
+        sizes = nbd.info_block_size(1, nbd.PREFERRED, nbd.MAX_REQUEST)
+        self._reply(option, nbd.REP_INFO, sizes)
+        self._reply(option, nbd.REP_INFO, nbd.info_export(found.disk.size, found.flags))
+        self._reply(option, nbd.REP_ACK)
+        if option == nbd.OPT_INFO:
+            return None
+        self._forget_contexts(found)
+        return found
+
+    def _find(self, option: int, name: str) -> NbdExport | None:
+        found = self.server.find(name) if len(name.encode()) <= nbd.MAX_STRING else None
+        if found is None:
+            self._reply(option, nbd.REP_ERR_UNKNOWN, f"no export named '{name[:64]}'".encode())
+        return found
+
+    def _forget_contexts(self, chosen: NbdExport) -> None:
+        if self.contexts_of is not chosen:
+            self.contexts = []
+
+    def _meta(self, option: int, payload: bytes) -> None:
+        if not self.structured:
+            self._reply(option, nbd.REP_ERR_INVALID, b"negotiate structured replies first")
+            return
+        asked = nbd.parse_meta(payload)
+        if asked is None:
+            self._reply(option, nbd.REP_ERR_INVALID, b"malformed request")
+            return
+        name, queries = asked
+        if option == nbd.OPT_SET_META_CONTEXT:
+            self.contexts, self.contexts_of = [], None
+        found = self._find(option, name)
+        if found is None:
+            return
+        matches = [
+            c for c in found.contexts
+            if any(self._matches(q, c, option) for q in queries)
+            or (option == nbd.OPT_LIST_META_CONTEXT and not queries)
+        ]  # fmt: skip
+        for number, context in enumerate(matches[:MAX_CONTEXTS], 1):
+            ident = number if option == nbd.OPT_SET_META_CONTEXT else 0
+            self._reply(option, nbd.REP_META_CONTEXT, nbd.meta_context(ident, context))
+            if option == nbd.OPT_SET_META_CONTEXT:
+                self.contexts.append((number, context, found.contexts[context]))
+        self.contexts_of = found
+        self._reply(option, nbd.REP_ACK)
+
+    @staticmethod
+    def _matches(query: str, context: str, option: int) -> bool:
+        if query == context:
+            return True
+        # "base:" and "qemu:" list a namespace; they select nothing.
+        return (
+            option == nbd.OPT_LIST_META_CONTEXT
+            and query.endswith(":")
+            and context.startswith(query)
+        )
+
+    def _reply(self, option: int, kind: int, payload: bytes = b"") -> None:
+        self._send(nbd.option_reply(option, kind, payload))
+
+    def _patience(self) -> float:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("handshake took too long")
+        return left
+
+    def _send(self, data: bytes) -> None:
+        self.sock.settimeout(self._patience())
+        self.sock.sendall(data)
+
+    def _recv(self, length: int) -> bytes:
+        out = bytearray()
+        while len(out) < length:
+            self.sock.settimeout(self._patience())
+            part = self.sock.recv(length - len(out))
+            if not part:
+                raise EOFError("client hung up")
+            out += part
+        return bytes(out)
+
+
+def export_of(disk: Disk, name: str) -> NbdExport:
+    """A plain writable export of a disk under `name`."""
+    return NbdExport(name, disk, name=name)

@@ -1,0 +1,463 @@
+"""Jobs: long work on disks that can be watched, paused, slowed and called off.
+
+A job is a generator. `run()` yields `Progress` between chunks, and a yield is the only place
+where a job can be paused, throttled or cancelled; cancelling closes the generator, so its
+`finally` is the clean-up and no write is ever torn out of flight. Everything around the
+generator is here: the states, the events and their order, the error policy, the rate limit.
+
+A new kind of job is one new file with one subclass of `Job` that says
+
+* `type`, the name that QMP gives it;
+* `run()`, the work, as a generator;
+* `prepare()`, the step that makes the result true (for a stream: header, then backing). It
+  runs when the job is finalised, so with `auto_finalize` off the graph changes only then;
+* `clean()`, run last, whatever happened.
+
+I/O that may fail goes through `attempt`, which knows the error policies: it retries, pauses or
+raises as the policy says, and hands the same chunk to the work again after a resume.
+
+A test steps a job by hand: `for _ in job.run(): ...`, with writes in between.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+from cowferry.block.throttle import Throttle
+from cowferry.errors import CowferryError
+from cowferry.jobs.states import TRANSITIONS, Status, allow
+
+log = logging.getLogger(__name__)
+
+POLICIES = ("report", "ignore", "enospc", "stop", "auto")
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+class Progress(NamedTuple):
+    """What a yield says: bytes gone over since the last one, and bytes moved (the throttle's)."""
+
+    done: int = 0
+    moved: int = 0
+    error: OSError | None = None  # the policy says stop: pause, then go on with the same chunk
+    ready: bool = False  # converged; the job goes on until it is told to complete
+
+
+class Job:
+    """One job. Verbs may be called from any thread; the generator runs in the job's own."""
+
+    type: ClassVar[str] = ""
+    is_block_job: ClassVar[bool] = True  # BLOCK_JOB_* events, and a place in query-block-jobs
+
+    def __init__(
+        self,
+        *,
+        length: int = 0,
+        speed: int = 0,
+        on_error: str = "report",
+        auto_finalize: bool = True,
+        auto_dismiss: bool = True,
+    ) -> None:
+        if on_error not in POLICIES:
+            raise CowferryError(f"Parameter 'on-error' does not accept value '{on_error}'")
+        check_speed(speed)
+        self.id = ""  # given by Jobs
+        self.length = length  # bytes in all
+        self.offset = 0  # bytes done
+        self.on_error = on_error
+        self.auto_finalize = auto_finalize
+        self.auto_dismiss = auto_dismiss
+        self.throttle = Throttle(speed)
+        self.error: str | None = None
+        self.ignored: OSError | None = None  # the first error that policy "ignore" passed over
+        self.io_status = "ok"
+        # Duty: `changed` guards everything below, and is notified whenever any of it changes.
+        self.changed = threading.Condition(threading.RLock())
+        self.status = Status.UNDEFINED
+        self.user_paused = False
+        self.cancelling = False
+        self.completing = False
+        self.finalizing = False
+        self.busy = False
+        self._emit: Emit = _nobody
+        self._on_null: Callable[[Job], None] = _nothing
+        self.thread: threading.Thread | None = None
+
+    # What a subclass says ----------------------------------------------------------------
+
+    def run(self) -> Iterator[Progress]:
+        """The work. Raise `OSError` or `CowferryError` to fail."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Make the result true, durably. Raising fails the job, with everything as it was."""
+
+    def clean(self) -> None:
+        """Let go of everything; runs exactly once, before the job says that it is over."""
+
+    def details(self) -> dict[str, Any]:
+        """Further members of this job's entry in query-block-jobs."""
+        return {}
+
+    # For the work ------------------------------------------------------------------------
+
+    def attempt(
+        self, operation: str, work: Callable[[], int]
+    ) -> Generator[Progress, None, int | None]:
+        """Do `work`, as the error policy says. None: the error was ignored and noted.
+
+        Use: `copied = yield from self.attempt("read", lambda: ...)`."""
+        while True:
+            try:
+                return work()
+            except OSError as error:
+                action = self._action(error)
+                log.warning("job %s: %s failed, action %s: %s", self.id, operation, action, error)
+                if self.is_block_job:
+                    data = {"device": self.id, "operation": operation, "action": action}
+                    self._emit("BLOCK_JOB_ERROR", data)
+                if action == "report":
+                    raise
+                if action == "ignore":
+                    self.ignored = self.ignored or error
+                    return None
+                yield Progress(error=error)
+
+    def _action(self, error: OSError) -> str:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if self.on_error in ("enospc", "auto"):
+            return "stop" if full else "report"
+        return self.on_error
+
+    # Verbs -------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Pause at the next yield. Raises `CowferryError` if it is paused already."""
+        with self.changed:
+            allow(self.id, self.status, "pause")
+            if self.user_paused:
+                raise CowferryError("Job is already paused")
+            self.user_paused = True
+            self.changed.notify_all()
+
+    def resume(self) -> None:
+        """Go on, with the chunk that failed if an error stopped it."""
+        with self.changed:
+            allow(self.id, self.status, "resume")
+            if not self.user_paused:
+                raise CowferryError("Can't resume a job that was not paused")
+            self.user_paused = False
+            self.io_status = "ok"
+            self.changed.notify_all()
+
+    def cancel(self, force: bool = True) -> None:
+        """Stop at the next yield. Returns at once; `wait` tells when it is over."""
+        with self.changed:
+            allow(self.id, self.status, "cancel")
+            self.cancelling = True
+            self.changed.notify_all()
+
+    def complete(self) -> None:
+        """A ready job is to finish its work."""
+        with self.changed:
+            allow(self.id, self.status, "complete")
+            self.completing = True
+            self.changed.notify_all()
+
+    def finalize(self) -> None:
+        """A pending job is to make its result true."""
+        with self.changed:
+            allow(self.id, self.status, "finalize")
+            self.finalizing = True
+            self.changed.notify_all()
+
+    def dismiss(self) -> None:
+        """A concluded job is to be forgotten."""
+        with self.changed:
+            allow(self.id, self.status, "dismiss")
+            self._move(Status.NULL)
+        self._on_null(self)
+
+    def set_speed(self, speed: int) -> None:
+        """Bytes per second from now on; 0 is unlimited."""
+        with self.changed:
+            allow(self.id, self.status, "set-speed")
+            check_speed(speed)
+            self.throttle.speed = speed
+            self.changed.notify_all()
+
+    def change(self) -> None:
+        """Nothing of this kind of job can be changed while it runs."""
+        allow(self.id, self.status, "change")
+        raise CowferryError("Job type does not support change")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until the job is concluded (or gone). False: the time-out came first."""
+        over = (Status.CONCLUDED, Status.NULL)
+        with self.changed:
+            return self.changed.wait_for(lambda: self.status in over, timeout)
+
+    # Queries -----------------------------------------------------------------------------
+
+    def query(self) -> dict[str, Any]:
+        """QMP: JobInfo."""
+        with self.changed:
+            out: dict[str, Any] = {
+                "id": self.id,
+                "type": self.type,
+                "status": self.status.value,
+                "current-progress": self.offset,
+                "total-progress": self.length,
+            }
+            if self.error is not None:
+                out["error"] = self.error
+            return out
+
+    def query_block(self) -> dict[str, Any]:
+        """QMP: BlockJobInfo."""
+        with self.changed:
+            out: dict[str, Any] = {
+                "type": self.type,
+                "device": self.id,
+                "len": self.length,
+                "offset": self.offset,
+                "busy": self.busy,
+                "paused": self.user_paused,
+                "speed": self.throttle.speed,
+                "io-status": self.io_status,
+                "ready": self.status in (Status.READY, Status.STANDBY),
+                "status": self.status.value,
+                "auto-finalize": self.auto_finalize,
+                "auto-dismiss": self.auto_dismiss,
+                **self.details(),
+            }
+            if self.error is not None:
+                out["error"] = self.error
+            return out
+
+    # The runner --------------------------------------------------------------------------
+
+    def start(self, emit: Emit, on_null: Callable[[Job], None]) -> None:
+        """Begin. Called once, by `Jobs`."""
+        self._emit, self._on_null = emit, on_null
+        with self.changed:
+            self._move(Status.CREATED)
+            self._move(Status.RUNNING)
+        self.thread = threading.Thread(target=self._main, name=f"job {self.id}", daemon=True)
+        self.thread.start()
+
+    def _main(self) -> None:
+        failure: BaseException | None = None
+        succeeded = False
+        try:
+            self._work()
+            self._finish()
+            succeeded = True  # from here on a cancel comes too late
+        except Cancelled:
+            pass
+        except BaseException as error:  # whatever the work raised is this job's error
+            failure = error
+            if not isinstance(error, OSError | CowferryError):
+                log.exception("job %s failed", self.id)
+        self._conclude(succeeded, failure)
+
+    def _work(self) -> None:
+        work = self.run()
+        try:
+            while True:
+                self._pause_point()
+                self.busy = True
+                try:
+                    step = next(work)
+                except StopIteration:
+                    break
+                finally:
+                    self.busy = False
+                with self.changed:
+                    self.offset = min(self.offset + step.done, max(self.length, self.offset))
+                    if step.error is not None:
+                        self._stop_for(step.error)
+                    self.changed.notify_all()
+                if step.ready and self.status is Status.RUNNING:
+                    self._ready()
+                delay = self.throttle.charge(step.moved)
+                if delay > 0:
+                    self._sleep(delay)
+        finally:
+            close = getattr(work, "close", None)
+            if close is not None:
+                close()
+        if self.ignored is not None:
+            raise self.ignored
+
+    def _stop_for(self, error: OSError) -> None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        self.io_status = "nospace" if full else "failed"
+        self.user_paused = True
+
+    def _pause_point(self) -> None:
+        with self.changed:
+            if self.cancelling:
+                raise Cancelled
+            if not self.user_paused:
+                return
+            back = self.status
+            self._move(Status.STANDBY if back is Status.READY else Status.PAUSED)
+            self.changed.wait_for(lambda: self.cancelling or not self.user_paused)
+            self._move(back)
+            if self.cancelling:
+                raise Cancelled
+
+    def _sleep(self, seconds: float) -> None:
+        """Throttled: wait, unless something else is wanted. A new speed counts at once."""
+        with self.changed:
+            speed = self.throttle.speed
+            self.changed.wait_for(
+                lambda: self.cancelling or self.user_paused or self.throttle.speed != speed,
+                seconds,
+            )
+
+    def _ready(self) -> None:
+        with self.changed:
+            self._move(Status.READY)
+        self._event("BLOCK_JOB_READY")
+
+    def _finish(self) -> None:
+        with self.changed:
+            if self.cancelling:
+                raise Cancelled
+            self._move(Status.WAITING)
+            self._move(Status.PENDING)
+        if not self.auto_finalize:
+            if self.is_block_job:
+                self._emit("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
+            with self.changed:
+                self.changed.wait_for(lambda: self.cancelling or self.finalizing)
+                if self.cancelling:
+                    raise Cancelled
+        self.prepare()
+
+    def _conclude(self, succeeded: bool, failure: BaseException | None) -> None:
+        if failure is not None:
+            self.error = _words(failure)
+        if not succeeded:
+            with self.changed:
+                self._move(Status.ABORTING)
+        try:
+            self.clean()
+        except (OSError, CowferryError):
+            log.exception("job %s: clean-up failed", self.id)
+        if not succeeded and failure is None:
+            self._event("BLOCK_JOB_CANCELLED")
+        else:
+            if succeeded:
+                self.offset = self.length = max(self.length, self.offset)
+            self._event("BLOCK_JOB_COMPLETED")
+        with self.changed:
+            self._move(Status.CONCLUDED)
+            gone = self.auto_dismiss
+            if gone:
+                self._move(Status.NULL)
+        if gone:
+            self._on_null(self)
+
+    def _event(self, name: str) -> None:
+        if not self.is_block_job:
+            return
+        data: dict[str, Any] = {
+            "type": self.type,
+            "device": self.id,
+            "len": self.length,
+            "offset": self.offset,
+            "speed": self.throttle.speed,
+        }
+        if self.error is not None and name == "BLOCK_JOB_COMPLETED":
+            data["error"] = self.error
+        self._emit(name, data)
+
+    def _move(self, to: Status) -> None:
+        """Caller holds `changed`; the event leaves in the order of the moves."""
+        assert to in TRANSITIONS[self.status], f"{self.status} -> {to}"
+        self.status = to
+        self._emit("JOB_STATUS_CHANGE", {"id": self.id, "status": to.value})
+        self.changed.notify_all()
+
+
+class Cancelled(Exception):
+    """Raised at a yield of a job that is to stop."""
+
+
+class Jobs:
+    """All jobs by id. Thread-safe; `emit` is called with (event name, data), in order per job."""
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit = emit
+        self.lock = threading.Lock()  # guards `jobs`
+        self.jobs: dict[str, Job] = {}
+
+    def start(self, job: Job, job_id: str) -> Job:
+        """Give the job its id and let it run. Raises `CowferryError` for a bad or taken id."""
+        if not valid_id(job_id):
+            raise CowferryError(f"Invalid job ID '{job_id}'")
+        with self.lock:
+            if job_id in self.jobs:
+                raise CowferryError(f"Job ID '{job_id}' already in use")
+            job.id = job_id
+            self.jobs[job_id] = job
+        job.start(self.emit, self._forget)
+        return job
+
+    def _forget(self, job: Job) -> None:
+        with self.lock:
+            self.jobs.pop(job.id, None)
+
+    def get(self, job_id: str) -> Job | None:
+        """The job of that id, if there is one."""
+        with self.lock:
+            return self.jobs.get(job_id)
+
+    def all(self) -> list[Job]:
+        """Every job, oldest first."""
+        with self.lock:
+            return list(self.jobs.values())
+
+    def shutdown(self, timeout: float = 30.0) -> None:
+        """Cancel whatever runs and wait for it."""
+        for job in self.all():
+            try:
+                job.cancel()
+            except CowferryError:
+                continue
+        for job in self.all():
+            if job.thread is not None and job.thread is not threading.current_thread():
+                job.thread.join(timeout)
+
+
+def valid_id(text: str) -> bool:
+    """QEMU's rule for ids: a letter, then letters, digits, '-', '.', '_'."""
+    return bool(text) and text[0].isalpha() and all(c.isalnum() or c in "-._" for c in text)
+
+
+def check_speed(speed: int) -> None:
+    """Raise `CowferryError` for a negative speed."""
+    if speed < 0:
+        raise CowferryError("Parameter 'speed' expects a non-negative value")
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, CowferryError):
+        return error.desc
+    return f"internal error: {error}"
+
+
+def _nobody(name: str, data: dict[str, Any]) -> None:
+    """No one listens."""
+
+
+def _nothing(job: Job) -> None:
+    """No one minds."""
