@@ -28,6 +28,17 @@ from cowferry.block.node import Extent, Node, State, clear, read, read_fully, re
 COPY_ON_READ_MAX = 1 << 20
 
 
+class _Place:
+    """A thread's slot; it goes when the thread does, so that the gate does not collect them."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.slot = gate.slot()
+
+    def __del__(self) -> None:
+        self.gate.drop(self.slot)
+
+
 class Disk:
     """A virtual disk. Thread-safe; offsets and lengths in bytes; data paths raise `OSError`."""
 
@@ -38,7 +49,7 @@ class Disk:
         self.leases = Leases(root.granule)
         self.bitmaps: dict[str, Bitmap] = {}  # changed only inside a drain
         self.copy_on_read = copy_on_read and not root.read_only
-        self._local = threading.local()  # .slot: this thread's place in the gate
+        self._local = threading.local()  # .place: this thread's place in the gate
 
     @property
     def size(self) -> int:
@@ -52,11 +63,10 @@ class Disk:
 
     def slot(self) -> Slot:
         """The calling thread's own place in the gate."""
-        try:
-            return self._local.slot  # type: ignore[no-any-return]
-        except AttributeError:
-            self._local.slot = slot = self.gate.slot()
-            return slot
+        place: _Place | None = getattr(self._local, "place", None)
+        if place is None:
+            place = self._local.place = _Place(self.gate)
+        return place.slot
 
     @contextmanager
     def exclusive(self, offset: int = 0, length: int | None = None) -> Iterator[None]:

@@ -106,9 +106,11 @@ class Lane:
             if not entry & WRITABLE:
                 return SLOW
             fd = leases.fds[entry >> 8 & 0xFFFF]
-            sysio.pwrite(fd, buf, (entry >> 24 << 9) + offset - (granule << shift))
-            if disk.bitmaps:
-                disk.mark(offset, length)
+            try:
+                sysio.pwrite(fd, buf, (entry >> 24 << 9) + offset - (granule << shift))
+            finally:  # a write that failed may have changed some of it
+                if disk.bitmaps:
+                    disk.mark(offset, length)
             return DONE
         finally:
             gate.leave(slot)
@@ -188,14 +190,16 @@ class Lane:
                 return SLOW
             at += run
         at = offset
-        while at < end:
-            fd, host, run = self._run(at, end, shift, size, WRITABLE)
-            if run == 0:
-                return SLOW  # the table was thrown out between the two looks
-            sysio.pwrite(fd, buf[at - offset : at - offset + run], host)
-            at += run
-        if self.disk.bitmaps:
-            self.disk.mark(offset, end - offset)
+        try:
+            while at < end:
+                fd, host, run = self._run(at, end, shift, size, WRITABLE)
+                if run == 0:
+                    return SLOW  # the table was thrown out between the two looks
+                sysio.pwrite(fd, buf[at - offset : at - offset + run], host)
+                at += run
+        finally:
+            if self.disk.bitmaps:
+                self.disk.mark(offset, end - offset)
         return DONE
 
     def _run(self, at: int, end: int, shift: int, size: int, need: int) -> tuple[int, int, int]:

@@ -72,6 +72,7 @@ class Node:
     backing_refused: bool = False  # opened with "backing": null
     #: The protocol node that holds this format's bytes, if it is a format.
     file: Node | None = None
+    owns_file: bool = True  # False: `file` was added by name, and outlives this node
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The runs of `offset, length`, in order, adding up to `length`. Never resolves holes."""
@@ -140,7 +141,7 @@ class Node:
         return {}
 
     def close(self) -> None:
-        """Flush, mark clean, let the file go. Idempotent; closes `file` but not `backing`."""
+        """Flush, mark clean, let the file go. Idempotent; closes an owned `file`, not `backing`."""
 
     def abort(self) -> None:
         """Fail blocked I/O now (remote nodes)."""

@@ -191,6 +191,7 @@ def _open(
             f"Could not open '{where}': {error.strerror or error}",
         ) from error
     node.name = given.node_name or ""
+    node.owns_file = not isinstance(options.get("file"), str)
     if not node.filename:
         node.filename = _name(children)
     made.append(node)

@@ -77,5 +77,8 @@ class Raw(Node):
         self.size = size
 
     def close(self) -> None:
-        """Close the file below."""
-        self.file.close()
+        """Flush, and close the file below if it is ours."""
+        if self.owns_file:
+            self.file.close()
+        elif not self.read_only:
+            self.file.flush()

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import socket
+import stat
 import struct
 import threading
 import time
@@ -24,7 +25,7 @@ from cowferry.block.disk import Disk
 from cowferry.block.node import Extent, State
 from cowferry.errors import CowferryError
 from cowferry.exports import Export
-from cowferry.exports.nbd_lane import Context, Lane
+from cowferry.exports.nbd_lane import Connection, Context
 from cowferry.wire import nbd
 
 log = logging.getLogger(__name__)
@@ -80,31 +81,33 @@ class NbdExport(Export):
         }
         if allocation_depth:
             self.contexts["qemu:allocation-depth"] = depth
-        self.lanes: set[Lane] = set()  # guarded by `changed`
+        self.lanes: set[Connection] = set()  # guarded by `changed`
         self.changed = threading.Condition()
+        # An export's own: one stalled disk (a remote base, say) stalls no other.
+        self.workers = ThreadPoolExecutor(WORKERS, thread_name_prefix=f"nbd {self.name[:32]}")
 
     @property
     def users(self) -> int:
         """Connections in transmission phase."""
         return len(self.lanes)
 
-    @property
-    def flags(self) -> int:
-        """The transmission flags. Multi-conn holds because a flush covers the whole disk (N3)."""
-        out = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.SEND_DF | nbd.SEND_CACHE
-        out |= nbd.CAN_MULTI_CONN
+    def flags(self, structured: bool) -> int:
+        """The transmission flags. Multi-conn holds because a flush covers the whole disk (N3);
+        DF may be offered only with structured replies."""
+        out = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.SEND_CACHE
+        out |= nbd.CAN_MULTI_CONN | (nbd.SEND_DF if structured else 0)
         if self.writable:
             return out | nbd.SEND_TRIM | nbd.SEND_WRITE_ZEROES | nbd.SEND_FAST_ZERO
         return out | nbd.READ_ONLY
 
-    def enter(self, lane: Lane) -> None:
+    def enter(self, lane: Connection) -> None:
         """A lane begins. Raises `ConnectionError` once the export is on its way out."""
         with self.changed:
             if self.shutting_down:
                 raise ConnectionError("the export is gone")
             self.lanes.add(lane)
 
-    def leave(self, lane: Lane) -> None:
+    def leave(self, lane: Connection) -> None:
         """A lane has ended, with nothing in flight."""
         with self.changed:
             self.lanes.discard(lane)
@@ -118,9 +121,10 @@ class NbdExport(Export):
                 for lane in self.lanes:
                     hang_up(lane)
             self.changed.wait_for(lambda: not self.lanes)
+        self.workers.shutdown()
 
 
-def hang_up(lane: Lane) -> None:
+def hang_up(lane: Connection) -> None:
     """Close a lane's socket; what is in flight still finishes."""
     lane.closed = True
     with contextlib.suppress(OSError):
@@ -139,7 +143,6 @@ class NbdServer:
         self.connections: set[socket.socket] = set()
         self.threads: set[threading.Thread] = set()
         self.stopping = False
-        self.workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="nbd worker")
 
     # Listening ---------------------------------------------------------------------------
 
@@ -227,10 +230,13 @@ class NbdServer:
                 sock.shutdown(socket.SHUT_RDWR)
         for export in exports:
             export.stop(force=True)
-        for thread in list(self.threads):
-            if thread is not threading.current_thread():
-                thread.join(30)
-        self.workers.shutdown()
+        while True:  # a listener may have begun one more connection meanwhile
+            with self.lock:
+                left = self.threads - {threading.current_thread()}
+            if not left:
+                break
+            for thread in left:
+                thread.join()
 
     # Connections -------------------------------------------------------------------------
 
@@ -243,9 +249,9 @@ class NbdServer:
                     self.threads.discard(threading.current_thread())
 
         thread = threading.Thread(target=main, name=name, daemon=True)
-        with self.lock:
+        with self.lock:  # started before anybody can find it to join it
+            thread.start()
             self.threads.add(thread)
-        thread.start()
 
     def _accept(self, listener: socket.socket) -> None:
         while not self.stopping:
@@ -276,14 +282,15 @@ class NbdServer:
             if found is None:
                 return
             sock.settimeout(None)
-            lane = Lane(
+            lane = Connection(
                 sock, found.disk, found.writable, handshake.structured,
-                handshake.contexts, self.workers,
+                handshake.contexts, found.workers,
             )  # fmt: skip
-            found.enter(lane)
             try:
+                found.enter(lane)
                 lane.run()
             finally:
+                lane.close()
                 found.leave(lane)
         except (OSError, EOFError) as error:
             log.info("nbd client left: %s", error)
@@ -299,11 +306,13 @@ def bind_unix(path: str, mode: int) -> socket.socket:
         raise CowferryError(f"socket path '{path}' is too long (107 bytes at most)")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if os.path.exists(path):
+        if os.path.lexists(path):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise CowferryError(f"'{path}' exists and is not a socket")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 try:
                     probe.connect(path)
-                except OSError:
+                except ConnectionRefusedError:  # nobody listens: its server died
                     os.unlink(path)
                 else:
                     raise CowferryError(f"'{path}': another server listens there")
@@ -367,9 +376,10 @@ class Handshake:
                 self._reply(option, nbd.REP_ERR_INVALID, b"LIST takes no data")
                 return None
             with self.server.lock:
-                names = list(self.server.exports)
-            for name in names:
-                self._reply(option, nbd.REP_SERVER, nbd.server_entry(name))
+                offered = list(self.server.exports.values())
+            for e in offered:
+                entry = nbd.server_entry(e.name, e.description)
+                self._reply(option, nbd.REP_SERVER, entry)
             self._reply(option, nbd.REP_ACK)
         elif option == nbd.OPT_STRUCTURED_REPLY:
             if payload:
@@ -395,7 +405,7 @@ class Handshake:
         if found is None:
             return None  # this option has no way to say no but to hang up
         self._forget_contexts(found)
-        out = struct.pack(">QH", found.disk.size, found.flags)
+        out = struct.pack(">QH", found.disk.size, found.flags(self.structured))
         self._send(out if self.no_zeroes else out + bytes(124))
         return found
 
@@ -415,7 +425,9 @@ class Handshake:
             self._reply(option, nbd.REP_INFO, text)
         sizes = nbd.info_block_size(1, nbd.PREFERRED, nbd.MAX_REQUEST)
         self._reply(option, nbd.REP_INFO, sizes)
-        self._reply(option, nbd.REP_INFO, nbd.info_export(found.disk.size, found.flags))
+        self._reply(
+            option, nbd.REP_INFO, nbd.info_export(found.disk.size, found.flags(self.structured))
+        )
         self._reply(option, nbd.REP_ACK)
         if option == nbd.OPT_INFO:
             return None
@@ -433,6 +445,8 @@ class Handshake:
             self.contexts = []
 
     def _meta(self, option: int, payload: bytes) -> None:
+        if option == nbd.OPT_SET_META_CONTEXT:  # a SET that fails leaves none
+            self.contexts, self.contexts_of = [], None
         if not self.structured:
             self._reply(option, nbd.REP_ERR_INVALID, b"negotiate structured replies first")
             return
@@ -441,8 +455,6 @@ class Handshake:
             self._reply(option, nbd.REP_ERR_INVALID, b"malformed request")
             return
         name, queries = asked
-        if option == nbd.OPT_SET_META_CONTEXT:
-            self.contexts, self.contexts_of = [], None
         found = self._find(option, name)
         if found is None:
             return
@@ -456,7 +468,8 @@ class Handshake:
             self._reply(option, nbd.REP_META_CONTEXT, nbd.meta_context(ident, context))
             if option == nbd.OPT_SET_META_CONTEXT:
                 self.contexts.append((number, context, found.contexts[context]))
-        self.contexts_of = found
+        if option == nbd.OPT_SET_META_CONTEXT:
+            self.contexts_of = found
         self._reply(option, nbd.REP_ACK)
 
     @staticmethod

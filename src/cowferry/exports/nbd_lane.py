@@ -21,16 +21,15 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
-from cowferry.block import sysio
 from cowferry.block.disk import Disk
-from cowferry.block.lease import SPAN, SPAN_BITS, WRITABLE, ZERO
+from cowferry.block.lane import SLOW, ZEROES, Lane
+from cowferry.block.lease import SPAN
 from cowferry.block.node import Extent, State, clear
 from cowferry.wire import nbd
 
@@ -40,13 +39,16 @@ WINDOW = 512 << 10  # bytes asked of one recv
 COALESCE = 256 << 10  # bytes of answers sent together
 INLINE = 256 << 10  # larger reads and writes go to a worker
 PENDING = 64  # requests in the workers' hands; more wait in the socket
+BUDGET = 33 << 20  # bytes of those requests and of their unsent answers
 MAX_RUNS = 4096  # extents in one block status reply
-NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+SEND_PARTS = 64  # buffers in one sendmsg
 
-Context = tuple[int, str, Callable[[list[Extent]], list[tuple[int, int]]]]
+Buffer = bytes | memoryview
+Describe = Callable[[list[Extent]], list[tuple[int, int]]]
+Context = tuple[int, str, Describe]
 
 
-class Lane:
+class Connection:
     """One connection in transmission phase, on one disk."""
 
     def __init__(
@@ -64,14 +66,18 @@ class Lane:
         self.structured = structured
         self.contexts = contexts
         self.workers = workers
-        self.slot = disk.gate.slot()
-        self.sending = threading.Lock()  # whole replies only; never taken inside the gate
-        self.room = threading.Semaphore(PENDING)  # bounds what workers hold of this connection
-        self.pending = 0  # guarded by `idle`
+        self.lane = Lane(disk)
+        self.sending = threading.Lock()  # guards sends; never taken inside the gate
+        # Workers' answers: (its buffers, weight). Appended to by anyone; the head, which may
+        # have been sent in part, belongs to the holder of `sending`.
+        self.queue: deque[tuple[list[Buffer], int]] = deque()
+        self.sender = False  # a thread of its own sends the queue; guarded by `sending`
+        self.pending = 0  # requests handed over and not answered; guarded by `idle`
+        self.held = 0  # their weight in bytes; guarded by `idle`
         self.idle = threading.Condition()
-        self.blocking: set[int] = set()  # descriptors that do not know RWF_NOWAIT
         self.closed = False
         self.out = bytearray(COALESCE + INLINE + 64)
+        self.out_view = memoryview(self.out)
         self.filled = 0  # bytes of `out` waiting to be sent; the reader's alone
 
     def run(self) -> None:
@@ -86,7 +92,10 @@ class Lane:
         finally:
             with self.idle:
                 self.idle.wait_for(lambda: not self.pending)
-            self.disk.gate.drop(self.slot)
+
+    def close(self) -> None:
+        """Leave the disk's in-flight table."""
+        self.lane.close()
 
     def _loop(self) -> None:
         buffer = bytearray(WINDOW)
@@ -149,120 +158,49 @@ class Lane:
 
     def _read(self, cookie: int, offset: int, length: int) -> bool:
         """Read from leases into the send buffer. False: nothing was done."""
-        disk, slot = self.disk, self.slot
-        gate, leases = disk.gate, disk.leases
-        end = offset + length
-        if disk.copy_on_read or not length:
+        if not length:
             return False
         start = self.filled
-        at = start + (nbd.DATA.size if self.structured else nbd.SIMPLE.size)
-        if not gate.try_enter(slot, offset, end):
-            return False
+        structured = self.structured
+        at = start + (28 if structured else 16)  # the sizes of DATA and SIMPLE
         try:
-            if end > disk.root.size:
-                return False
-            out = memoryview(self.out)
-            shift = leases.shift
-            mask = (1 << shift) - 1
-            position = offset
-            while position < end:
-                table = leases.tables.get(position >> shift >> SPAN_BITS)
-                entry = table[position >> shift & (SPAN - 1)] if table is not None else 0
-                if not entry:
-                    if position != offset or gate.claims:
-                        return False
-                    leases.fill(disk.root, position, end - position)
-                    table = leases.tables.get(position >> shift >> SPAN_BITS)
-                    entry = table[position >> shift & (SPAN - 1)] if table is not None else 0
-                    if not entry:
-                        return False
-                n = (1 << shift) - (position & mask)
-                if position + n > end:
-                    n = end - position
-                if entry & 3 == ZERO:
-                    clear(out[at : at + n])
-                else:
-                    fd = leases.fds[entry >> 8 & 0xFFFF]
-                    if not self._pread(
-                        fd, out[at : at + n], (entry >> 24 << 9) + (position & mask)
-                    ):
-                        return False
-                position += n
-                at += n
-        finally:
-            gate.leave(slot)
-        if self.structured:
-            nbd.DATA.pack_into(
-                self.out, start, nbd.CHUNK_MAGIC, nbd.CHUNK_DONE, nbd.CHUNK_DATA, cookie,
-                length + 8, offset,
+            answer = self.lane.read(self.out_view[at : at + length], offset, length)
+        except OSError:
+            return False  # a worker tries again, and tells the client why it failed
+        if answer == SLOW:
+            return False
+        if structured and answer == ZEROES:
+            nbd.HOLE.pack_into(
+                self.out, start, nbd.CHUNK_MAGIC, nbd.CHUNK_DONE, nbd.CHUNK_HOLE, cookie, 12,
+                offset, length,
             )  # fmt: skip
+            self.filled = start + nbd.HOLE.size
         else:
-            nbd.SIMPLE.pack_into(self.out, start, nbd.SIMPLE_MAGIC, 0, cookie)
-        self.filled = at
-        if at >= COALESCE:
+            if structured:
+                nbd.DATA.pack_into(
+                    self.out, start, nbd.CHUNK_MAGIC, nbd.CHUNK_DONE, nbd.CHUNK_DATA, cookie,
+                    length + 8, offset,
+                )  # fmt: skip
+            else:
+                nbd.SIMPLE.pack_into(self.out, start, nbd.SIMPLE_MAGIC, 0, cookie)
+            if answer == ZEROES:
+                clear(self.out_view[at : at + length])
+            self.filled = at + length
+        if self.filled >= COALESCE:
             self._flush_out()
         return True
 
-    def _pread(self, fd: int, part: memoryview, host: int) -> bool:
-        """A read that does not block. False: it would, or is short."""
-        if fd not in self.blocking and NOWAIT:
-            try:
-                return os.preadv(fd, [part], host, NOWAIT) == len(part)
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                self.blocking.add(fd)
-        return os.preadv(fd, [part], host) == len(part)
-
     def _write(self, cookie: int, offset: int, data: memoryview) -> bool:
         """Write in place by leases. False: nothing was done, or it may be done again."""
-        disk, slot = self.disk, self.slot
-        gate, leases = disk.gate, disk.leases
-        end = offset + len(data)
         if not self.writable or not data:
             return False
-        if not gate.try_enter(slot, offset, end):
-            return False
-        done = 0
         try:
-            if end > disk.root.size:
-                return False
-            shift = leases.shift
-            mask = (1 << shift) - 1
-            position = offset
-            while position < end:
-                table = leases.tables.get(position >> shift >> SPAN_BITS)
-                entry = table[position >> shift & (SPAN - 1)] if table is not None else 0
-                if not entry & WRITABLE:
-                    if entry or position != offset or gate.claims:
-                        break
-                    leases.fill(disk.root, position, end - position)
-                    table = leases.tables.get(position >> shift >> SPAN_BITS)
-                    entry = table[position >> shift & (SPAN - 1)] if table is not None else 0
-                    if not entry & WRITABLE:
-                        break
-                n = (1 << shift) - (position & mask)
-                if position + n > end:
-                    n = end - position
-                host = (entry >> 24 << 9) + (position & mask)
-                sysio.pwrite(leases.fds[entry >> 8 & 0xFFFF], data[done : done + n], host)
-                position += n
-                done += n
-            if done and disk.bitmaps:
-                disk.mark(offset, done)
+            if self.lane.write(data, offset, len(data)) == SLOW:
+                if self.disk.gate.contended:
+                    return False
+                self.disk.pwrite(data, offset)  # allocate now: cheaper than waking a worker
         except OSError:
             return False  # a worker tries again, and tells the client why it failed
-        finally:
-            gate.leave(slot)
-        if done < len(data):
-            if gate.contended:
-                return False
-            try:  # allocate here and now: cheaper than waking a worker
-                disk.pwrite(data[done:], offset + done)
-            except OSError:
-                return False
         self._simple(cookie, 0)
         return True
 
@@ -272,53 +210,113 @@ class Lane:
         if self.filled >= COALESCE:
             self._flush_out()
 
+    # Sending ------------------------------------------------------------------------------
+
     def _flush_out(self) -> None:
+        """The reader sends what it has answered. It may block: a client that does not read its
+        answers gets no further requests read."""
         with self.sending:
-            self.sock.sendall(memoryview(self.out)[: self.filled])
+            self._drain(0)
+            self.sock.sendall(self.out_view[: self.filled])
         self.filled = 0
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send the workers' answers as far as the socket takes them; never blocks.
+
+        Whoever lets go of `sending` comes here afterwards, for an answer may have been queued
+        by one who could not get it."""
+        while self.queue and self.sending.acquire(blocking=False):
+            try:
+                if not self._drain(socket.MSG_DONTWAIT) and not self.sender:
+                    self.sender = True
+                    threading.Thread(target=self._send_slowly, daemon=True).start()
+                if self.sender:
+                    return
+            finally:
+                self.sending.release()
+
+    def _send_slowly(self) -> None:
+        """A client that reads slowly gets a thread of its own, so that it stalls no worker."""
+        with self.sending:
+            self._drain(0)
+            self.sender = False
+        self._pump()
+
+    def _drain(self, flags: int) -> bool:
+        """Send the queue; False if `flags` forbid to wait and it would have. Holds `sending`."""
+        while self.queue:
+            parts, weight = self.queue[0]
+            try:
+                while parts:
+                    n = self.sock.sendmsg(parts[:SEND_PARTS], (), flags)
+                    while parts and n >= len(parts[0]):
+                        n -= len(parts.pop(0))
+                    if n:
+                        parts[0] = memoryview(parts[0])[n:]
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass  # the client is gone; the reader finds out by itself
+            self.queue.popleft()
+            self._finished(weight)
+        return True
 
     # What workers do ---------------------------------------------------------------------
 
     def _hand_over(
         self, kind: int, flags: int, cookie: int, offset: int, length: int, data: bytearray | None
     ) -> None:
-        if not self.room.acquire(blocking=False):
-            self._flush_out()  # the client may wait for these before it sends more
-            self.room.acquire()
+        weight = 4096 + (length if kind in (nbd.READ, nbd.WRITE) else 0)
         with self.idle:
+            full = not self._room(weight)
+        if full:
+            self._flush_out()  # the client may wait for these before it sends more
+        with self.idle:
+            self.idle.wait_for(lambda: self._room(weight))
             self.pending += 1
+            self.held += weight
         try:
-            self.workers.submit(self._work, kind, flags, cookie, offset, length, data)
+            self.workers.submit(self._work, kind, flags, cookie, offset, length, data, weight)
         except RuntimeError:
-            self._finished()
+            self._finished(weight)
             raise ConnectionError("the server is stopping") from None
 
-    def _finished(self) -> None:
-        self.room.release()
+    def _room(self, weight: int) -> bool:
+        return not self.pending or (self.pending < PENDING and self.held + weight <= BUDGET)
+
+    def _finished(self, weight: int) -> None:
         with self.idle:
             self.pending -= 1
+            self.held -= weight
             self.idle.notify_all()
 
     def _work(
-        self, kind: int, flags: int, cookie: int, offset: int, length: int, data: bytearray | None
+        self,
+        kind: int,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        data: bytearray | None,
+        weight: int,
     ) -> None:
+        reply: list[Buffer]
         try:
-            try:
-                reply = self._serve(kind, flags, cookie, offset, length, data)
-            except OSError as error:
-                log.warning(
-                    "disk '%s': NBD command %d at %d+%d failed: %s",
-                    self.disk.name, kind, offset, length, error,
-                )  # fmt: skip
-                reply = [self._error(kind, cookie, nbd.to_wire(error.errno), str(error))]
-            except Exception:
-                log.exception("disk '%s': NBD command %d failed", self.disk.name, kind)
-                reply = [self._error(kind, cookie, nbd.to_wire(errno.EIO), "internal error")]
-            with suppress(OSError), self.sending:
-                for part in reply:
-                    self.sock.sendall(part)
-        finally:
-            self._finished()
+            reply = self._serve(kind, flags, cookie, offset, length, data)
+        except OSError as error:
+            log.warning(
+                "disk '%s': NBD command %d at %d+%d failed: %s",
+                self.disk.name, kind, offset, length, error,
+            )  # fmt: skip
+            reply = [self._error(kind, cookie, nbd.to_wire(error.errno), str(error))]
+        except MemoryError:
+            reply = [self._error(kind, cookie, nbd.to_wire(errno.ENOMEM), "out of memory")]
+        except Exception:
+            log.exception("disk '%s': NBD command %d failed", self.disk.name, kind)
+            reply = [self._error(kind, cookie, nbd.to_wire(errno.EIO), "internal error")]
+        self.queue.append((reply, weight))
+        self._pump()
 
     def _error(self, kind: int, cookie: int, code: int, text: str) -> bytes:
         if self.structured and kind in (nbd.READ, nbd.BLOCK_STATUS):
@@ -327,7 +325,7 @@ class Lane:
 
     def _serve(
         self, kind: int, flags: int, cookie: int, offset: int, length: int, data: bytearray | None
-    ) -> list[bytes | memoryview]:
+    ) -> list[Buffer]:
         disk = self.disk
         self._check_flags(kind, flags, offset, length)
         fua = bool(flags & nbd.CMD_FUA)
@@ -371,13 +369,13 @@ class Lane:
         elif kind != nbd.FLUSH:
             if kind == nbd.READ and length > nbd.MAX_REQUEST:
                 raise OSError(errno.EOVERFLOW, f"a read of {length} bytes (32 MiB at most)")
+            if kind == nbd.CACHE and length > nbd.MAX_REQUEST:
+                raise OSError(errno.EINVAL, f"caching {length} bytes (32 MiB at most)")
             self.disk.check(offset, length)
         if kind == nbd.BLOCK_STATUS and not (self.contexts and length):
             raise OSError(errno.EINVAL, "no metadata context was negotiated, or no bytes asked")
 
-    def _read_reply(
-        self, cookie: int, offset: int, length: int, whole: bool
-    ) -> list[bytes | memoryview]:
+    def _read_reply(self, cookie: int, offset: int, length: int, whole: bool) -> list[Buffer]:
         if not self.structured:
             data = memoryview(bytearray(length))
             self.disk.pread(data, offset)
@@ -385,7 +383,7 @@ class Lane:
         if length == 0:
             return [nbd.CHUNK.pack(nbd.CHUNK_MAGIC, nbd.CHUNK_DONE, nbd.CHUNK_NONE, cookie, 0)]
         runs = [(length, False)] if whole else self._zero_runs(offset, length)
-        out: list[bytes | memoryview] = []
+        out: list[Buffer] = []
         for number, (n, zero) in enumerate(runs):
             done = nbd.CHUNK_DONE if number == len(runs) - 1 else 0
             if zero:
@@ -421,22 +419,30 @@ class Lane:
             self.disk.pread(memoryview(bytearray(n)), offset)
             offset, length = offset + n, length - n
 
-    def _status_reply(
-        self, cookie: int, offset: int, length: int, one: bool
-    ) -> list[bytes | memoryview]:
-        extents = self.disk.extents(offset, length)
-        out: list[bytes | memoryview] = []
+    def _status_reply(self, cookie: int, offset: int, length: int, one: bool) -> list[Buffer]:
+        out: list[Buffer] = []
         for number, (ident, _, describe) in enumerate(self.contexts):
-            runs: list[tuple[int, int]] = []
-            for n, flags in describe(extents):
-                if runs and runs[-1][1] == flags and runs[-1][0] + n < 1 << 32:
-                    runs[-1] = (runs[-1][0] + n, flags)
-                    continue
-                if len(runs) == (1 if one else MAX_RUNS):
-                    break
-                runs.append((n, flags))
-            payload = nbd.block_status(ident, runs)
+            payload = nbd.block_status(ident, self._runs(describe, offset, length, one))
             done = nbd.CHUNK_DONE if number == len(self.contexts) - 1 else 0
             head = nbd.CHUNK.pack(nbd.CHUNK_MAGIC, done, nbd.CHUNK_STATUS, cookie, len(payload))
             out.append(head + payload)
         return out
+
+    def _runs(
+        self, describe: Describe, offset: int, length: int, one: bool
+    ) -> list[tuple[int, int]]:
+        """Merged (length, flags), as many as may be told. Up to 4 GiB of clusters of 512 bytes
+        may be asked about, so the disk is asked a piece at a time, and no more than needed."""
+        runs: list[tuple[int, int]] = []
+        piece = max(SPAN * self.disk.root.granule, 1 << 20)
+        while length:
+            now = min(piece, length)
+            for n, flags in describe(self.disk.extents(offset, now)):
+                if runs and runs[-1][1] == flags:
+                    runs[-1] = (runs[-1][0] + n, flags)
+                elif len(runs) == (1 if one else MAX_RUNS):
+                    return runs
+                else:
+                    runs.append((n, flags))
+            offset, length = offset + now, length - now
+        return runs

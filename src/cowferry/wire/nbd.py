@@ -52,6 +52,7 @@ REQUEST = struct.Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
 SIMPLE = struct.Struct(">IIQ")  # magic, error, cookie
 CHUNK = struct.Struct(">IHHQI")  # magic, flags, type, cookie, length
 DATA = struct.Struct(">IHHQIQ")  # a CHUNK of type data, with its offset
+HOLE = struct.Struct(">IHHQIQI")  # a CHUNK of type hole, with its offset and length
 OPTION = struct.Struct(">QII")  # magic, option, length
 OPTION_REPLY = struct.Struct(">QIII")
 
@@ -92,10 +93,10 @@ def option_reply(option: int, kind: int, payload: bytes = b"") -> bytes:
     return OPTION_REPLY.pack(REPLY_MAGIC, option, kind, len(payload)) + payload
 
 
-def server_entry(name: str) -> bytes:
-    """Payload of REP_SERVER."""
+def server_entry(name: str, description: str = "") -> bytes:
+    """Payload of REP_SERVER; what follows the name is for a person."""
     raw = name.encode()
-    return struct.pack(">I", len(raw)) + raw
+    return struct.pack(">I", len(raw)) + raw + description.encode()[:MAX_STRING]
 
 
 def info_export(size: int, flags: int) -> bytes:

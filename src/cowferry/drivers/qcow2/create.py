@@ -7,6 +7,7 @@ sector first, a barrier, then the header.
 from __future__ import annotations
 
 import os
+import stat
 from array import array
 from collections.abc import Mapping
 from typing import Any
@@ -147,7 +148,13 @@ def make(path: str, size: int, options: Mapping[str, Any]) -> None:
     driver("file").create(path, 0, {})
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        sysio.ftruncate(fd, used << bits)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            sysio.ftruncate(fd, used << bits)
+        elif os.lseek(fd, 0, os.SEEK_END) < used << bits:
+            raise ImageError(f"device '{path}' is too small for an image of {h.size} bytes")
+        else:  # old bytes lie there
+            for at in range(0, used << bits, 1 << 20):
+                sysio.pwrite(fd, bytes(min(1 << 20, (used << bits) - at)), at)
         table = array("Q", ((first_block + i) << bits for i in range(blocks)))
         sysio.pwrite(fd, swapped(table), h.reftable_offset)
         for i in range(blocks):

@@ -705,6 +705,7 @@ class Qcow2(Node):
             if not self.read_only and not self.broken:
                 self.close_tables()
         finally:
-            self.file.close()
-            if self.external:
-                self.data.close()
+            if self.owns_file:
+                self.file.close()
+                if self.external:
+                    self.data.close()

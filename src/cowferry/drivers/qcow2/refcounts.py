@@ -65,6 +65,15 @@ class Refcounts:
         self.hint = 0  # no cluster below it is free
         size = image.file.size
         self.end = max((size + h.cluster_size - 1) >> self.cluster_bits, 1)
+        if getattr(image.file, "is_device", False):  # its end says nothing of what is in use
+            self.end = self._last_used() + 1
+
+    def _last_used(self) -> int:
+        for index in range(len(self.table) - 1, -1, -1):
+            block = self.block(index)
+            if block is not None and any(block):
+                return index * self.per_block + max(i for i, n in enumerate(block) if n)
+        return 0
 
     def block(self, index: int) -> array[int] | None:
         """Refcount block `index`, or None if there is none. Raises EIO for a bad table entry."""
@@ -130,7 +139,10 @@ class Refcounts:
         while self.block(self.end // self.per_block) is None:
             self._new_block(self.end // self.per_block)  # it lies at the end, and moves it
         first = self.end
+        self._room_on_device(first + 1)
         count = min(count, self.per_block - first % self.per_block)
+        if getattr(self.image.file, "is_device", False):
+            count = min(count, (self.image.file.size >> self.cluster_bits) - first)
         self._take(first, count)
         self.end = first + count
         return first, count
@@ -167,9 +179,16 @@ class Refcounts:
             if not missing:
                 break
             self._new_block(missing[0])
+        self._room_on_device(first + count)
         self._take(first, count)
         self.end = first + count
         return first
+
+    def _room_on_device(self, end: int) -> None:
+        """A block device does not grow. Raises ENOSPC before anything is taken."""
+        file = self.image.file
+        if getattr(file, "is_device", False) and end << self.cluster_bits > file.size:
+            raise OSError(errno.ENOSPC, f"{file.filename}: the device is full")
 
     def _take(self, first: int, count: int) -> None:
         self.image.check_overlap(first, count)

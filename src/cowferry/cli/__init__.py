@@ -1,0 +1,96 @@
+"""The command line: one click group whose commands are imported when they are used.
+
+Importing everything for every `--help` would cost half a second; each command lives in a module
+named in `COMMANDS`, under a variable of the same name (dashes as underscores).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from cowferry.errors import CowferryError
+
+COMMANDS = {
+    # offline
+    "create": ("offline.create", "Make a new image."),
+    "info": ("offline.info", "Show what an image is."),
+    "map": ("offline.map", "Show where an image's bytes lie."),
+    "check": ("offline.check", "Check an image, and mend it."),
+    "convert": ("offline.convert", "Copy an image into another format."),
+    "compare": ("offline.compare", "Compare what two images hold."),
+    "resize": ("offline.resize", "Change an image's size."),
+    "rebase": ("offline.rebase", "Give an overlay another backing file."),
+    # the daemon
+    "serve": ("serve", "Serve disks to guests, until stopped."),
+    # live
+    "stream": ("live", "Fill a disk from its backing chain, under a running guest."),
+    "jobs": ("live", "List the jobs."),
+    "job": ("live", "Pause, resume, cancel or slow a job."),
+    "tree": ("live", "Draw the chain of a disk."),
+    "qmp": ("live", "Send one QMP command."),
+    "monitor": ("live", "Talk to the human monitor."),
+    "stop": ("live", "Stop the daemon cleanly."),
+}
+
+
+class Lazy(click.Group):
+    """A group that imports a command's module when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"cowferry.cli.{COMMANDS[name][0]}")
+        found: click.Command = getattr(module, f"{name}_command")
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cowferry", prog_name="cowferry")
+def group() -> None:
+    """Serve virtual disks, and change them while their guests run.
+
+    COMMAND --help says what each takes. Live commands talk to the daemon of the run folder
+    ($COWFERRY_RUN), or to the QMP socket given by -c or $COWFERRY_QMP.
+    """
+
+
+def complain(error: CowferryError) -> None:
+    """One line, and what to do next."""
+    click.echo(f"cowferry: {error.desc}", err=True)
+    if error.hint:
+        click.echo(f"  {error.hint}", err=True)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The entry point: never a traceback for a mistake of the user's."""
+    try:
+        status = group.main(argv, standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except CowferryError as error:
+        complain(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"cowferry: {error.strerror or error}", err=True)
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,285 @@
+"""`cowferry serve`: the daemon, in its own habit and in qemu-storage-daemon's.
+
+With FILEs it opens the disks, exports them on a unix socket and opens QMP and human monitor
+sockets, all in the run folder. With qemu-storage-daemon's options it does exactly what those say,
+so that one program can be swapped for the other; both may be mixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cowferry.cli.keyval import parse_option
+from cowferry.cli.run import make_run_folder
+from cowferry.errors import CowferryError
+
+if TYPE_CHECKING:
+    from cowferry.daemon import Daemon
+
+
+def disk_name(argument: str) -> tuple[str, str]:
+    """(name, path) of NAME=FILE or FILE, whose name is then its stem."""
+    name, equals, path = argument.partition("=")
+    if equals and name and "/" not in name and not os.path.exists(argument):
+        return name, path
+    stem = os.path.basename(argument).rsplit(".", 1)[0]
+    return stem or os.path.basename(argument), argument
+
+
+class OrderedOptions(click.Command):
+    """Remembers the order in which options were given: qemu-storage-daemon acts in that order."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        opts, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        taken: dict[str, int] = {}
+        ordered: list[tuple[str, str]] = []
+        for parameter in order:
+            name = parameter.name
+            values = opts.get(name) if name else None
+            if isinstance(parameter, click.Option) and parameter.multiple and values and name:
+                index = taken.get(name, 0)
+                taken[name] = index + 1
+                ordered.append((name, values[index]))
+        ctx.meta["cowferry.ordered"] = ordered
+        return super().parse_args(ctx, args)
+
+
+@click.command("serve", cls=OrderedOptions)
+@click.argument("disks", metavar="[NAME=]FILE...", nargs=-1)
+@click.option("-f", "--format", "image_format", help="Format of the FILEs, else by their names.")
+@click.option("--copy-on-read", is_flag=True, help="Keep what is read from the backing chain.")
+@click.option("-r", "--read-only", is_flag=True, help="Open the FILEs read-only.")
+@click.option("--socket", "socket_path", metavar="PATH", help="NBD socket [run folder/nbd.sock].")
+@click.option("--tcp", metavar="HOST:PORT", help="Serve NBD on TCP as well.")
+@click.option("--json", "as_json", is_flag=True, help="Print what is served as JSON.")
+@click.option("--blockdev", multiple=True, metavar="OPTS", help="Open a node (QMP blockdev-add).")
+@click.option("--export", multiple=True, metavar="OPTS", help="Export a node.")
+@click.option("--nbd-server", multiple=True, metavar="OPTS", help="Listen for NBD clients.")
+@click.option(
+    "--object", "objects", multiple=True, metavar="OPTS", help="Taken as QEMU's; none is known."
+)
+@click.option("--chardev", multiple=True, metavar="OPTS", help="A socket, or stdio, for a monitor.")
+@click.option("--monitor", multiple=True, metavar="OPTS", help="A QMP (or readline) monitor.")
+@click.option("--pidfile", metavar="PATH", help="Write the process id there.")
+@click.option("--daemonize", is_flag=True, help="Go into the background once everything is up.")
+@click.option("-v", "--verbose", is_flag=True, help="Log to standard error.")
+@click.pass_context
+def serve_command(ctx: click.Context, **given: Any) -> None:
+    """Serve disks over NBD until SIGINT or SIGTERM.
+
+    Each FILE is exported under NAME (or the file's own name); its NBD URI is printed once it can
+    be used. The sockets nbd.sock, qmp.sock and hmp.sock lie in the run folder.
+    """
+    ordered = ctx.meta["cowferry.ordered"]
+    if not given["disks"] and not ordered:
+        raise click.UsageError("nothing to serve: give a FILE, or --blockdev and --export")
+    ready = detach() if given["daemonize"] else None
+    level = logging.INFO if given["verbose"] else logging.ERROR
+    logging.basicConfig(stream=sys.stderr, level=level, format="cowferry: %(message)s")
+    Serving(given, ordered).run(ready)
+
+
+class Serving:
+    """One run of the daemon, from its options to its end."""
+
+    def __init__(self, given: dict[str, Any], ordered: list[tuple[str, str]]) -> None:
+        self.given = given
+        self.ordered = ordered
+        self.chardevs: dict[str, dict[str, Any]] = {}
+        self.servers: list[Any] = []
+        self.pidfile: str | None = None
+
+    def run(self, ready: int | None) -> None:
+        """Until somebody asks for the end."""
+        from cowferry.daemon import Daemon
+
+        daemon = Daemon()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: daemon.quit())
+        try:
+            if self.given["pidfile"]:
+                self._write_pidfile(self.given["pidfile"])
+            for option, text in self.ordered:
+                getattr(self, f"_{option}")(daemon, text)
+            if self.given["disks"]:
+                self._disks(daemon)
+            if ready is not None:
+                os.write(ready, b"+")
+                os.close(ready)
+                null = os.open(os.devnull, os.O_RDWR)
+                for fd in range(3):
+                    os.dup2(null, fd)
+            while not daemon.stopped.wait(3600):
+                pass
+        finally:
+            for server in self.servers:
+                with contextlib.suppress(OSError):
+                    server.stop_listening()
+            try:
+                daemon.close()
+            finally:
+                for server in self.servers:
+                    server.stop()
+                if self.pidfile:
+                    with contextlib.suppress(OSError):
+                        os.unlink(self.pidfile)
+
+    # cowferry's own way ------------------------------------------------------------------
+
+    def _disks(self, daemon: Daemon) -> None:
+        from cowferry.monitor import hmp, qmp
+
+        folder = make_run_folder()
+        control = qmp.server(daemon)
+        self.servers.append(control)
+        # First of all, so that a second daemon on this folder stops before it opens a disk.
+        control.listen_unix(os.path.join(folder, "qmp.sock"))
+        human = hmp.server(daemon)
+        self.servers.append(human)
+        human.listen_unix(os.path.join(folder, "hmp.sock"))
+        if daemon.nbd is None:
+            path = self.given["socket_path"] or os.path.join(folder, "nbd.sock")
+            daemon.start_nbd({"type": "unix", "path": os.path.abspath(path)})
+        assert daemon.nbd is not None
+        if self.given["tcp"]:
+            host, _, port = self.given["tcp"].rpartition(":")
+            if not port.isdigit():
+                raise CowferryError(f"--tcp expects HOST:PORT, not '{self.given['tcp']}'")
+            daemon.nbd.listen_tcp(host or "127.0.0.1", int(port))
+        listed = []
+        for argument in self.given["disks"]:
+            name, path = disk_name(argument)
+            disk = daemon.open_disk(
+                name,
+                path,
+                self.given["image_format"],
+                copy_on_read=self.given["copy_on_read"],
+                read_only=self.given["read_only"],
+            )
+            daemon.add_export(disk, name, writable=not disk.read_only)
+            listed.append({"name": name, "uri": daemon.nbd.uri(name), "size": disk.size})
+        if self.given["as_json"]:
+            click.echo(json.dumps({"disks": listed, "run": folder}))
+        else:
+            for item in listed:
+                click.echo(f"{item['name']}: {item['uri']}")
+        sys.stdout.flush()
+
+    def _write_pidfile(self, path: str) -> None:
+        try:
+            with open(path, "w") as f:
+                f.write(f"{os.getpid()}\n")
+        except OSError as error:
+            raise CowferryError(f"cannot write pidfile '{path}': {error.strerror}") from error
+        self.pidfile = path
+
+    # qemu-storage-daemon's options, in the order given -----------------------------------
+
+    def _blockdev(self, daemon: Daemon, text: str) -> None:
+        daemon.execute("blockdev-add", parse_option(text, "driver"))
+
+    def _nbd_server(self, daemon: Daemon, text: str) -> None:
+        options = parse_option(text)
+        if "addr" not in options:
+            raise CowferryError(
+                "Parameter 'addr' is missing", "--nbd-server addr.type=unix,addr.path=..."
+            )
+        daemon.execute(
+            "nbd-server-start", retyped(options, {"max-connections", "handshake-max-seconds"})
+        )
+
+    def _export(self, daemon: Daemon, text: str) -> None:
+        flags = {"writable", "writethrough", "allocation-depth", "fixed-iothread", "allow-inactive"}
+        daemon.execute("block-export-add", retyped(parse_option(text, "type"), flags))
+
+    def _objects(self, daemon: Daemon, text: str) -> None:
+        kind = parse_option(text, "qom-type").get("qom-type", "")
+        raise CowferryError(
+            f"invalid object type: {kind}", "this version knows no --object; leave the option out"
+        )
+
+    def _chardev(self, daemon: Daemon, text: str) -> None:
+        options = parse_option(text, "backend")
+        kind, ident = options.get("backend"), options.get("id")
+        if not isinstance(ident, str):
+            raise CowferryError("Parameter 'id' is missing", f"in --chardev {text}")
+        if kind not in ("socket", "stdio"):
+            raise CowferryError(
+                f"--chardev: backend '{kind}' is not supported", "socket and stdio are"
+            )
+        if ident in self.chardevs:
+            raise CowferryError(f"Chardev with id '{ident}' already exists")
+        self.chardevs[ident] = options
+
+    def _monitor(self, daemon: Daemon, text: str) -> None:
+        from cowferry.monitor import hmp, qmp
+
+        options = parse_option(text, "chardev")
+        ident = options.get("chardev")
+        chardev = self.chardevs.get(str(ident))
+        if chardev is None:
+            raise CowferryError(f"Character device '{ident}' not found")
+        mode = options.get("mode", "control")
+        if mode not in ("control", "readline"):
+            raise CowferryError(f"Parameter 'mode' does not accept value '{mode}'")
+        server = (qmp if mode == "control" else hmp).server(daemon)
+        self.servers.append(server)
+        if chardev["backend"] == "stdio":
+            thread = server.attach(qmp.Pipe(0, 1))
+            del thread
+            return
+        path, host, port = (chardev.get(k) for k in ("path", "host", "port"))
+        if chardev.get("server", "off") in ("on", True, "yes"):
+            if path:
+                server.listen_unix(path)
+            elif port:
+                server.listen_tcp(host or "127.0.0.1", int(port))
+            else:
+                raise CowferryError(f"chardev '{ident}': 'path' or 'port' is missing")
+            return
+        try:
+            if path:
+                sock = socket.socket(socket.AF_UNIX)
+                sock.connect(path)
+            else:
+                sock = socket.create_connection((host or "127.0.0.1", int(port or 0)))
+        except OSError as error:
+            raise CowferryError(
+                f"chardev '{ident}': cannot connect to '{path or port}': {error.strerror}"
+            ) from error
+        server.connect(sock)
+
+
+def retyped(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Flags and numbers of keyval options as QMP has them. Raises `CowferryError`."""
+    out = dict(options)
+    for name in names & set(out):
+        value = out[name]
+        if isinstance(value, str):
+            if value in ("on", "off"):
+                out[name] = value == "on"
+            elif value.isdigit():
+                out[name] = int(value)
+            else:
+                raise CowferryError(f"Parameter '{name}' expects 'on' or 'off'")
+    return out
+
+
+def detach() -> int:
+    """Fork; the parent waits for the word that everything is up, and leaves with its status."""
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        sys.exit(0 if os.read(reader, 1) == b"+" else 1)
+    os.close(reader)
+    os.setsid()
+    return writer

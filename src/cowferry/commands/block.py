@@ -1,0 +1,231 @@
+"""Commands on nodes and disks: add, delete, create, resize, and look."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from cowferry.block.node import Node, chain
+from cowferry.commands import Args, NoArgs, command
+from cowferry.drivers import driver
+from cowferry.errors import CowferryError
+from cowferry.graph import actual_size
+from cowferry.jobs.create import Create
+
+if TYPE_CHECKING:
+    from cowferry.block.disk import Disk
+    from cowferry.daemon import Daemon
+
+
+class BlockdevAdd(msgspec.Struct, kw_only=True, rename="kebab"):
+    """Open: the further members are the driver's own, and checked by it."""
+
+    driver: str
+    node_name: str | None = None
+
+
+@command("blockdev-add")
+def blockdev_add(daemon: Daemon, args: dict[str, Any]) -> None:
+    """Open a node, with its children and its backing chain."""
+    if not isinstance(args.get("driver"), str):
+        raise CowferryError("Parameter 'driver' is missing")
+    daemon.graph.add_node(args)
+
+
+class NodeName(Args):
+    node_name: str
+
+
+@command("blockdev-del")
+def blockdev_del(daemon: Daemon, args: NodeName) -> None:
+    """Close a node that nobody uses."""
+    daemon.graph.delete_node(args.node_name)
+
+
+class BlockdevCreate(Args):
+    job_id: str
+    options: dict[str, Any]
+
+
+@command("blockdev-create")
+def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
+    """Make an image, as a job that is dismissed by hand.
+
+    The `file` option of a format may be a node or node-name whose file is to hold the image, or
+    (an extension) a plain `filename`."""
+    options = dict(args.options)
+    kind = options.pop("driver", None)
+    if not isinstance(kind, str):
+        raise CowferryError("Parameter 'options.driver' is missing")
+    cls = driver(kind)
+    size = options.pop("size", None)
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise CowferryError("Parameter 'options.size' is missing")
+    path = options.pop("filename", None)
+    file = options.pop("file", None)
+    if isinstance(file, str):
+        path = daemon.graph.node(file).filename
+    elif isinstance(file, dict):
+        path = file.get("filename")
+    if not isinstance(path, str):
+        raise CowferryError("Parameter 'options.file' is missing")
+    renamed = {
+        "version": "compat", "backing-fmt": "backing_fmt", "backing-file": "backing_file",
+    }  # fmt: skip
+    plain = {renamed.get(k, k.replace("-", "_")): v for k, v in options.items()}
+    target = path
+
+    def make() -> None:
+        node = daemon.graph.nodes.get(file) if isinstance(file, str) else None
+        reopen = getattr(node, "unlocked", None)
+        with reopen() if reopen is not None else contextlib.nullcontext():
+            cls.create(target, size, plain)
+        if node is not None and hasattr(node, "refresh"):
+            node.refresh()
+
+    daemon.jobs.start(Create(make), args.job_id)
+
+
+class BlockResize(Args):
+    size: int
+    device: str | None = None
+    node_name: str | None = None
+
+
+@command("block_resize")
+def block_resize(daemon: Daemon, args: BlockResize) -> None:
+    """Change a disk's size while it is in use. Guests learn of it as their transport allows."""
+    name = args.device or args.node_name
+    if name is None:
+        raise CowferryError("Either 'device' or 'node-name' must be given")
+    if args.size < 0:
+        raise CowferryError("Parameter 'size' expects a >0 size")
+    daemon.resize(name, args.size)
+
+
+def image_info(node: Node, with_backing: bool = True) -> dict[str, Any]:
+    """QMP: ImageInfo of a node, with its backing images nested."""
+    out: dict[str, Any] = {
+        "filename": node.filename,
+        "format": node.driver,
+        "virtual-size": node.size,
+    }
+    with contextlib.suppress(CowferryError):
+        out["actual-size"] = actual_size(node.filename)
+    if hasattr(node, "cluster_size"):
+        out["cluster-size"] = node.granule
+        out["dirty-flag"] = bool(getattr(node, "dirty_flag", False))
+    specific = node.info()
+    if specific:
+        out["format-specific"] = {"type": node.driver, "data": specific}
+    if node.backing is not None:
+        out["backing-filename"] = (node.backing_spec or (node.backing.filename, None))[0]
+        out["full-backing-filename"] = node.backing.filename
+        out["backing-filename-format"] = node.backing.driver
+    return out
+
+
+def device_info(node: Node, disk: Disk | None = None) -> dict[str, Any]:
+    """QMP: BlockDeviceInfo of a node."""
+    images = [image_info(n) for n in list(chain(node))[:64]]
+    for above, below in itertools.pairwise(images):
+        above["backing-image"] = below
+    out: dict[str, Any] = {
+        "file": node.filename,
+        "node-name": node.name,
+        "ro": node.read_only,
+        "drv": node.driver,
+        "encrypted": False,
+        "detect_zeroes": "off",
+        "backing_file_depth": len(images) - 1,
+        "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
+        "write_threshold": 0,
+        "cache": {"writeback": True, "direct": False, "no-flush": False},
+        "image": images[0],
+    }  # fmt: skip
+    if node.backing is not None:
+        out["backing_file"] = node.backing.filename
+    if disk is not None and disk.bitmaps:
+        out["dirty-bitmaps"] = [
+            {"name": b.name, "count": b.count(), "granularity": b.granularity,
+             "recording": b.recording, "busy": False, "persistent": False}
+            for b in disk.bitmaps.values()
+        ]  # fmt: skip
+    return out
+
+
+class QueryNodes(Args):
+    flat: bool = False
+
+
+@command("query-named-block-nodes")
+def query_named_block_nodes(daemon: Daemon, args: QueryNodes) -> list[dict[str, Any]]:
+    """Every node by name; with `flat` without the nested backing images."""
+    out = []
+    with daemon.graph.lock:
+        nodes = list(daemon.graph.nodes.values())
+    for node in nodes:
+        info = device_info(node)
+        if args.flat:
+            info["image"].pop("backing-image", None)
+        out.append(info)
+    return out
+
+
+@command("query-block")
+def query_block(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
+    """Every named disk."""
+    with daemon.graph.lock:
+        disks = list(daemon.graph.disks.values())
+    return [
+        {
+            "device": disk.name,
+            "type": "unknown",
+            "removable": False,
+            "locked": False,
+            "inserted": device_info(disk.root, disk),
+        }
+        for disk in disks
+    ]
+
+
+class Tree(Args):
+    device: str | None = None
+
+
+@command("x-query-tree")
+def query_tree(daemon: Daemon, args: Tree) -> list[dict[str, Any]]:
+    """The chain of each disk, top first, with what each layer holds in bytes (for `tree`)."""
+    graph = daemon.graph
+    if args.device is not None:
+        disks = [graph.disk(args.device)]
+    else:
+        with graph.lock:
+            disks = list(graph.disks.values()) or [graph.disk(n) for n in sorted(graph.explicit)]
+            disks = [d for d in disks if d.root.driver != "file"]
+    return [
+        {"device": d.name, "size": d.size, "chain": [layer(n, d.size) for n in chain(d.root)]}
+        for d in disks
+    ]
+
+
+def layer(node: Node, size: int) -> dict[str, Any]:
+    """One layer: how much of the disk it answers for itself."""
+    counts = {"DATA": 0, "ZERO": 0, "HOLE": 0}
+    for e in node.extents(0, node.size):
+        counts[e.state.name] += e.length
+    out = {
+        "node-name": node.name,
+        "filename": node.filename,
+        "format": node.driver,
+        "virtual-size": node.size,
+        "data": counts["DATA"],
+        "zero": counts["ZERO"],
+        "read-only": node.read_only,
+    }
+    with contextlib.suppress(CowferryError):
+        out["actual-size"] = actual_size(node.filename)
+    return out

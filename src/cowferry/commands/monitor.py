@@ -1,0 +1,81 @@
+"""Commands about the monitor and the daemon themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from cowferry.commands import COMMANDS, Args, NoArgs, command, event
+from cowferry.errors import CommandNotFound
+
+if TYPE_CHECKING:
+    from cowferry.daemon import Daemon
+
+VERSION = {"qemu": {"micro": 0, "minor": 1, "major": 10}, "package": "cowferry 0.1.0"}
+
+
+class Capabilities(Args):
+    enable: list[str] | None = None
+
+
+@command("qmp_capabilities")
+def qmp_capabilities(daemon: Daemon, args: Capabilities) -> None:
+    """Begin the session; the monitor answers this itself before anything else."""
+    raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
+
+
+@command("query-version")
+def query_version(daemon: Daemon, args: NoArgs) -> dict[str, Any]:
+    """The version of QMP that is spoken here, and of cowferry in `package`."""
+    return VERSION
+
+
+class CommandInfo(msgspec.Struct):
+    name: str
+
+
+@command("query-commands")
+def query_commands(daemon: Daemon, args: NoArgs) -> list[CommandInfo]:
+    """The names of all commands."""
+    return [CommandInfo(name) for name in sorted(COMMANDS)]
+
+
+@command("query-qmp-schema")
+def query_qmp_schema(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
+    """All commands, events and types, for clients that look before they ask."""
+    return daemon.schema()
+
+
+class Status(msgspec.Struct):
+    running: bool
+    status: str
+
+
+@command("query-status")
+def query_status(daemon: Daemon, args: NoArgs) -> Status:
+    """Always running: there is no guest here to be stopped."""
+    return Status(running=True, status="running")
+
+
+class HumanMonitor(Args):
+    command_line: str
+    cpu_index: int | None = None
+
+
+@command("human-monitor-command")
+def human_monitor_command(daemon: Daemon, args: HumanMonitor) -> str:
+    """Run a line of the human monitor, and return what it prints."""
+    return daemon.human(args.command_line)
+
+
+@command("quit")
+def quit_daemon(daemon: Daemon, args: NoArgs) -> None:
+    """Stop cleanly: jobs are cancelled, everything is flushed."""
+    daemon.quit()
+
+
+@event("SHUTDOWN")
+class Shutdown(msgspec.Struct):
+    guest: bool
+    reason: str

@@ -1,0 +1,350 @@
+"""The daemon: graph, jobs, exports and monitors under one roof.
+
+Commands are functions on this object, so it offers what several of them share and no more. It
+also keeps two promises of its own: every few seconds disks with changes in memory are flushed, so
+that a killed process costs seconds of unflushed work; and it ends in order: no new clients, jobs
+cancelled, exports closed, everything flushed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cowferry.block.disk import Disk
+from cowferry.block.node import Node, chain
+from cowferry.drivers import opening
+from cowferry.errors import CowferryError, DeviceInUse, NotSupported
+from cowferry.exports import Export
+from cowferry.exports.nbd import NbdExport, NbdServer
+from cowferry.graph import Graph
+from cowferry.jobs.job import Job, Jobs
+from cowferry.jobs.stream import Stream
+
+log = logging.getLogger(__name__)
+
+FLUSH_EVERY = 5.0  # seconds
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+class Events:
+    """Tells every listener of every event, in one order for all."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # guards `listeners`, and the order of events
+        self.listeners: list[Listener] = []
+
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """A listener must not block: monitors put events on a queue."""
+        with self.lock:
+            for listener in list(self.listeners):
+                try:
+                    listener(name, data)
+                except Exception:
+                    log.exception("a listener failed on event %s", name)
+
+    def listen(self, listener: Listener) -> None:
+        """Hear every event from now on."""
+        with self.lock:
+            self.listeners.append(listener)
+
+    def forget(self, listener: Listener) -> None:
+        """Hear no more."""
+        with self.lock:
+            self.listeners = [x for x in self.listeners if x is not listener]
+
+
+class Daemon:
+    """Thread-safe in the sense of its parts; commands run one at a time, under `commands`."""
+
+    def __init__(self) -> None:
+        self.events = Events()
+        self.graph = Graph()
+        self.jobs = Jobs(self._job_event)
+        self.nbd: NbdServer | None = None
+        self.exports: dict[str, Export] = {}
+        # Duty: commands that change the graph see each other whole. Never held while waiting
+        # for a job, which may need a command to go on.
+        self.commands = threading.RLock()
+        self.stopped = threading.Event()  # somebody asked the daemon to end
+        self._devices: dict[int, str] = {}  # id(job) -> the disk that it runs on
+        self._closing = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="flush", daemon=True)
+        self._ticker.start()
+        self._closed = False
+
+    # Disks -------------------------------------------------------------------------------
+
+    def open_disk(
+        self,
+        name: str,
+        path: str,
+        format: str | None = None,
+        *,
+        copy_on_read: bool = False,
+        read_only: bool = False,
+    ) -> Disk:
+        """A named disk over the image at `path` and its chain. Raises `CowferryError`."""
+        options = opening.image_options(path, format, read_only=read_only)
+        return self.graph.open_disk(name, options, copy_on_read)
+
+    def resize(self, device: str, size: int) -> None:
+        """Resize a disk. Raises `DeviceInUse` while a job depends on its size."""
+        disk = self.graph.disk(device)
+        why = "resize"
+        self.graph.claim([disk.root], why)
+        try:
+            disk.resize(size)
+        except OSError as error:
+            raise CowferryError(f"Cannot resize '{device}': {error.strerror or error}") from error
+        finally:
+            self.graph.release([disk.root], why)
+
+    # Exports -----------------------------------------------------------------------------
+
+    def start_nbd(
+        self, addr: Mapping[str, Any], *, max_connections: int = 100, handshake: float = 10
+    ) -> NbdServer:
+        """Start the NBD server on a QMP SocketAddress. Raises `CowferryError`."""
+        if self.nbd is not None:
+            raise CowferryError("NBD server already running")
+        server = NbdServer(max_connections, handshake)
+        kind, where = socket_address(addr)
+        try:
+            if kind == "unix":
+                server.listen_unix(where["path"])
+            else:
+                server.listen_tcp(where["host"], int(where["port"]))
+        except BaseException:
+            server.stop()
+            raise
+        self.nbd = server
+        return server
+
+    def stop_nbd(self) -> None:
+        """Stop it; its exports are gone, and say so."""
+        server, self.nbd = self.nbd, None
+        if server is None:
+            return
+        server.stop()
+        for export in [e for e in self.exports.values() if isinstance(e, NbdExport)]:
+            self.exports.pop(export.id, None)
+            self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
+
+    def add_export(self, disk: Disk, name: str, *, writable: bool = True) -> NbdExport:
+        """Offer a disk under its name on the running NBD server."""
+        assert self.nbd is not None
+        export = NbdExport(name, disk, name=name, writable=writable)
+        self.nbd.add(export)
+        self.exports[export.id] = export
+        return export
+
+    def drop_export(self, export: Export) -> None:
+        """Withdraw an export, in the background: its clients may take a moment to go."""
+        export.shutting_down = True
+
+        def drop() -> None:
+            if isinstance(export, NbdExport) and self.nbd is not None:
+                self.nbd.remove(export, force=True)
+            else:
+                export.stop(force=True)
+            self.exports.pop(export.id, None)
+            self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
+
+        if not export.users:
+            drop()
+        else:
+            threading.Thread(target=drop, name="export stop", daemon=True).start()
+
+    # Jobs --------------------------------------------------------------------------------
+
+    def _job_event(self, name: str, data: dict[str, Any]) -> None:
+        self.events.emit(name, data)
+        if name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED") and data["type"] == "stream":
+            job = self.jobs.get(data["device"])
+            device = self.device_of(job) if job is not None else data["device"]
+            old = {"device": device, "len": data["len"], "offset": data["offset"]}
+            if name == "BLOCK_JOB_CANCELLED":
+                return  # the discussion: a cancelled stream returns from its command instead
+            if "error" in data:
+                old["error"] = data["error"]
+            self.events.emit("BLOCK_STREAM_COMPLETED", old)
+
+    def device_of(self, job: Job) -> str:
+        """The name of the disk that a job runs on."""
+        return self._devices.get(id(job), job.id)
+
+    def job_on(self, device: str) -> Job | None:
+        """The job with that id, or else the one that runs on that disk or node."""
+        found = self.jobs.get(device)
+        if found is not None:
+            return found
+        for job in self.jobs.all():
+            disk = getattr(job, "disk", None)
+            if disk is not None and device in (self.device_of(job), disk.root.name):
+                return job
+        return None
+
+    def start_stream(
+        self,
+        device: str,
+        *,
+        job_id: str | None = None,
+        base: str | None = None,
+        base_node: str | None = None,
+        bottom: str | None = None,
+        backing_file: str | None = None,
+        speed: int = 0,
+        on_error: str = "report",
+        auto_finalize: bool = True,
+        auto_dismiss: bool = True,
+    ) -> Job:
+        """Start a stream job. Raises `CowferryError`; then nothing has begun."""
+        disk = self.graph.disk(device)
+        top = disk.root
+        with self.graph.lock:
+            named = device in self.graph.disks
+        if job_id is None:
+            job_id = device if named else ""
+        if sum(x is not None for x in (base, base_node, bottom)) > 1:
+            raise CowferryError("'base', 'base-node' and 'bottom' cannot be specified together")
+        if backing_file is not None and base is None and base_node is None and bottom is None:
+            raise CowferryError("backing file specified, but streaming the entire chain")
+        running = self.job_on(device)
+        if running is not None and running.status.value not in ("concluded", "null"):
+            raise DeviceInUse(
+                f"Device '{device}' is in use: a {running.type} job is active on it",
+                f"wait for job '{running.id}', or cancel it",
+            )
+        if top.driver in ("raw", "file"):
+            raise NotSupported(
+                f"'{device}' is a {top.driver} image: it has no backing file to stream from",
+                "streaming needs a copy-on-write image, such as qcow2",
+            )
+        if top.read_only:
+            raise NotSupported(f"'{device}' is read-only", "open it for writing")
+        below: Node | None = None
+        if base is not None:
+            below = self.graph.find_base(disk, base)
+        elif base_node is not None:
+            below = self.graph.find_base(disk, base_node, by_node=True)
+        elif bottom is not None:
+            below = self.graph.find_base(disk, bottom, by_node=True).backing
+        record = self.graph.backing_name(top, below)
+        if record is not None and backing_file is not None:
+            record = (backing_file, record[1])
+        between = [n for n in chain(top) if below is None or n not in list(chain(below))]
+        why = "block device is in use by block job: stream"
+        self.graph.claim(between, why)
+
+        def released() -> None:
+            self.graph.release(between, why)
+
+        def detached(old: Node, base_now: Node | None) -> None:
+            self.graph.release(between, why)
+            self.graph.detached(old, base_now)
+
+        try:
+            job = Stream(
+                disk,
+                below,
+                above=lambda: self.graph.disks_above(top),
+                backing=record,
+                detached=detached,
+                released=released,
+                speed=speed,
+                on_error=on_error,
+                auto_finalize=auto_finalize,
+                auto_dismiss=auto_dismiss,
+            )
+            self._devices[id(job)] = disk.name
+            return self.jobs.start(job, job_id)
+        except BaseException:
+            released()
+            raise
+
+    # Monitors ----------------------------------------------------------------------------
+
+    def execute(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Run a QMP command. Raises `CowferryError`."""
+        from cowferry.commands import execute
+
+        if name in UNLOCKED:
+            return execute(self, name, arguments)
+        with self.commands:
+            return execute(self, name, arguments)
+
+    def human(self, line: str) -> str:
+        """Run a line of the human monitor; what it prints."""
+        from cowferry.monitor.hmp import run_line
+
+        return run_line(self, line)
+
+    def schema(self) -> list[dict[str, Any]]:
+        """The QAPI introspection of everything that is registered."""
+        from cowferry.monitor.schema import schema
+
+        return schema()
+
+    # Life --------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        while not self._closing.wait(FLUSH_EVERY):
+            for disk in self.graph.all_disks():
+                if disk.root.unflushed:
+                    try:
+                        disk.flush()
+                    except OSError as error:
+                        log.error("disk '%s' cannot be flushed: %s", disk.name, error)
+
+    def quit(self) -> None:
+        """Ask for the end; whoever runs the daemon calls `close`."""
+        self.stopped.set()
+
+    def close(self) -> None:
+        """End in order. Raises the first `OSError` met while flushing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._closing.set()
+        self.jobs.shutdown()
+        self.stop_nbd()
+        self._ticker.join()
+        self.graph.close()
+        self.events.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+
+
+#: Commands that may wait for a job, or must work while another command does.
+UNLOCKED = frozenset(
+    {"block_stream_cancel", "quit", "query-jobs", "query-block-jobs", "query-block-stream",
+     "human-monitor-command", "query-version", "query-commands", "query-qmp-schema"}
+)  # fmt: skip
+
+
+def socket_address(addr: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """("unix", {path}) or ("inet", {host, port}) of a SocketAddress, legacy or flat.
+
+    Raises `CowferryError` naming what is missing."""
+    kind = addr.get("type")
+    data = addr.get("data", addr)
+    if kind is None:
+        raise CowferryError("Parameter 'addr.type' is missing")
+    if not isinstance(data, Mapping):
+        raise CowferryError("Invalid parameter type for 'addr.data', expected: object")
+    if kind == "unix":
+        wanted: tuple[str, ...] = ("path",)
+    elif kind == "inet":
+        wanted = ("host", "port")
+    else:
+        raise CowferryError(
+            f"Parameter 'addr.type' does not accept value '{kind}'", "unix and inet are known"
+        )
+    for key in wanted:
+        if not isinstance(data.get(key), str | int):
+            raise CowferryError(f"Parameter 'addr.{key}' is missing")
+    if kind == "inet" and not str(data["port"]).isdigit():
+        raise CowferryError(f"Parameter 'addr.port' expects a number, not '{data['port']}'")
+    return str(kind), {key: str(data[key]) for key in wanted}

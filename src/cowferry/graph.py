@@ -1,0 +1,302 @@
+"""The graph: which nodes and disks there are, what they are called, and who uses them.
+
+Nodes have node-names; those that nobody named get one that begins with '#'. A disk has a name of
+its own and a root node. Whoever serves or changes a disk holds the one `Disk` over its root, or
+two gates would let two writers into one range; so the disk over a bare node is made here, once.
+
+`lock` guards all tables below. It is held for look-ups and changes of names, never over I/O on
+guest data.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from cowferry.block.disk import Disk
+from cowferry.block.node import Node, chain
+from cowferry.drivers import opening
+from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound, ImageError
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}")
+
+
+class Graph:
+    """Nodes by node-name, disks by name. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.nodes: dict[str, Node] = {}
+        self.disks: dict[str, Disk] = {}  # named by somebody
+        self.bare: dict[str, Disk] = {}  # over a node that was added by itself, by node-name
+        self.explicit: set[str] = set()  # added by blockdev-add, gone by blockdev-del only
+        self.claims: dict[int, list[tuple[Node, str]]] = {}  # id(node) -> who holds it, and why
+        self._number = 100
+
+    # Nodes -------------------------------------------------------------------------------
+
+    def add_node(self, options: Mapping[str, Any]) -> Node:
+        """blockdev-add. Raises `CowferryError`; then nothing was opened."""
+        name = options.get("node-name")
+        if not isinstance(name, str):
+            raise CowferryError("'node-name' must be specified for the root node")
+        with self.lock:
+            node = self._open(options)
+            self.explicit.add(name)
+            return node
+
+    def _open(self, options: Mapping[str, Any]) -> Node:
+        """Open under `lock`: two opens at once could take one name."""
+        self._check_names(options)
+        made: list[Node] = []
+        node = opening.open_node(options, self.node, lambda n, given: made.append(n))
+        for n in made:
+            n.name = n.name or self._generated()
+            self.nodes[n.name] = n
+        return node
+
+    def _check_names(self, options: Mapping[str, Any]) -> None:
+        name = options.get("node-name")
+        if name is not None:
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise CowferryError(
+                    f"Invalid node-name: '{name}'",
+                    "a letter, then at most 30 letters, digits, '-', '.' or '_'",
+                )
+            if name in self.nodes:
+                raise CowferryError(f"Duplicate nodes with node-name='{name}'")
+            if name in self.disks:
+                raise CowferryError(f"node-name={name} is conflicting with a device id")
+        for key in ("file", "backing", "data-file"):
+            child = options.get(key)
+            if isinstance(child, Mapping):
+                self._check_names(child)
+
+    def _generated(self) -> str:
+        self._number += 1
+        return f"#block{self._number}"
+
+    def node(self, name: str) -> Node:
+        """The node of that name. Raises `CowferryError`."""
+        with self.lock:
+            found = self.nodes.get(name)
+            if found is None:
+                raise CowferryError(f"Failed to find node with node-name='{name}'")
+            return found
+
+    def delete_node(self, name: str) -> None:
+        """blockdev-del. Raises `CowferryError` while anybody uses the node."""
+        with self.lock:
+            node = self.node(name)
+            for other in self.nodes.values():
+                for key, child in children(other):
+                    if child is node:
+                        what = "backing hd" if key == "backing" else key
+                        raise CowferryError(
+                            f"Node '{name}' is busy: node is used as {what} of '{other.name}'"
+                        )
+            for disk in self.disks.values():
+                if disk.root is node:
+                    raise CowferryError(f"Node {name} is in use by disk '{disk.name}'")
+            held = self.claims.get(id(node))
+            if held:
+                raise CowferryError(f"Node '{name}' is busy: {held[0][1]}")
+            if name not in self.explicit:
+                raise CowferryError(f"Node {name} is not owned by the monitor")
+            self.explicit.discard(name)
+            self.bare.pop(name, None)
+            self._release(node)
+
+    def _release(self, node: Node | None) -> None:
+        """Close a node that lost a user, and whatever only it used."""
+        while node is not None:
+            if node.name in self.explicit or self._used(node):
+                return
+            below = node.backing
+            self.nodes.pop(node.name, None)
+            for key, child in children(node):
+                if key != "backing" and child.name not in self.explicit:
+                    self.nodes.pop(child.name, None)
+            node.close()
+            node = below
+
+    def _used(self, node: Node) -> bool:
+        if any(d.root is node for d in self.disks.values()) or self.claims.get(id(node)):
+            return True
+        return any(child is node for n in self.nodes.values() for _, child in children(n))
+
+    # Disks -------------------------------------------------------------------------------
+
+    def open_disk(self, name: str, options: Mapping[str, Any], copy_on_read: bool = False) -> Disk:
+        """A named disk over a new node. Raises `CowferryError`."""
+        with self.lock:
+            if not name or len(name) > 255 or not name.isprintable() or "/" in name:
+                raise CowferryError(f"Invalid disk name '{name}'")
+            if name in self.disks or name in self.nodes:
+                raise CowferryError(f"there is a disk or node named '{name}' already")
+            root = self._open(options)
+            disk = self.disks[name] = Disk(root, name, copy_on_read)
+            return disk
+
+    def disk(self, device: str) -> Disk:
+        """The disk of that name, or the one over the node of that name.
+
+        Raises `DeviceNotFound`."""
+        with self.lock:
+            if device in self.disks:
+                return self.disks[device]
+            node = self.nodes.get(device)
+            if node is None:
+                raise DeviceNotFound(
+                    f"Device '{device}' not found",
+                    f"there are: {', '.join(sorted(self.names())) or 'none'}",
+                )
+            return self.disk_over(node)
+
+    def disk_over(self, node: Node) -> Disk:
+        """The one disk whose root is `node`, made if nobody has asked before."""
+        with self.lock:
+            for disk in (*self.disks.values(), *self.bare.values()):
+                if disk.root is node:
+                    return disk
+            disk = self.bare[node.name] = Disk(node, node.name)
+            return disk
+
+    def names(self) -> list[str]:
+        """What a person may call a disk."""
+        with self.lock:
+            return [*self.disks, *sorted(self.explicit)]
+
+    def all_disks(self) -> list[Disk]:
+        """Every disk, bare ones too."""
+        with self.lock:
+            return [*self.disks.values(), *self.bare.values()]
+
+    def disks_above(self, node: Node) -> list[Disk]:
+        """Every disk whose chain has `node` in it."""
+        return [d for d in self.all_disks() if any(n is node for n in chain(d.root))]
+
+    # Who uses what -----------------------------------------------------------------------
+
+    def claim(self, nodes: list[Node], why: str) -> None:
+        """Hold nodes for a job; all or none. Raises `DeviceInUse` naming who has one."""
+        with self.lock:
+            for node in nodes:
+                held = self.claims.get(id(node))
+                if held:
+                    raise DeviceInUse(
+                        f"Node '{node.name}' is busy: {held[0][1]}",
+                        "wait for that job, or cancel it",
+                    )
+            for node in nodes:
+                self.claims.setdefault(id(node), []).append((node, why))
+
+    def release(self, nodes: list[Node], why: str) -> None:
+        """Undo `claim`."""
+        with self.lock:
+            for node in nodes:
+                left = [c for c in self.claims.get(id(node), []) if c[1] != why]
+                if left:
+                    self.claims[id(node)] = left
+                else:
+                    self.claims.pop(id(node), None)
+
+    # Chains ------------------------------------------------------------------------------
+
+    def find_base(self, disk: Disk, name: str, by_node: bool = False) -> Node:
+        """The node below the disk's root that `name` means. Raises `CowferryError`.
+
+        A file name may be given as the overlay records it, as one would type it, or in full."""
+        below = list(chain(disk.root))[1:]
+        for node in below:
+            if by_node:
+                if node.name == name:
+                    return node
+            elif name in (node.filename, node.name) or _same_file(name, node.filename):
+                return node
+        if not by_node:
+            for above in chain(disk.root):
+                spec, backing = above.backing_spec, above.backing
+                if backing is not None and spec is not None and spec[0] == name:
+                    return backing
+        kind = "Node" if by_node else "Image"
+        names = " <- ".join(n.name if by_node else n.filename for n in reversed(below)) or "nothing"
+        raise CowferryError(
+            f"{kind} '{name}' is not a backing image of '{disk.name}'", f"below it: {names}"
+        )
+
+    def backing_name(self, above: Node, below: Node | None) -> tuple[str, str] | None:
+        """What the header of `above` is to record for `below`: (name, format), or None.
+
+        A name that some header of the chain already records is kept if it is still right."""
+        if below is None:
+            return None
+        for n in list(chain(above)):
+            if n.backing is below and n.backing_spec is not None:
+                recorded = n.backing_spec[0]
+                if _same_file(opening.backing_path(above.filename, recorded), below.filename):
+                    return recorded, below.driver
+        return os.path.abspath(below.filename), below.driver
+
+    def detached(self, old: Node, base: Node | None) -> None:
+        """An overlay has let go of `old` and what is between it and `base`: close what is idle."""
+        with self.lock:
+            node: Node | None = old
+            while node is not None and node is not base:
+                below = node.backing
+                if node.name in self.explicit or self._used(node):
+                    return
+                node.backing = None
+                self._release(node)
+                node = below
+
+    def close(self) -> None:
+        """Flush and close everything. The first error is raised after all were tried."""
+        with self.lock:
+            roots = [d.root for d in self.all_disks()]
+            nodes = [*roots, *(n for n in self.nodes.values() if n not in roots)]
+            self.disks.clear()
+            self.bare.clear()
+            self.nodes.clear()
+            first: Exception | None = None
+            held = {id(c) for n in nodes for k, c in children(n) if k != "backing"}
+            for node in nodes:
+                if id(node) in held:
+                    continue  # its parent closes it
+                try:
+                    node.close()
+                except (OSError, CowferryError) as error:
+                    first = first or error
+            if first is not None:
+                raise first
+
+
+def children(node: Node) -> list[tuple[str, Node]]:
+    """(role, node) of each child."""
+    out: list[tuple[str, Node]] = []
+    if node.file is not None:
+        out.append(("file", node.file))
+    data = getattr(node, "data", None)
+    if isinstance(data, Node) and data is not node.file:
+        out.append(("data-file", data))
+    if node.backing is not None:
+        out.append(("backing", node.backing))
+    return out
+
+
+def _same_file(a: str, b: str) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
+def actual_size(path: str) -> int:
+    """Bytes that a file occupies on the host. Raises `ImageError`."""
+    try:
+        return os.stat(path).st_blocks * 512
+    except OSError as error:
+        raise ImageError(f"'{path}': {error.strerror}") from error

@@ -1,0 +1,258 @@
+"""The QMP server: many clients over unix and TCP sockets, or one over a pair of streams.
+
+Each client has a thread that reads and runs its commands, and one that writes. Answers and
+events go through one bounded queue per client, so their order is the order in which they
+happened, and a client that never reads stalls nobody: when its queue is full it is disconnected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from cowferry.commands.monitor import VERSION
+from cowferry.errors import CommandNotFound, CowferryError
+from cowferry.exports.nbd import bind_unix
+from cowferry.wire import qmp
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 4096  # messages that may wait for one client
+
+
+class Commands(Protocol):
+    """What a monitor needs of the daemon."""
+
+    events: Any
+
+    def execute(self, name: str, arguments: dict[str, Any]) -> Any: ...
+
+
+class Stream(Protocol):
+    """Bytes both ways."""
+
+    def recv(self, length: int) -> bytes: ...
+    def sendall(self, data: bytes) -> None: ...
+    def close(self) -> None: ...
+
+
+class Pipe:
+    """A pair of descriptors (stdio) as a stream."""
+
+    def __init__(self, source: int, target: int) -> None:
+        self.source, self.target = source, target
+
+    def recv(self, length: int) -> bytes:
+        return os.read(self.source, length)
+
+    def sendall(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self.target, data) :]
+
+    def close(self) -> None:
+        pass
+
+
+class Session:
+    """One QMP client."""
+
+    def __init__(self, daemon: Commands, stream: Stream) -> None:
+        self.daemon = daemon
+        self.stream = stream
+        self.negotiated = False
+        self.oob = False
+        self.out: queue.Queue[bytes | None] = queue.Queue(BACKLOG)
+        self.writer = threading.Thread(target=self._write, name="qmp writer", daemon=True)
+
+    def run(self) -> None:
+        """Serve until the client leaves."""
+        self.writer.start()
+        self._put(qmp.greeting(VERSION))
+        self.daemon.events.listen(self._event)
+        splitter = qmp.Splitter()
+        try:
+            while data := self.stream.recv(65536):
+                for text in splitter.feed(data):
+                    self._one(text)
+        except OSError:
+            pass
+        finally:
+            self.daemon.events.forget(self._event)
+            with contextlib.suppress(queue.Full):
+                self.out.put_nowait(None)
+            self.writer.join(5)
+            self.stream.close()
+
+    def _one(self, text: bytes | qmp.ParseError) -> None:
+        ident = None
+        try:
+            if isinstance(text, qmp.ParseError):
+                raise text
+            value = qmp.parse(text)
+            ident = value.get("id")
+            request = qmp.request(value)
+            result = self._run(request)
+        except CowferryError as error:
+            self._put(qmp.error(error, ident))
+        except OSError as error:
+            self._put(qmp.error(CowferryError(str(error)), ident))
+        except Exception as error:
+            log.exception("a QMP command failed")
+            problem = CowferryError(f"internal error: {error}", "please report it, with the log")
+            self._put(qmp.error(problem, ident))
+        else:
+            self._put(qmp.result(result, ident))
+
+    def _run(self, request: qmp.Request) -> Any:
+        if request.oob and not self.oob:
+            raise qmp.ParseError("QMP input member 'exec-oob' is unexpected")
+        if request.command == "qmp_capabilities" and not self.negotiated:
+            self._negotiate(request.arguments)
+            return {}
+        if not self.negotiated:
+            raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
+        return self.daemon.execute(request.command, request.arguments)
+
+    def _negotiate(self, arguments: dict[str, Any]) -> None:
+        for key in arguments:
+            if key != "enable":
+                raise CowferryError(f"Parameter '{key}' is unexpected")
+        enable = arguments.get("enable", [])
+        if not isinstance(enable, list):
+            raise CowferryError("Invalid parameter type for 'enable', expected: array")
+        for capability in enable:
+            if capability != "oob":
+                raise CowferryError(f"Parameter 'enable' does not accept value '{capability}'")
+        self.oob = "oob" in enable
+        self.negotiated = True
+
+    def _event(self, name: str, data: dict[str, Any]) -> None:
+        if self.negotiated:
+            self._put(qmp.event(name, data))
+
+    def _put(self, message: bytes) -> None:
+        try:
+            self.out.put_nowait(message)
+        except queue.Full:
+            log.warning("a QMP client does not read; it is disconnected")
+            hang_up(self.stream)
+
+    def _write(self) -> None:
+        while (message := self.out.get()) is not None:
+            parts = [message]
+            with contextlib.suppress(queue.Empty):
+                while len(parts) < 64:
+                    more = self.out.get_nowait()
+                    if more is None:
+                        self.out.put_nowait(None)
+                        break
+                    parts.append(more)
+            try:
+                self.stream.sendall(b"".join(parts))
+            except OSError:
+                hang_up(self.stream)
+                return
+
+
+def hang_up(stream: Any) -> None:
+    """Make a blocked reader return."""
+    with contextlib.suppress(OSError, AttributeError):
+        stream.shutdown(socket.SHUT_RDWR)
+
+
+class Server:
+    """Listeners whose clients each get a session in a thread of their own."""
+
+    def __init__(self, serve: Callable[[Stream], None], name: str) -> None:
+        self.serve = serve
+        self.name = name
+        self.lock = threading.Lock()  # guards the two below
+        self.listeners: list[tuple[socket.socket, str | None]] = []
+        self.clients: set[Any] = set()
+        self.stopping = False
+
+    def listen_unix(self, path: str, mode: int = 0o600) -> None:
+        """Listen on a socket file. Raises `CowferryError`."""
+        self.listen(bind_unix(path, mode), path)
+
+    def listen_tcp(self, host: str, port: int) -> int:
+        """Listen on an address; returns the port. Raises `CowferryError`."""
+        try:
+            sock = socket.create_server((host, port))
+        except OSError as error:
+            raise CowferryError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        self.listen(sock)
+        return int(sock.getsockname()[1])
+
+    def listen(self, sock: socket.socket, path: str | None = None) -> None:
+        """Serve a socket that listens already."""
+        with self.lock:
+            self.listeners.append((sock, path))
+        threading.Thread(
+            target=self._accept, args=(sock,), name=f"{self.name} listener", daemon=True
+        ).start()
+
+    def connect(self, sock: socket.socket) -> None:
+        """Serve the other end of a connection that we made (socket client)."""
+        self._start(sock)
+
+    def attach(self, stream: Stream) -> threading.Thread:
+        """Serve one stream (stdio)."""
+        return self._start(stream)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self.stopping:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                if self.stopping:
+                    return
+                threading.Event().wait(0.05)
+                continue
+            self._start(sock)
+
+    def _start(self, stream: Stream) -> threading.Thread:
+        def main() -> None:
+            try:
+                self.serve(stream)
+            finally:
+                with self.lock:
+                    self.clients.discard(stream)
+
+        with self.lock:
+            self.clients.add(stream)
+        thread = threading.Thread(target=main, name=f"{self.name} client", daemon=True)
+        thread.start()
+        return thread
+
+    def stop_listening(self) -> None:
+        """Take no new client, and remove the socket files."""
+        with self.lock:
+            self.stopping = True
+            listeners, self.listeners = self.listeners, []
+        for sock, path in listeners:
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def stop(self) -> None:
+        """Close every socket."""
+        self.stop_listening()
+        with self.lock:
+            clients = list(self.clients)
+        for client in clients:
+            hang_up(client)
+
+
+def server(daemon: Commands) -> Server:
+    """A QMP server on a daemon."""
+    return Server(lambda stream: Session(daemon, stream).run(), "qmp")
