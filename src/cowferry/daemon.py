@@ -131,16 +131,30 @@ class Daemon:
             return
         server.stop()
         for export in [e for e in self.exports.values() if isinstance(e, NbdExport)]:
-            self.exports.pop(export.id, None)
-            self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
+            self._export_gone(export)
 
     def add_export(self, disk: Disk, name: str, *, writable: bool = True) -> NbdExport:
         """Offer a disk under its name on the running NBD server."""
         assert self.nbd is not None
-        export = NbdExport(name, disk, name=name, writable=writable)
-        self.nbd.add(export)
+        return self.offer(NbdExport(name, disk, name=name, writable=writable))
+
+    def offer(self, export: NbdExport) -> NbdExport:
+        """Put an export on the running NBD server. Raises `CowferryError`."""
+        assert self.nbd is not None
+        self.graph.hold(export.disk, export.writable)
+        try:
+            self.nbd.add(export)
+        except BaseException:
+            self.graph.unhold(export.disk, export.writable)
+            raise
         self.exports[export.id] = export
         return export
+
+    def _export_gone(self, export: Export) -> None:
+        """Told once, however many ways lead here: a hard delete and a stop may meet."""
+        if self.exports.pop(export.id, None) is not None:
+            self.graph.unhold(export.disk, export.writable)
+            self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 
     def drop_export(self, export: Export) -> None:
         """Withdraw an export, in the background: its clients may take a moment to go."""
@@ -151,8 +165,7 @@ class Daemon:
                 self.nbd.remove(export, force=True)
             else:
                 export.stop(force=True)
-            self.exports.pop(export.id, None)
-            self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
+            self._export_gone(export)
 
         if not export.users:
             drop()

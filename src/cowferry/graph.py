@@ -34,6 +34,7 @@ class Graph:
         self.bare: dict[str, Disk] = {}  # over a node that was added by itself, by node-name
         self.explicit: set[str] = set()  # added by blockdev-add, gone by blockdev-del only
         self.claims: dict[int, list[tuple[Node, str]]] = {}  # id(node) -> who holds it, and why
+        self.users: dict[int, list[bool]] = {}  # id(disk) -> of each export, whether it writes
         self._number = 100
 
     # Nodes -------------------------------------------------------------------------------
@@ -50,7 +51,8 @@ class Graph:
 
     def _open(self, options: Mapping[str, Any]) -> Node:
         """Open under `lock`: two opens at once could take one name."""
-        self._check_names(options)
+        self._check_names(options, set())
+        self._check_references(options)
         made: list[Node] = []
         node = opening.open_node(options, self.node, lambda n, given: made.append(n))
         for n in made:
@@ -58,7 +60,7 @@ class Graph:
             self.nodes[n.name] = n
         return node
 
-    def _check_names(self, options: Mapping[str, Any]) -> None:
+    def _check_names(self, options: Mapping[str, Any], seen: set[str]) -> None:
         name = options.get("node-name")
         if name is not None:
             if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -66,14 +68,41 @@ class Graph:
                     f"Invalid node-name: '{name}'",
                     "a letter, then at most 30 letters, digits, '-', '.' or '_'",
                 )
-            if name in self.nodes:
+            if name in self.nodes or name in seen:
                 raise CowferryError(f"Duplicate nodes with node-name='{name}'")
+            seen.add(name)
             if name in self.disks:
                 raise CowferryError(f"node-name={name} is conflicting with a device id")
         for key in ("file", "backing", "data-file"):
             child = options.get(key)
             if isinstance(child, Mapping):
-                self._check_names(child)
+                self._check_names(child, seen)
+
+    def _check_references(self, options: Mapping[str, Any]) -> None:
+        """A node taken over by name must not be written by somebody else as well."""
+        for key in ("file", "backing", "data-file"):
+            child = options.get(key)
+            if isinstance(child, Mapping):
+                self._check_references(child)
+                continue
+            node = self.nodes.get(child) if isinstance(child, str) else None
+            if node is None or node.read_only:
+                continue
+            mine = options.get("read-only") not in (True, "on") and key != "backing"
+            for other in self.nodes.values():
+                for role, held in children(other):
+                    if held is node and role != "backing" and (mine or not other.read_only):
+                        raise CowferryError(
+                            f"Node '{child}' is in use by '{other.name}' as '{role}'",
+                            "two nodes over one file would damage it",
+                        )
+            if any(
+                w for d in self.all_disks() if d.root is node for w in self.users.get(id(d), [])
+            ):
+                raise CowferryError(
+                    f"Node '{child}' is in use by a writable export",
+                    "what lies below another node must not change",
+                )
 
     def _generated(self) -> str:
         self._number += 1
@@ -101,13 +130,16 @@ class Graph:
             for disk in self.disks.values():
                 if disk.root is node:
                     raise CowferryError(f"Node {name} is in use by disk '{disk.name}'")
+            if self._exported(node):
+                raise CowferryError(
+                    f"Block device {name} is in use", "an export has it: block-export-del"
+                )
             held = self.claims.get(id(node))
             if held:
                 raise CowferryError(f"Node '{name}' is busy: {held[0][1]}")
             if name not in self.explicit:
                 raise CowferryError(f"Node {name} is not owned by the monitor")
             self.explicit.discard(name)
-            self.bare.pop(name, None)
             self._release(node)
 
     def _release(self, node: Node | None) -> None:
@@ -117,6 +149,7 @@ class Graph:
                 return
             below = node.backing
             self.nodes.pop(node.name, None)
+            self.bare.pop(node.name, None)
             for key, child in children(node):
                 if key != "backing" and child.name not in self.explicit:
                     self.nodes.pop(child.name, None)
@@ -125,6 +158,8 @@ class Graph:
 
     def _used(self, node: Node) -> bool:
         if any(d.root is node for d in self.disks.values()) or self.claims.get(id(node)):
+            return True
+        if self._exported(node):
             return True
         return any(child is node for n in self.nodes.values() for _, child in children(n))
 
@@ -204,6 +239,32 @@ class Graph:
                 else:
                     self.claims.pop(id(node), None)
 
+    def hold(self, disk: Disk, writable: bool) -> None:
+        """An export begins to use a disk. Raises `CowferryError` if it must not write there."""
+        with self.lock:
+            if writable:
+                for other in self.nodes.values():
+                    for role, child in children(other):
+                        if child is disk.root:
+                            raise CowferryError(
+                                f"Conflicts with use by '{other.name}' as '{role}', which does not "
+                                f"allow 'write' on '{child.name}'",
+                                "export it read-only, or export the node above it",
+                            )
+            self.users.setdefault(id(disk), []).append(writable)
+
+    def unhold(self, disk: Disk, writable: bool) -> None:
+        """Undo `hold`."""
+        with self.lock:
+            left = self.users.get(id(disk), [])
+            if writable in left:
+                left.remove(writable)
+            if not left:
+                self.users.pop(id(disk), None)
+
+    def _exported(self, node: Node) -> bool:
+        return any(d.root is node and self.users.get(id(d)) for d in self.all_disks())
+
     # Chains ------------------------------------------------------------------------------
 
     def find_base(self, disk: Disk, name: str, by_node: bool = False) -> Node:
@@ -256,18 +317,16 @@ class Graph:
     def close(self) -> None:
         """Flush and close everything. The first error is raised after all were tried."""
         with self.lock:
-            roots = [d.root for d in self.all_disks()]
-            nodes = [*roots, *(n for n in self.nodes.values() if n not in roots)]
+            nodes = parents_first(list(self.nodes.values()))
             self.disks.clear()
             self.bare.clear()
             self.nodes.clear()
             first: Exception | None = None
-            held = {id(c) for n in nodes for k, c in children(n) if k != "backing"}
-            for node in nodes:
-                if id(node) in held:
-                    continue  # its parent closes it
+            formats = [n for n in nodes if n.file is not None and not n.read_only]
+            # A child's close is idempotent: its parent may have closed it.
+            for step in (*(n.flush for n in formats), *(n.close for n in nodes)):
                 try:
-                    node.close()
+                    step()
                 except (OSError, CowferryError) as error:
                     first = first or error
             if first is not None:
@@ -285,6 +344,23 @@ def children(node: Node) -> list[tuple[str, Node]]:
     if node.backing is not None:
         out.append(("backing", node.backing))
     return out
+
+
+def parents_first(nodes: list[Node]) -> list[Node]:
+    """The nodes in an order in which nobody comes after its own child."""
+    out: list[Node] = []
+    seen: set[int] = set()
+    for start in nodes:
+        stack = [(start, False)]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                out.append(node)
+            elif id(node) not in seen:
+                seen.add(id(node))
+                stack.append((node, True))
+                stack.extend((child, False) for _, child in children(node))
+    return out[::-1]
 
 
 def _same_file(a: str, b: str) -> bool:

@@ -184,9 +184,8 @@ def jobs_command(as_json: bool, path: str | None) -> int:
         share = 100 * j["offset"] / max(j["len"], 1)
         speed = f", limit {human(j['speed'])}/s" if j["speed"] else ""
         error = f": {j['error']}" if "error" in j else ""
-        click.echo(
-            f"{j['device']}  {j['type']}  {j['status']}  {share:.1f}% of {human(j['len'])}{speed}{error}"
-        )
+        done = f"{share:.1f}% of {human(j['len'])}"
+        click.echo(f"{j['device']}  {j['type']}  {j['status']}  {done}{speed}{error}")
     return 0
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -73,7 +74,7 @@ class OrderedOptions(click.Command):
 @click.option("--daemonize", is_flag=True, help="Go into the background once everything is up.")
 @click.option("-v", "--verbose", is_flag=True, help="Log to standard error.")
 @click.pass_context
-def serve_command(ctx: click.Context, **given: Any) -> None:
+def serve_command(ctx: click.Context, /, **given: Any) -> None:
     """Serve disks over NBD until SIGINT or SIGTERM.
 
     Each FILE is exported under NAME (or the file's own name); its NBD URI is printed once it can
@@ -104,7 +105,8 @@ class Serving:
 
         daemon = Daemon()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: daemon.quit())
+            # In a thread of its own: the main one may hold the event's lock just now.
+            signal.signal(number, lambda *_: threading.Thread(target=daemon.quit).start())
         try:
             if self.given["pidfile"]:
                 self._write_pidfile(self.given["pidfile"])

@@ -40,7 +40,13 @@ def human(count: float) -> str:
     return f"{text} {units[n]}"
 
 
-class Size(click.ParamType):
+if TYPE_CHECKING:
+    _Type = click.ParamType[int, Any]
+else:
+    _Type = click.ParamType
+
+
+class Size(_Type):
     """A click type for sizes."""
 
     name = "SIZE"
@@ -52,4 +58,4 @@ class Size(click.ParamType):
         try:
             return parse_size(str(value))
         except CowferryError as error:
-            self.fail(error.desc, param, ctx)
+            raise click.BadParameter(error.desc, ctx, param) from None

@@ -84,7 +84,7 @@ def block_export_add(daemon: Daemon, args: BlockExportAdd) -> None:
         raise CowferryError("description 'description' too long")
     if args.id in daemon.exports:
         raise CowferryError(f"Block export id '{args.id}' is already in use")
-    server = running(daemon)
+    running(daemon)
     with daemon.graph.lock:
         known = args.node_name in daemon.graph.nodes or args.node_name in daemon.graph.disks
     if not known:
@@ -100,8 +100,7 @@ def block_export_add(daemon: Daemon, args: BlockExportAdd) -> None:
         description=args.description or "",
         allocation_depth=args.allocation_depth,
     )
-    server.add(export)
-    daemon.exports[args.id] = export
+    daemon.offer(export)
 
 
 class BlockExportDel(Args):

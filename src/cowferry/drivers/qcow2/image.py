@@ -74,6 +74,7 @@ class Qcow2(Node):
         self.external = data is not None
         self.data = data or file
         self.data_fd: int = getattr(self.data, "fd", -1)
+        self.on_device: bool = getattr(file, "is_device", False)
         self.size = header.size
         self.granule = self.cluster_size = header.cluster_size
         self.read_only = read_only
@@ -239,8 +240,11 @@ class Qcow2(Node):
             if ours:
                 first = (entry & OFFSET) // size
             else:
+                # Never handed out before, so never written: a hole beyond the end of the file.
+                # (The file's size would not tell: reserved room is filled behind its back.)
+                untouched = self.refcounts.end
                 first, _ = self._room(cluster, 1)
-                fresh = first * size >= self.data.size and not self.external
+                fresh = first >= untouched and not (self.external or self.on_device)
         host = first * size
         first_sub, last_sub = within // sub, (within + len(data) - 1) // sub
         touched = ((1 << (last_sub + 1)) - 1) & ~((1 << first_sub) - 1)

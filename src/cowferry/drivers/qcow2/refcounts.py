@@ -65,7 +65,7 @@ class Refcounts:
         self.hint = 0  # no cluster below it is free
         size = image.file.size
         self.end = max((size + h.cluster_size - 1) >> self.cluster_bits, 1)
-        if getattr(image.file, "is_device", False):  # its end says nothing of what is in use
+        if image.on_device:  # its end says nothing of what is in use
             self.end = self._last_used() + 1
 
     def _last_used(self) -> int:
@@ -141,7 +141,7 @@ class Refcounts:
         first = self.end
         self._room_on_device(first + 1)
         count = min(count, self.per_block - first % self.per_block)
-        if getattr(self.image.file, "is_device", False):
+        if self.image.on_device:
             count = min(count, (self.image.file.size >> self.cluster_bits) - first)
         self._take(first, count)
         self.end = first + count
@@ -187,7 +187,7 @@ class Refcounts:
     def _room_on_device(self, end: int) -> None:
         """A block device does not grow. Raises ENOSPC before anything is taken."""
         file = self.image.file
-        if getattr(file, "is_device", False) and end << self.cluster_bits > file.size:
+        if self.image.on_device and end << self.cluster_bits > file.size:
             raise OSError(errno.ENOSPC, f"{file.filename}: the device is full")
 
     def _take(self, first: int, count: int) -> None:

@@ -1,0 +1,95 @@
+"""The offline commands: what qemu-img does, with its options, JSON and exit codes.
+
+This module holds what several of them share: opening the images that their options name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from cowferry.block.node import Node
+from cowferry.cli.keyval import parse_option
+from cowferry.drivers import opening
+from cowferry.errors import CowferryError, ImageError
+
+
+@contextmanager
+def image(
+    name: str,
+    format: str | None = None,
+    *,
+    read_only: bool = True,
+    backing: bool = True,
+    force_share: bool = False,
+    image_opts: bool = False,
+) -> Iterator[Node]:
+    """The node that an image argument names, closed at the end. Raises `CowferryError`."""
+    if image_opts:
+        if format is not None:
+            raise CowferryError("--image-opts and --format are mutually exclusive")
+        options = parse_option(name, "driver")
+        options = {"read-only": read_only, "force-share": force_share, **options}
+        node = opening.open_node(options)
+    else:
+        if not os.path.exists(name):
+            raise ImageError(f"Could not open '{name}': No such file or directory")
+        node = opening.open_image(
+            name,
+            format,
+            read_only=read_only,
+            backing=backing,
+            force_share=force_share,
+            **data_file(name, format),
+        )
+    try:
+        yield node
+    finally:
+        opening.close_chain(node)
+
+
+def data_file(name: str, format: str | None) -> dict[str, Any]:
+    """On a person's own command line an image's data file is followed if it lies beside it.
+
+    `serve` and QMP never do: there the name may have been chosen by somebody else."""
+    from cowferry.drivers import EXTENSIONS
+    from cowferry.drivers.qcow2 import header
+
+    kind = format or EXTENSIONS.get(os.path.splitext(name)[1].lower())
+    if kind != "qcow2":
+        return {}
+    try:
+        with open(name, "rb") as f:
+            start = f.read(1 << 16)
+            size = os.fstat(f.fileno()).st_size
+        parsed = header.parse(name, start, size)
+    except (OSError, CowferryError):
+        return {}
+    recorded = parsed.data_file
+    if not recorded or not parsed.incompatible & header.DATA_FILE:
+        return {}
+    folder = os.path.dirname(os.path.abspath(name))
+    path = os.path.join(folder, recorded)
+    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
+        return {}
+    return {"data_file": path}
+
+
+def creation_options(texts: tuple[str, ...]) -> dict[str, Any]:
+    """The `-o key=value,...` options, later ones winning. Raises `CowferryError`."""
+    out: dict[str, Any] = {}
+    for text in texts:
+        out |= _flat(parse_option(text))
+    return out
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

@@ -1,0 +1,60 @@
+"""`cowferry create`: a new image."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from cowferry.cli.offline import creation_options, image
+from cowferry.cli.sizes import Size, parse_size
+from cowferry.drivers import opening
+from cowferry.errors import CowferryError
+
+
+@click.command("create")
+@click.option("-f", "--format", "format", default=None, help="Format [by the name, else raw].")
+@click.option("-b", "--backing", metavar="FILE", help="Backing file; needs -F.")
+@click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file.")
+@click.option("-o", "options", multiple=True, metavar="OPTS", help="Options of the format.")
+@click.option("-u", "unsafe", is_flag=True, help="Do not open the backing file.")
+@click.option("-q", "--quiet", is_flag=True)
+@click.argument("filename")
+@click.argument("size", type=Size(), required=False)
+def create_command(
+    format: str | None, backing: str | None, backing_format: str | None,
+    options: tuple[str, ...], unsafe: bool, quiet: bool, filename: str, size: int | None,
+) -> int:  # fmt: skip
+    """Make an image of SIZE bytes (suffixes k, M, G, T) at FILENAME.
+
+    With a backing file the size may be left out: it is then the backing file's.
+    """
+    from cowferry.drivers import EXTENSIONS
+
+    kind = format or EXTENSIONS.get(os.path.splitext(filename)[1].lower(), "raw")
+    given = creation_options(options)
+    if "size" in given:
+        size = parse_size(str(given.pop("size")))
+    if backing:
+        given["backing_file"] = backing
+    if backing_format:
+        given["backing_fmt"] = backing_format
+    below = given.get("backing_file")
+    if below:
+        if not given.get("backing_fmt"):
+            raise CowferryError(
+                "backing file specified without backing format", "add -F FORMAT (raw or qcow2)"
+            )
+        if not unsafe:
+            path = opening.backing_path(filename, below)
+            if os.path.realpath(path) == os.path.realpath(filename):
+                raise CowferryError(f"'{filename}' cannot be its own backing file")
+            with image(path, given["backing_fmt"], force_share=True) as node:
+                size = node.size if size is None else size
+    if size is None:
+        raise CowferryError("Image creation needs a size parameter", "cowferry create FILE 10G")
+    opening.create_image(filename, kind, size, given)
+    if not quiet:
+        extra = "".join(f" {k}={v}" for k, v in sorted(given.items()))
+        click.echo(f"Formatting '{filename}', fmt={kind} size={size}{extra}")
+    return 0

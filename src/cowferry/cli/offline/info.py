@@ -1,0 +1,95 @@
+"""`cowferry info`: what an image is. It opens that file and no other, unless told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+import click
+
+from cowferry.block.node import Node, chain
+from cowferry.cli.offline import image
+from cowferry.cli.sizes import human
+from cowferry.drivers import opening
+
+
+@click.command("info")
+@click.option("-f", "--format", "format", help="Format [by the name].")
+@click.option("--output", type=click.Choice(["human", "json"]), default="human")
+@click.option("--backing-chain", "whole", is_flag=True, help="The backing files, too.")
+@click.option("-U", "--force-share", is_flag=True, help="Even while another process has it open.")
+@click.option("--image-opts", is_flag=True, help="FILENAME is an option string.")
+@click.argument("filename")
+def info_command(
+    format: str | None, output: str, whole: bool, force_share: bool, image_opts: bool, filename: str
+) -> int:
+    """Show what FILENAME is: format, sizes, backing file, snapshots."""
+    with image(
+        filename, format, backing=whole, force_share=force_share, image_opts=image_opts
+    ) as node:
+        infos = [describe(n) for n in (chain(node) if whole else [node])]
+    if output == "json":
+        click.echo(json.dumps(infos if whole else infos[0], indent=4))
+    else:
+        click.echo("\n\n".join(in_words(i) for i in infos))
+    return 0
+
+
+def describe(node: Node) -> dict[str, Any]:
+    """qemu-img's ImageInfo."""
+    out: dict[str, Any] = {}
+    taken = getattr(node, "snapshots", None)
+    if taken:
+        out["snapshots"] = [s.info() for s in taken]
+    out["virtual-size"] = node.size
+    out["filename"] = node.filename
+    if hasattr(node, "cluster_size"):
+        out["cluster-size"] = node.granule
+    out["format"] = node.driver
+    out["actual-size"] = os.stat(node.filename).st_blocks * 512
+    specific = node.info()
+    if specific:
+        out["format-specific"] = {"type": node.driver, "data": specific}
+    if node.backing_spec is not None:
+        name, format = node.backing_spec
+        out["backing-filename"] = name
+        if not opening.PROTOCOL.match(name):
+            out["full-backing-filename"] = opening.backing_path(node.filename, name)
+        if format:
+            out["backing-filename-format"] = format
+    out["dirty-flag"] = bool(getattr(node, "dirty_flag", False))
+    return out
+
+
+def in_words(info: dict[str, Any]) -> str:
+    """As qemu-img prints it."""
+    lines = [
+        f"image: {info['filename']}",
+        f"file format: {info['format']}",
+        f"virtual size: {human(info['virtual-size'])} ({info['virtual-size']} bytes)",
+        f"disk size: {human(info['actual-size'])}",
+    ]
+    if info["dirty-flag"]:
+        lines.append("cleanly shut down: no")
+    if "cluster-size" in info:
+        lines.append(f"cluster_size: {info['cluster-size']}")
+    if "backing-filename" in info:
+        name, full = info["backing-filename"], info.get("full-backing-filename")
+        actual = f" (actual path: {full})" if full and full != name else ""
+        lines.append(f"backing file: {name}{actual}")
+        if "backing-filename-format" in info:
+            lines.append(f"backing file format: {info['backing-filename-format']}")
+    if info.get("snapshots"):
+        lines.append("Snapshot list:")
+        lines.append("ID        TAG               VM SIZE                DATE")
+        for s in info["snapshots"]:
+            date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s["date-sec"]))
+            lines.append(f"{s['id']:<9} {s['name']:<16} {human(s['vm-state-size']):>8} {date}")
+    if "format-specific" in info:
+        lines.append("Format specific information:")
+        for key, value in info["format-specific"]["data"].items():
+            text = str(value).lower() if isinstance(value, bool) else value
+            lines.append(f"    {key.replace('-', ' ')}: {text}")
+    return "\n".join(lines)
