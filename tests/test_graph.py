@@ -96,7 +96,7 @@ def test_backing_null_and_by_reference(graph: Graph, tmp_path: Path) -> None:
         graph.delete_node("base")
     assert error.value.desc == "Node 'base' is busy: node is used as backing hd of 'top'"
     graph.delete_node("top")
-    assert list(n for n in graph.nodes if not n.startswith("#")) == ["base"]
+    assert [n for n in graph.nodes if not n.startswith("#")] == ["base"]
     assert contents(base) == oracle, "a node that somebody added stays open"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,7 +71,8 @@ class Daemon:
         # for a job, which may need a command to go on.
         self.commands = threading.RLock()
         self.stopped = threading.Event()  # somebody asked the daemon to end
-        self._devices: dict[int, str] = {}  # id(job) -> the disk that it runs on
+        # The name of the disk that a job runs on.
+        self._devices: weakref.WeakKeyDictionary[Job, str] = weakref.WeakKeyDictionary()
         self._closing = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="flush", daemon=True)
         self._ticker.start()
@@ -94,6 +96,9 @@ class Daemon:
     def resize(self, device: str, size: int) -> None:
         """Resize a disk. Raises `DeviceInUse` while a job depends on its size."""
         disk = self.graph.disk(device)
+        self.graph.check_top(disk.root)  # its size is part of what the node above says
+        if disk.read_only:
+            raise CowferryError(f"Cannot resize '{device}': it is read-only")
         why = "resize"
         self.graph.claim([disk.root], why)
         try:
@@ -188,7 +193,7 @@ class Daemon:
 
     def device_of(self, job: Job) -> str:
         """The name of the disk that a job runs on."""
-        return self._devices.get(id(job), job.id)
+        return self._devices.get(job, job.id)
 
     def job_on(self, device: str) -> Job | None:
         """The job with that id, or else the one that runs on that disk or node."""
@@ -273,7 +278,7 @@ class Daemon:
                 auto_finalize=auto_finalize,
                 auto_dismiss=auto_dismiss,
             )
-            self._devices[id(job)] = disk.name
+            self._devices[job] = disk.name
             return self.jobs.start(job, job_id)
         except BaseException:
             released()
@@ -288,6 +293,8 @@ class Daemon:
         if name in UNLOCKED:
             return execute(self, name, arguments)
         with self.commands:
+            if self._closed:
+                raise CowferryError("the daemon is stopping")
             return execute(self, name, arguments)
 
     def human(self, line: str) -> str:
@@ -319,9 +326,10 @@ class Daemon:
 
     def close(self) -> None:
         """End in order. Raises the first `OSError` met while flushing."""
-        if self._closed:
-            return
-        self._closed = True
+        with self.commands:
+            if self._closed:
+                return
+            self._closed = True
         self._closing.set()
         self.jobs.shutdown()
         self.stop_nbd()

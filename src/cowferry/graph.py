@@ -120,13 +120,7 @@ class Graph:
         """blockdev-del. Raises `CowferryError` while anybody uses the node."""
         with self.lock:
             node = self.node(name)
-            for other in self.nodes.values():
-                for key, child in children(other):
-                    if child is node:
-                        what = "backing hd" if key == "backing" else key
-                        raise CowferryError(
-                            f"Node '{name}' is busy: node is used as {what} of '{other.name}'"
-                        )
+            self.check_top(node)
             for disk in self.disks.values():
                 if disk.root is node:
                     raise CowferryError(f"Node {name} is in use by disk '{disk.name}'")
@@ -228,6 +222,24 @@ class Graph:
                     )
             for node in nodes:
                 self.claims.setdefault(id(node), []).append((node, why))
+
+    def check_top(self, node: Node) -> None:
+        """Raise `CowferryError` if any other node lies over `node`."""
+        with self.lock:
+            for other in self.nodes.values():
+                for role, child in children(other):
+                    if child is node:
+                        what = "backing hd" if role == "backing" else role
+                        raise CowferryError(
+                            f"Node '{node.name}' is busy: node is used as {what} of '{other.name}'"
+                        )
+
+    def check_idle(self, node: Node) -> None:
+        """Raise `CowferryError` if any node, disk or export lies over `node`."""
+        with self.lock:
+            self.check_top(node)
+            if self._exported(node) or any(d.root is node for d in self.disks.values()):
+                raise CowferryError(f"Block device {node.name} is in use")
 
     def release(self, nodes: list[Node], why: str) -> None:
         """Undo `claim`."""

@@ -20,7 +20,7 @@ MAX_KEY = 127
 def parse_keyval(text: str, implied: str | None = None) -> dict[str, Any]:
     """Nested dicts and lists of strings. Raises `CowferryError` naming the part that is wrong."""
     root: dict[str, Any] = {}
-    for number, part in enumerate(_split(text)):
+    for number, part in enumerate(split(text)):
         key, equals, value = part.partition("=")
         if not equals:
             if number == 0 and implied is not None:
@@ -33,7 +33,8 @@ def parse_keyval(text: str, implied: str | None = None) -> dict[str, Any]:
     return result
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
+    """The parts between single commas; a doubled comma is one that belongs to the text."""
     if not text:
         return []
     parts = re.split(r"(?<!,)((?:,,)*),(?!,)", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from cowferry.cli.client import Client, QmpError, connect
 from cowferry.cli.sizes import Size, human
 from cowferry.errors import CowferryError
 
+INTERRUPTED = 130  # exit status, as shells have it
 OVER = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
 control = click.option(
@@ -69,10 +71,11 @@ def wait_for(client: Client, job: str, title: str, as_json: bool) -> int:
                 if entry["device"] == job:
                     show.update(entry["offset"], entry["len"], entry["status"])
     except KeyboardInterrupt:
-        client.call("job-cancel", id=job)
+        with contextlib.suppress(QmpError):  # it has just ended
+            client.call("job-cancel", id=job)
         for event in client.wait_events(60):
             if event["event"] in OVER and event["data"].get("device") == job:
-                return finish(show, event["event"], event["data"], title)
+                return finish(show, event["event"], event["data"], title) and INTERRUPTED
         raise
     finally:
         show.close()
@@ -85,7 +88,7 @@ def finish(show: Progress, event: str, data: dict[str, Any], title: str) -> int:
     if event == "BLOCK_JOB_CANCELLED":
         show.result(data, "cancelled")
         click.echo(f"{title}: cancelled; the disk keeps its backing file", err=True)
-        return 130
+        return 1
     if "error" in data:
         done = 100 * data["offset"] // max(data["len"], 1)
         show.result(data, "failed")

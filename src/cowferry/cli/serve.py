@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cowferry.cli.keyval import parse_option
+from cowferry.cli.keyval import parse_option, split
 from cowferry.cli.run import make_run_folder
 from cowferry.errors import CowferryError
 
@@ -157,7 +157,7 @@ class Serving:
             if not port.isdigit():
                 raise CowferryError(f"--tcp expects HOST:PORT, not '{self.given['tcp']}'")
             daemon.nbd.listen_tcp(host or "127.0.0.1", int(port))
-        listed = []
+        listed: list[dict[str, Any]] = []
         for argument in self.given["disks"]:
             name, path = disk_name(argument)
             disk = daemon.open_disk(
@@ -168,12 +168,13 @@ class Serving:
                 read_only=self.given["read_only"],
             )
             daemon.add_export(disk, name, writable=not disk.read_only)
-            listed.append({"name": name, "uri": daemon.nbd.uri(name), "size": disk.size})
+            uris = daemon.nbd.uris(name)
+            listed.append({"name": name, "uri": uris[0], "uris": uris, "size": disk.size})
         if self.given["as_json"]:
             click.echo(json.dumps({"disks": listed, "run": folder}))
         else:
             for item in listed:
-                click.echo(f"{item['name']}: {item['uri']}")
+                click.echo("\n".join(f"{item['name']}: {uri}" for uri in item["uris"]))
         sys.stdout.flush()
 
     def _write_pidfile(self, path: str) -> None:
@@ -210,6 +211,12 @@ class Serving:
         )
 
     def _chardev(self, daemon: Daemon, text: str) -> None:
+        if not text.startswith("{"):  # old habits: a bare `server` is on, `nowait` is wait=off
+            first, *rest = split(text)
+            rest = [
+                p if "=" in p else f"{p[2:]}=off" if p.startswith("no") else f"{p}=on" for p in rest
+            ]
+            text = ",".join(p.replace(",", ",,") for p in (first, *rest))
         options = parse_option(text, "backend")
         kind, ident = options.get("backend"), options.get("id")
         if not isinstance(ident, str):

@@ -11,6 +11,7 @@ import msgspec
 from cowferry.block.node import Node, chain
 from cowferry.commands import Args, NoArgs, command
 from cowferry.drivers import driver
+from cowferry.drivers.file import File
 from cowferry.errors import CowferryError
 from cowferry.graph import actual_size
 from cowferry.jobs.create import Create
@@ -66,8 +67,14 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
         raise CowferryError("Parameter 'options.size' is missing")
     path = options.pop("filename", None)
     file = options.pop("file", None)
+    node: File | None = None
     if isinstance(file, str):
-        path = daemon.graph.node(file).filename
+        found = daemon.graph.nodes.get(file)
+        if found is None:
+            raise CowferryError(f"Cannot find device='' nor node-name='{file}'")
+        if not isinstance(found, File) or found.read_only:
+            raise CowferryError(f"Node '{file}' is not a host file open for writing")
+        node, path = found, found.filename
     elif isinstance(file, dict):
         path = file.get("filename")
     if not isinstance(path, str):
@@ -79,14 +86,23 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     target = path
 
     def make() -> None:
-        node = daemon.graph.nodes.get(file) if isinstance(file, str) else None
-        reopen = getattr(node, "unlocked", None)
-        with reopen() if reopen is not None else contextlib.nullcontext():
+        with node.unlocked() if node is not None else contextlib.nullcontext():
             cls.create(target, size, plain)
-        if node is not None and hasattr(node, "refresh"):
-            node.refresh()
 
-    daemon.jobs.start(Create(make), args.job_id)
+    why = "block device is in use by block job: create"
+    if node is not None:
+        daemon.graph.check_idle(node)
+        daemon.graph.claim([node], why)
+
+    def released() -> None:
+        if node is not None:
+            daemon.graph.release([node], why)
+
+    try:
+        daemon.jobs.start(Create(make, released), args.job_id)
+    except BaseException:
+        released()
+        raise
 
 
 class BlockResize(Args):

@@ -9,6 +9,7 @@ import msgspec
 from cowferry.commands import Args, NoArgs, command, event
 from cowferry.errors import CowferryError, NotSupported
 from cowferry.exports.nbd import NbdExport, NbdServer
+from cowferry.jobs.job import valid_id
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -82,6 +83,8 @@ def block_export_add(daemon: Daemon, args: BlockExportAdd) -> None:
         raise CowferryError(f"Bitmap '{args.bitmaps[0]}' is not found")
     if len((args.description or "").encode()) > 4096:
         raise CowferryError("description 'description' too long")
+    if not valid_id(args.id):
+        raise CowferryError("Invalid block export id", "a letter, then letters, digits, -._")
     if args.id in daemon.exports:
         raise CowferryError(f"Block export id '{args.id}' is already in use")
     running(daemon)

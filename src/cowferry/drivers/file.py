@@ -25,6 +25,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from cowferry.block import sysio
@@ -248,6 +249,21 @@ class File(Node):
             lock.fd = self.fd
             self.lock = lock
         self.read_only = read_only
+
+    @contextmanager
+    def unlocked(self) -> Iterator[None]:
+        """Without our locks meanwhile: somebody in this process makes an image in the file.
+
+        Afterwards the locks are held again and the size is what the file has grown to. Raises
+        `DeviceInUse` if another process was quicker."""
+        if self.lock is not None:
+            self.lock.drop()
+        try:
+            yield
+        finally:
+            if self.lock is not None:
+                self.lock = Lock.take(self.fd, self.filename, self.read_only, False)
+            self.size = os.lseek(self.fd, 0, os.SEEK_END)
 
     def close(self) -> None:
         """Let the file and its locks go. Does not flush: the format above did."""

@@ -37,8 +37,12 @@ def typed(struct: type[Common], options: Mapping[str, Any], driver_name: str) ->
     plain = {k: v for k, v in options.items() if k not in (*CHILDREN, "backing")}
     for field in msgspec.structs.fields(struct):
         value = plain.get(field.encode_name)
-        if isinstance(value, str) and value in ("on", "off") and field.type is bool:
-            plain[field.encode_name] = value == "on"
+        if field.type in (bool, bool | None):
+            plain[field.encode_name] = _flag(value)
+        elif field.encode_name == "cache" and isinstance(value, Mapping):
+            plain["cache"] = {k: _flag(v) for k, v in value.items()}
+        if value is None:
+            plain.pop(field.encode_name, None)
     known = {field.encode_name for field in msgspec.structs.fields(struct)}
     for key in plain:
         if key not in known:
@@ -54,6 +58,10 @@ def typed(struct: type[Common], options: Mapping[str, Any], driver_name: str) ->
         where = re.search(r"\$\.([\w.-]+)", str(error))
         name = where[1] if where else "options"
         raise CowferryError(f"Parameter '{name}' of driver '{driver_name}': {error}") from None
+
+
+def _flag(value: Any) -> Any:
+    return {"on": True, "off": False}.get(value, value) if isinstance(value, str) else value
 
 
 def open_node(

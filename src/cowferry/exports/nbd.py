@@ -170,14 +170,22 @@ class NbdServer:
 
     def uri(self, name: str) -> str:
         """The NBD URI of an export on the first listener."""
+        return self.uris(name)[0]
+
+    def uris(self, name: str) -> list[str]:
+        """The NBD URI of an export on each listener."""
         with self.lock:
-            sock, path = self.listeners[0]
+            listeners = list(self.listeners)
         quoted = quote(name, safe="")
-        if path is not None:
-            return f"nbd+unix:///{quoted}?socket={quote(path)}"
-        host, port = sock.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        return f"nbd://{host}:{port}/{quoted}"
+        out = []
+        for sock, path in listeners:
+            if path is not None:
+                out.append(f"nbd+unix:///{quoted}?socket={quote(path)}")
+                continue
+            host, port = sock.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            out.append(f"nbd://{host}:{port}/{quoted}")
+        return out
 
     # Exports -----------------------------------------------------------------------------
 

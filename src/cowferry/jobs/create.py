@@ -13,10 +13,14 @@ class Create(Job):
     type = "create"
     is_block_job = False
 
-    def __init__(self, make: Callable[[], None]) -> None:
+    def __init__(self, make: Callable[[], None], released: Callable[[], None]) -> None:
         super().__init__(length=1, auto_dismiss=False)
         self.make = make
+        self.released = released
 
     def run(self) -> Iterator[Progress]:
         self.make()
         yield Progress(done=1)
+
+    def clean(self) -> None:
+        self.released()

@@ -11,8 +11,10 @@ import contextlib
 import logging
 import os
 import queue
+import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from cowferry.wire import qmp
 log = logging.getLogger(__name__)
 
 BACKLOG = 4096  # messages that may wait for one client
+LAST_WORDS = 2.0  # seconds that clients who do not read may delay the end
 
 
 class Commands(Protocol):
@@ -47,9 +50,15 @@ class Pipe:
 
     def __init__(self, source: int, target: int) -> None:
         self.source, self.target = source, target
+        self.woken, self.wake = os.pipe()
 
     def recv(self, length: int) -> bytes:
-        return os.read(self.source, length)
+        ready = select.select([self.source, self.woken], [], [])[0]
+        return b"" if self.woken in ready else os.read(self.source, length)
+
+    def shutdown(self, how: int) -> None:
+        """Make a blocked `recv` return, as for a socket."""
+        os.write(self.wake, b".")
 
     def sendall(self, data: bytes) -> None:
         while data:
@@ -160,10 +169,10 @@ class Session:
                 return
 
 
-def hang_up(stream: Any) -> None:
+def hang_up(stream: Any, how: int = socket.SHUT_RDWR) -> None:
     """Make a blocked reader return."""
     with contextlib.suppress(OSError, AttributeError):
-        stream.shutdown(socket.SHUT_RDWR)
+        stream.shutdown(how)
 
 
 class Server:
@@ -174,7 +183,7 @@ class Server:
         self.name = name
         self.lock = threading.Lock()  # guards the two below
         self.listeners: list[tuple[socket.socket, str | None]] = []
-        self.clients: set[Any] = set()
+        self.clients: dict[Any, threading.Thread] = {}
         self.stopping = False
 
     def listen_unix(self, path: str, mode: int = 0o600) -> None:
@@ -223,11 +232,11 @@ class Server:
                 self.serve(stream)
             finally:
                 with self.lock:
-                    self.clients.discard(stream)
+                    self.clients.pop(stream, None)
 
-        with self.lock:
-            self.clients.add(stream)
         thread = threading.Thread(target=main, name=f"{self.name} client", daemon=True)
+        with self.lock:
+            self.clients[stream] = thread
         thread.start()
         return thread
 
@@ -245,11 +254,16 @@ class Server:
             sock.close()
 
     def stop(self) -> None:
-        """Close every socket."""
+        """Close every socket, once its client has been told what is on its way to it."""
         self.stop_listening()
         with self.lock:
-            clients = list(self.clients)
-        for client in clients:
+            clients = list(self.clients.items())
+        for client, _ in clients:
+            hang_up(client, socket.SHUT_RD)
+        patience = time.monotonic() + LAST_WORDS
+        for client, thread in clients:
+            if thread is not threading.current_thread() and thread.ident is not None:
+                thread.join(max(patience - time.monotonic(), 0))
             hang_up(client)
 
 
