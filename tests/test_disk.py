@@ -6,13 +6,13 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from chains import contents, differs, make_base, overlay_disk
 
+from chains import contents, differs, make_base, overlay_disk
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Extent, State
@@ -163,11 +163,12 @@ def test_a_range_outside_the_disk_is_refused(
 ) -> None:
     make_base(tmp_path, SIZE)
     disk = Disk(opening.open_image(str(tmp_path / "base.raw")), "d")
-    for act in (
+    acts: list[Callable[[], None]] = [
         lambda: disk.pwrite(memoryview(bytes(length)), offset),
         lambda: disk.zero(offset, length),
         lambda: disk.discard(offset, length),
-    ):
+    ]
+    for act in acts:
         with pytest.raises(OSError) as error:
             act()
         assert error.value.errno == code
