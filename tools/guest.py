@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "guest"
-MODULES = ("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev",
+MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev",
            "virtio_pci", "virtio_blk")  # fmt: skip
 BOOT_SECONDS = 120.0  # a noisy machine; usually 4
 
@@ -55,7 +55,7 @@ def _find(program: str) -> str | None:
 def initramfs(folder: Path) -> Path:
     """The initramfs, made once and kept beside the kernel."""
     out = CACHE / "initrd.gz"
-    if out.exists():
+    if out.exists() and out.stat().st_mtime > Path(__file__).stat().st_mtime:
         return out
     tree = folder / "initramfs"
     for name in ("bin", "proc", "sys", "dev", "root", "modules"):
@@ -114,7 +114,7 @@ class Guest:
             "qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", str(memory),
             "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
             "-kernel", str(CACHE / "vmlinuz"), "-initrd", str(initramfs(folder)),
-            "-append", "console=ttyS0 panic=-1 tsc=unstable",
+            "-append", "console=ttyS0 quiet panic=-1 tsc=unstable",
         ]  # fmt: skip
         for disk in disks:
             # a comma in an option is doubled
