@@ -9,7 +9,7 @@ what=${1:-test}
 venv=.venv
 
 packages=(python3-venv)
-[ "$what" = run ] && packages+=(qemu-utils qemu-system-x86 busybox-static cpio)
+[ "$what" = run ] && packages+=(qemu-utils qemu-system-x86 busybox-static e2fsprogs cpio)
 if [ "$what" = test ]; then
     packages+=(qemu-utils qemu-system-common qemu-system-x86 libnbd-bin python3-libnbd nbdkit
         nbdkit-plugin-python fio busybox-static xfsprogs e2fsprogs strace socat cpio kmod
