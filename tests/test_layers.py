@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Typed commands name the daemon that they act on, and a front end its events: for the type checker
 # only, never when it runs.
-NAMED_IN_TYPES: dict[str, set[str]] = {"commands": {"daemon"}, "": set()}
+NAMED_IN_TYPES: dict[str, set[str]] = {"commands": {"daemon"}, "monitor": {"daemon"}}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -157,7 +157,9 @@ def test_wire_codecs_know_no_sockets() -> None:
                     node.names if isinstance(node, ast.Import) else [ast.alias(node.module or "")]
                 )
             }
-            assert not names & {"socket", "selectors", "select", "asyncio", "ssl", "threading"}, name
+            assert not names & {"socket", "selectors", "select", "asyncio", "ssl", "threading"}, (
+                name
+            )
 
 
 def test_image_changing_calls_go_through_the_recorder() -> None:

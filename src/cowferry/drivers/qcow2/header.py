@@ -143,12 +143,12 @@ def parse(name: str, start: bytes, file_size: int) -> Header:
     unknown = h.incompatible & ~KNOWN_INCOMPATIBLE
     if unknown:
         names = _feature_names(start, length, h.cluster_size)
-        words = ", ".join(
-            names.get((0, b)) or f"incompatible feature bit {b}"
-            for b in range(64)
-            if unknown >> b & 1
+        bits = [b for b in range(64) if unknown >> b & 1]
+        words = ", ".join(names.get((0, b)) or f"incompatible feature bit {b}" for b in bits[:4])
+        more = f" and {len(bits) - 4} more" if len(bits) > 4 else ""
+        raise bad(
+            f"unsupported qcow2 feature(s): {words}{more}", "a newer program wrote this image"
         )
-        raise bad(f"unsupported qcow2 feature(s): {words}", "a newer program wrote this image")
     if h.refcount_order > 6:
         raise bad(f"refcounts of 2^{h.refcount_order} bits are invalid (64 at most)")
     if h.compression_type > 1:
