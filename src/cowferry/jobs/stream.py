@@ -29,7 +29,7 @@ from typing import Any
 
 from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.disk import Disk
-from cowferry.block.node import Extent, Node, State, chain, read
+from cowferry.block.node import ZEROES, Extent, Node, State, chain, read
 from cowferry.errors import NotSupported
 from cowferry.jobs.job import Job, Progress
 
@@ -117,7 +117,7 @@ class Fill:
                 for span in rest:
                     for start, end in self.holes(span.offset, span.length):
                         if span.kind is Kind.ZERO:
-                            self.top.zero(start, end - start)
+                            self._zero(start, end)
                         else:
                             self._write(start, end)
             finally:
@@ -157,6 +157,15 @@ class Fill:
             at += e.length
         if start < at:
             yield start, at
+
+    def _zero(self, start: int, end: int) -> None:
+        """Explicit zeroes, for the base is about to be the backing. Inside the gate.
+
+        A driver may leave a hole that reads as zero already, through the layers that go."""
+        self.top.zero(start, end - start)
+        for at, stop in list(self.holes(start, end - start)):
+            for piece in range(at, stop, len(ZEROES)):
+                self.top.pwrite(memoryview(ZEROES)[: min(stop - piece, len(ZEROES))], piece)
 
     def _write(self, start: int, end: int) -> None:
         """A piece that no room fits: read and written in place. Inside the gate."""
