@@ -118,6 +118,7 @@ class Bench:
         child = subprocess.Popen(
             ["qemu-nbd", "-k", str(path), "-t", "-e", "8", "-f", format,
              "--cache=writeback", "--discard=unmap", str(image)],
+            stderr=subprocess.DEVNULL,  # it complains of every client that leaves
         )  # fmt: skip
         try:
             there(path, child)
@@ -213,8 +214,7 @@ class Bench:
         base = folder / "base.raw"
         block = os.urandom(MIB)
         with open(base, "wb") as f:
-            for i in range(STREAMED // MIB):
-                f.write(i.to_bytes(8, "big") + block[8:])
+            f.writelines(i.to_bytes(8, "big") + block[8:] for i in range(STREAMED // MIB))
         top = folder / "vm.qcow2"
         pairs = []
         for _ in range(self.rounds):
@@ -281,7 +281,7 @@ def there(path: Path, child: subprocess.Popen[bytes]) -> None:
             sock.connect(str(path))
             return
         time.sleep(0.01)
-    sys.exit(f"bench: {child.args} does not listen")
+    sys.exit(f"bench: {child.args!r} does not listen")
 
 
 def tool(*arguments: str) -> None:
