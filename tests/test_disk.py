@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from chains import contents, differs, make_base, overlay_disk
+from cowferry.block import sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Extent, State
@@ -104,6 +105,33 @@ def test_ST1_writers_and_a_stream_at_once(tmp_path: Path) -> None:
             for _ in fill(disk):
                 pass
     opening.close_chain(disk.root)
+
+
+def test_room_filled_while_a_flush_writes_tables_is_not_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flush makes the file as long as the clusters taken; a stream may be filling more."""
+    disk, _ = overlay_disk(tmp_path, SIZE)
+    root = disk.root
+    data = random.Random(7).randbytes(8 * GRANULE)
+    room: list[Extent] = []
+    whole = sysio.pwrite
+
+    def between(fd: int, buf: bytes, offset: int) -> None:
+        whole(fd, buf, offset)
+        if not room:  # the flush's first write: another thread takes room and fills it
+            got = root.reserve(2 << 20, len(data))
+            assert got is not None
+            room.extend(got)
+            whole(room[0].fd, data, room[0].host)
+
+    disk.pwrite(memoryview(bytes(GRANULE)), 0)
+    spare = root.reserve(0, 16 * GRANULE)  # taken, never written: the file has to grow
+    assert spare
+    monkeypatch.setattr(sysio, "pwrite", between)
+    root.flush()
+    monkeypatch.undo()
+    assert os.pread(room[0].fd, len(data), room[0].host) == data
 
 
 def test_a_table_resolved_across_a_change_is_not_kept(tmp_path: Path) -> None:

@@ -466,6 +466,10 @@ class Qcow2(Node):
     def _write_tables(self) -> None:
         bits, refs, table_map = self.header.cluster_bits, self.refcounts, self.map
         with self.meta:  # one moment's picture of all tables
+            if self.file.size < refs.end << bits:
+                # Clusters that were taken and not yet written. Under `meta`: room taken a moment
+                # later may be filled beyond this end, and must not be cut off again.
+                self.file.resize(refs.end << bits)
             blocks = [(refs.table[i] & OFFSET, refs.encode(i)) for i in sorted(refs.dirty)]
             tables = [
                 (table_map.l1[i] & OFFSET, swapped(table_map.tables[i]))
@@ -485,12 +489,9 @@ class Qcow2(Node):
             was = (refs.dirty, refs.new, table_map.dirty, table_map.l1_dirty)
             refs.dirty, refs.new, table_map.dirty, table_map.l1_dirty = set(), set(), set(), set()
             refs.moved = False
-            end = refs.end << bits
         try:
             for offset, data in blocks:
                 self._write(offset, data)
-            if self.file.size < end:
-                self.file.resize(end)  # clusters that were taken and not yet written
             self._barrier()
             if links:
                 for offset, data in links:
