@@ -14,7 +14,7 @@ from tests_support import need, unavailable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
-import guest  # type: ignore[import-not-found]
+import guest
 
 SIZE = 64 << 20
 BLOCK = 4096

@@ -1,18 +1,20 @@
-"""`make bench`: ratios against qemu-nbd and qemu-storage-daemon, in the same run, interleaved.
+"""Benchmarks against qemu-nbd and qemu-storage-daemon: ratios, measured in one run, interleaved.
 
-Absolute figures of a shared machine mean little; what both sides did in the same minute does. Every
-figure is the median of several rounds, and in each round ours and the peer's turn follow one
-another. `--check` makes the exit code say whether the targets were met, `--quick` takes one short
-round (to see that it works; its figures mean nothing).
+Every line is run by us and by the peer in turn, a few rounds, on the same files with the same
+client (fio's nbd engine); the median of each side makes the ratio. Machines differ and are noisy;
+a ratio of two things measured within seconds of each other says something all the same.
+
+    make bench                         all of it, about five minutes
+    tools/bench.py --only nbd --rounds 5
+    tools/bench.py --check             exit code 1 if a ratio is below the project's aim
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import random
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -20,350 +22,312 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
-from cowferry.drivers.nbd_client import NbdClient
+import click
+from rich.console import Console
+from rich.table import Table
 
-MIB = 1 << 20
-STREAMED = 1 << 30  # bytes of the base
-SERVED = 256 * MIB  # bytes of the images under random load
-HUGE = 1 << 40  # bytes of the disk whose server's memory is weighed
-PATIENCE = 60.0  # seconds
+from cowferry.cli.client import Client
+from cowferry.errors import CowferryError
+
+T = TypeVar("T")
+
+GIB = 1 << 30
+OURS, QSD = "cowferry", "qemu-storage-daemon"
 
 
-class Result(NamedTuple):
-    """One line of the report. `goal` is a least ratio, or a greatest value with `upper`."""
+class Line(NamedTuple):
+    """One thing measured: ours and theirs in `unit`; `ratio` above one means that we are better."""
 
-    what: str
-    ours: str
-    peers: str
-    value: float
-    goal: float
-    upper: bool
+    name: str
     unit: str
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.goal if self.upper else self.value >= self.goal
-
-
-class Bench:
-    """All measurements of one run, in a folder of its own."""
-
-    def __init__(self, folder: Path, rounds: int, seconds: float, only: str) -> None:
-        self.folder = folder
-        self.rounds = rounds
-        self.seconds = seconds
-        self.only = only
-        self.results: list[Result] = []
-        self.number = 0
-
-    def note(self, result: Result) -> None:
-        """Report a line as soon as it is known."""
-        self.results.append(result)
-        verdict = "ok  " if result.met else "MISS"
-        sign = "<=" if result.upper else ">="
-        print(
-            f"{verdict} {result.what:<46} {result.ours:>12} {result.peers:>12}  "
-            f"{result.value:7.2f}{result.unit} (goal {sign} {result.goal:g}{result.unit})",
-            flush=True,
-        )
-
-    def run(self) -> None:
-        """Everything that this machine has the programs for."""
-        print(f"     {'':<46} {'cowferry':>12} {'QEMU':>12}  ratio")
-        parts: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
-            "start": (self.start, ()),
-            "memory": (self.memory, ("fio",)),
-            "random": (self.random, ("fio", "qemu-nbd", "qemu-img")),
-            "stream": (lambda: self.stream(self.folder, "plain", 1.5), ("qemu-storage-daemon",)),
-            "reflink": (self.reflink, ("qemu-storage-daemon", "mkfs.xfs")),
-        }
-        for name, (part, programs) in parts.items():
-            missing = [p for p in programs if shutil.which(p) is None]
-            if self.only and name not in self.only.split(","):
-                continue
-            if missing:
-                print(f"     {name}: left out, not installed: {', '.join(missing)}")
-            else:
-                part()
-
-    # servers -----------------------------------------------------------------------------
-
-    @contextmanager
-    def cowferry(self, image: Path) -> Iterator[tuple[int, str, Path]]:
-        """(pid, URI, QMP socket) of ours."""
-        self.number += 1
-        run = self.folder / f"run{self.number}"
-        child = subprocess.Popen(
-            [sys.executable, "-m", "cowferry", "serve", f"vm={image}"],
-            env={**os.environ, "COWFERRY_RUN": str(run)}, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert child.stdout is not None
-        try:
-            line = child.stdout.readline()
-            if not line:
-                sys.exit(f"bench: cowferry serve {image} failed")
-            yield child.pid, line.split(": ", 1)[1].strip(), run / "qmp.sock"
-        finally:
-            end(child)
-
-    @contextmanager
-    def qemu_nbd(self, image: Path, format: str) -> Iterator[str]:
-        """The URI of qemu-nbd's export, in the mode in which guests' disks run."""
-        self.number += 1
-        path = self.folder / f"peer{self.number}.sock"
-        child = subprocess.Popen(
-            ["qemu-nbd", "-k", str(path), "-t", "-e", "8", "-f", format,
-             "--cache=writeback", "--discard=unmap", str(image)],
-            stderr=subprocess.DEVNULL,  # it complains of every client that leaves
-        )  # fmt: skip
-        try:
-            there(path, child)
-            yield f"nbd+unix:///?socket={path}"
-        finally:
-            end(child)
-
-    @contextmanager
-    def qsd(self, image: Path) -> Iterator[Path]:
-        """The QMP socket of a qemu-storage-daemon that has `image` open as node vm."""
-        self.number += 1
-        path = self.folder / f"qsd{self.number}.sock"
-        child = subprocess.Popen(
-            ["qemu-storage-daemon",
-             "--blockdev", f"driver=file,filename={image},node-name=f",
-             "--blockdev", "driver=qcow2,file=f,node-name=vm,discard=unmap",
-             "--chardev", f"socket,id=c,path={path},server=on,wait=off",
-             "--monitor", "chardev=c"],
-        )  # fmt: skip
-        try:
-            there(path, child)
-            yield path
-        finally:
-            end(child)
-
-    # measurements ------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """From the start of the process to the first byte that a client holds."""
-        image = self.folder / "start.qcow2"
-        tool("create", "-f", "qcow2", str(image), "10G")
-        took = []
-        for _ in range(max(self.rounds, 3)):
-            begin = time.monotonic()
-            with self.cowferry(image) as (_, uri, _), NbdClient(uri) as client:
-                client.pread(512, 0)
-                took.append(time.monotonic() - begin)
-        value = statistics.median(took)
-        self.note(
-            Result("start to first served byte", f"{value:.2f} s", "", value, 0.5, True, " s")
-        )
-
-    def memory(self) -> None:
-        """Resident memory of a server whose 1 TiB disk is written and read all over."""
-        image = self.folder / "huge.qcow2"
-        tool("create", "-f", "qcow2", str(image), str(HUGE))
-        with self.cowferry(image) as (pid, uri, _):
-            idle = resident(pid)
-            fio(uri, "randwrite", 32, self.seconds, "--number_ios=6000", f"--size={HUGE}")
-            fio(uri, "randread", 32, self.seconds, "--number_ios=20000", f"--size={HUGE}")
-            loaded = resident(pid)
-        image.unlink()
-        for when, value in (("idle", idle), ("after random load", loaded)):
-            self.note(
-                Result(f"memory, 1 TiB disk, {when}", f"{value:.0f} MiB", "", value, 80, True, "")
-            )
-
-    def random(self) -> None:
-        """4 KiB random requests over NBD, on images of equal content."""
-        for format in ("raw", "qcow2"):
-            images = [self.folder / f"{who}.{format}" for who in ("ours", "peer")]
-            for image in images:
-                extra = ["-o", "preallocation=full"] if format == "qcow2" else []
-                subprocess.run(
-                    ["qemu-img", "create", "-q", "-f", format, *extra, str(image), str(SERVED)],
-                    check=True,
-                )
-            with ExitStack() as stack:
-                _, ours, _ = stack.enter_context(self.cowferry(images[0]))
-                peer = stack.enter_context(self.qemu_nbd(images[1], format))
-                for uri in (ours, peer):
-                    fill(uri)
-                for depth, goal in ((32, 2.0), (1, 0.9)):
-                    for kind in ("randread", "randwrite"):
-                        pairs = [
-                            [fio(uri, kind, depth, self.seconds) for uri in (ours, peer)]
-                            for _ in range(self.rounds)
-                        ]
-                        mine, theirs = (statistics.median(p[i] for p in pairs) for i in (0, 1))
-                        ratio = statistics.median(p[0] / p[1] for p in pairs)
-                        what = f"4 KiB {kind}, depth {depth}, {format}"
-                        self.note(
-                            Result(what, f"{mine / 1e3:.1f} k/s", f"{theirs / 1e3:.1f} k/s",
-                                   ratio, goal, False, "x")
-                        )  # fmt: skip
-            for image in images:
-                image.unlink()
-
-    def stream(self, folder: Path, where: str, goal: float) -> None:
-        """A whole raw base into a qcow2 overlay: from the command to the completion event.
-
-        Ours includes the flushes that make the event true; the peer sends it without."""
-        base = folder / "base.raw"
-        block = os.urandom(MIB)
-        with open(base, "wb") as f:
-            f.writelines(i.to_bytes(8, "big") + block[8:] for i in range(STREAMED // MIB))
-        top = folder / "vm.qcow2"
-        pairs = []
-        for _ in range(self.rounds):
-            pair = []
-            for ours in (True, False):
-                tool("create", "-f", "qcow2", "-b", str(base), "-F", "raw", str(top))
-                os.sync()  # nobody pays for what another one wrote
-                with ExitStack() as stack:
-                    if ours:
-                        _, _, path = stack.enter_context(self.cowferry(top))
-                    else:
-                        path = stack.enter_context(self.qsd(top))
-                    pair.append(stream(path))
-                top.unlink()
-            pairs.append(pair)
-        base.unlink()
-        mine, theirs = (statistics.median(p[i] for p in pairs) for i in (0, 1))
-        ratio = statistics.median(p[1] / p[0] for p in pairs)
-        self.note(
-            Result(f"stream 1 GiB raw into qcow2, {where}", f"{mine:.3f} s", f"{theirs:.3f} s",
-                   ratio, goal, False, "x")
-        )  # fmt: skip
-
-    def reflink(self) -> None:
-        """The same on a file system that shares blocks: XFS on a loop device."""
-        image, where = self.folder / "xfs.img", self.folder / "xfs"
-        where.mkdir()
-        with open(image, "wb") as f:
-            f.truncate(6 << 30)
-        subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(image)], check=True)
-        done = subprocess.run(
-            ["mount", "-o", "loop", str(image), str(where)], capture_output=True, text=True
-        )
-        if done.returncode:
-            print(f"     reflink: left out, no loop mounts here: {done.stderr.strip()}")
-            return
-        try:
-            self.stream(where, "reflink", 20)
-        finally:
-            subprocess.run(["umount", str(where)], check=True)
-            image.unlink()
+    ours: float
+    theirs: float
+    ratio: float
+    aim: float  # 0: nothing is promised
 
 
-# tools -----------------------------------------------------------------------------------
+def median(values: list[float]) -> float:
+    return statistics.median(values)
 
 
-def end(child: subprocess.Popen[Any]) -> None:
-    """Stop a server that we started."""
-    child.send_signal(signal.SIGTERM)
-    try:
-        child.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-    if child.stdout is not None:
-        child.stdout.close()
-
-
-def there(path: Path, child: subprocess.Popen[bytes]) -> None:
-    """Wait until somebody listens on a socket."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and child.poll() is None:
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(str(path))
-            return
-        time.sleep(0.01)
-    sys.exit(f"bench: {child.args!r} does not listen")
-
-
-def tool(*arguments: str) -> None:
-    """An offline command of ours."""
-    subprocess.run(
-        [sys.executable, "-m", "cowferry", arguments[0], "-q", *arguments[1:]], check=True
-    )
-
-
-def fill(uri: str) -> None:
-    """Give every block content, by way of the server."""
-    block = os.urandom(MIB)
-    with NbdClient(uri) as client:
-        for offset in range(0, SERVED, MIB):
-            client.pwrite(block, offset)
-        client.flush()
-
-
-def fio(uri: str, kind: str, depth: int, seconds: float, *more: str) -> float:
-    """Requests per second."""
-    timed = () if more else ("--time_based", f"--runtime={seconds}")
+def run(*command: str) -> str:
     done = subprocess.run(
-        ["fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={kind}", "--bs=4k",
-         f"--iodepth={depth}", "--norandommap", "--output-format=json", *timed, *more],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        sys.exit(f"bench: fio on {uri} failed: {done.stderr}{done.stdout[-2000:]}")
-    report = json.loads(done.stdout[done.stdout.index("{") :])
-    return float(report["jobs"][0]["read" if kind == "randread" else "write"]["iops"])
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    return done.stdout
 
 
-def resident(pid: int) -> float:
-    """MiB of a process."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise LookupError(pid)
+def patiently(what: Callable[[], T], seconds: float = 20) -> T:
+    """The first result of `what` that is not an error: a daemon takes a moment to come up."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return what()
+        except (OSError, CowferryError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.005)
 
 
-def stream(path: Path) -> float:
-    """Seconds from the command to the event of a whole stream of vm."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(600)
-        sock.connect(str(path))
-        lines = sock.makefile("r")
-        lines.readline()
-        sock.sendall(b'{"execute": "qmp_capabilities"}\n')
-        lines.readline()
+class Daemon:
+    """A storage daemon: ours or QEMU's, started with the very same options."""
+
+    def __init__(self, name: str, folder: Path, *options: str) -> None:
+        self.socket = folder / "nbd.sock"
+        monitor = folder / "qmp.sock"
+        for path in (self.socket, monitor):
+            path.unlink(missing_ok=True)
+        program = [QSD] if name == QSD else [sys.executable, "-m", "cowferry", "serve"]
+        self.child = subprocess.Popen(
+            [
+                *program,
+                *options,
+                "--chardev", f"socket,id=c,path={monitor},server=on,wait=off",
+                "--monitor", "chardev=c",
+            ],
+            env={**os.environ, "COWFERRY_RUN": str(folder / "run")},
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.qmp = patiently(lambda: Client(str(monitor)))
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.qmp.close()
+        self.child.terminate()
+        self.child.wait(30)
+
+    def cpu(self) -> float:
+        """Seconds of processor time so far."""
+        fields = Path(f"/proc/{self.child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def resident(self) -> float:
+        """MiB."""
+        for line in Path(f"/proc/{self.child.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS"):
+                return int(line.split()[1]) / 1024
+        raise LookupError("VmRSS")
+
+    def job(self, command: str, **arguments: object) -> float:
+        """Run a block job to its end (a ready one is completed); the seconds it took."""
         begin = time.monotonic()
-        sock.sendall(b'{"execute": "block-stream", "arguments": {"device": "vm", "job-id": "j"}}\n')
-        while True:
-            message = json.loads(lines.readline())
-            if "error" in message or message.get("data", {}).get("error"):
-                sys.exit(f"bench: the stream failed: {message}")
-            if message.get("event") == "BLOCK_JOB_COMPLETED":
-                return time.monotonic() - begin
+        self.qmp.call(command, job_id="j", **arguments)
+        for event in self.qmp.wait_events(600):
+            name, data = event["event"], event["data"]
+            if name == "BLOCK_JOB_READY":
+                self.qmp.call("job-complete", id="j")
+            if name == "BLOCK_JOB_COMPLETED":
+                if "error" in data:
+                    raise RuntimeError(data["error"])
+                break
+        took = time.monotonic() - begin
+        self.qmp.events.clear()
+        return took
 
 
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    parser.add_argument("--quick", action="store_true", help="one short round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each fio run")
-    parser.add_argument("--only", default="", help="start,memory,random,stream,reflink")
-    parser.add_argument("--json", metavar="FILE", help="write the results there, too")
-    given = parser.parse_args()
-    rounds, seconds = (1, 0.5) if given.quick else (given.rounds, given.seconds)
-    with tempfile.TemporaryDirectory(prefix="cowferry-bench-") as folder:
-        bench = Bench(Path(folder), rounds, seconds, given.only)
-        bench.run()
-    if given.json:
-        Path(given.json).write_text(
-            json.dumps([r._asdict() | {"met": r.met} for r in bench.results], indent=1) + "\n"
-        )
-    missed = [r.what for r in bench.results if not r.met]
-    if missed:
-        print(f"\n{len(missed)} of {len(bench.results)} targets missed.")
-    return 1 if given.check and missed else 0
+def fio(uri: str, depth: int, kind: str, seconds: int) -> dict[str, float]:
+    """4 KiB random requests for a while; requests per second and the 99th percentile in us."""
+    out = run(
+        "fio", "--name=j", "--ioengine=nbd", f"--uri={uri}", f"--rw={kind}", "--bs=4k",
+        f"--iodepth={depth}", "--time_based", f"--runtime={seconds}", "--output-format=json",
+        "--size=256m", "--randrepeat=1",
+    )  # fmt: skip
+    job = json.loads(out[out.index("{") :])["jobs"][0]["read" if "read" in kind else "write"]
+    return {"iops": job["iops"], "p99": job["clat_ns"]["percentile"]["99.000000"] / 1000}
+
+
+@contextmanager
+def served(name: str, folder: Path, path: Path, format: str) -> Iterator[str]:
+    """`path` over NBD by qemu-nbd or by us; gives the URI."""
+    if name == OURS:
+        with Daemon(
+            OURS, folder,
+            "--blockdev", f"driver={format},node-name=d,file.driver=file,file.filename={path}",
+            "--nbd-server", f"addr.type=unix,addr.path={folder / 'nbd.sock'}",
+            "--export", "type=nbd,id=e,node-name=d,name=d,writable=on",
+        ) as daemon:  # fmt: skip
+            yield f"nbd+unix:///d?socket={daemon.socket}"
+        return
+    sock = folder / "peer.sock"
+    sock.unlink(missing_ok=True)
+    child = subprocess.Popen(
+        ["qemu-nbd", "-t", "-e", "8", "-k", str(sock), "-f", format, "-x", "d", str(path)]
+    )
+    try:
+        patiently(sock.stat)
+        yield f"nbd+unix:///d?socket={sock}"
+    finally:
+        child.terminate()
+        child.wait(30)
+
+
+def bench_nbd(folder: Path, rounds: int) -> Iterator[Line]:
+    """4 KiB random requests on raw and preallocated qcow2, deep and shallow."""
+    raw, qcow2 = folder / "d.raw", folder / "d.qcow2"
+    run("qemu-img", "create", "-q", "-f", "raw", "-o", "preallocation=full", str(raw), "256M")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=full", str(qcow2), "256M")
+    for path, format in ((raw, "raw"), (qcow2, "qcow2")):
+        for depth, aim in ((32, 2.0), (1, 0.9)):
+            for kind in ("randread", "randwrite"):
+                found: dict[str, list[float]] = {OURS: [], "qemu-nbd": []}
+                for _ in range(rounds):
+                    for name in found:
+                        with served(name, folder, path, format) as uri:
+                            found[name].append(fio(uri, depth, kind, 3)["iops"])
+                a, b = median(found[OURS]), median(found["qemu-nbd"])
+                yield Line(f"{format} 4k {kind} depth {depth}", "IOPS", a, b, a / b, aim)
+    raw.unlink()
+    qcow2.unlink()
+
+
+def random_file(path: Path, size: int) -> None:
+    block = random.Random(1).randbytes(4 << 20)
+    with open(path, "wb") as f:
+        f.writelines(n.to_bytes(8, "big") + block[8:] for n in range(0, size, len(block)))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+@contextmanager
+def reflink_folder(stack: ExitStack) -> Iterator[Path | None]:
+    """A folder on a file system that shares extents; None if this user cannot mount one."""
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+    image, mount = place / "xfs.img", place / "mnt"
+    mount.mkdir()
+    with open(image, "wb") as f:
+        f.truncate(8 * GIB)
+    try:
+        run("mkfs.xfs", "-q", "-m", "reflink=1", str(image))
+        run("mount", "-o", "loop", str(image), str(mount))
+    except (OSError, subprocess.CalledProcessError):
+        yield None
+        return
+    try:
+        yield mount
+    finally:
+        run("umount", str(mount))
+
+
+def stream_once(name: str, folder: Path, base: Path) -> tuple[float, float]:
+    """(seconds, seconds of processor time) to stream `base` into a new overlay."""
+    top = folder / "top.qcow2"
+    top.unlink(missing_ok=True)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(top))
+    os.sync()
+    with Daemon(
+        name, folder,
+        "--blockdev", f"driver=raw,node-name=b,read-only=on,file.driver=file,file.filename={base}",
+        "--blockdev", f"driver=qcow2,node-name=t,backing=b,file.driver=file,file.filename={top}",
+    ) as daemon:  # fmt: skip
+        before = daemon.cpu()
+        took = daemon.job("block-stream", device="t")
+        return took, daemon.cpu() - before
+
+
+def bench_stream(folder: Path, rounds: int) -> Iterator[Line]:
+    """A raw base of 1 GiB streamed into qcow2: a plain file system, and one that can clone."""
+    with ExitStack() as stack:
+        shared = stack.enter_context(reflink_folder(stack))
+        for place, what, aim in ((folder, "plain", 1.5), (shared, "reflink", 20.0)):
+            if place is None:
+                continue
+            base = place / "base.raw"
+            random_file(base, GIB)
+            found: dict[str, list[tuple[float, float]]] = {OURS: [], QSD: []}
+            for _ in range(rounds):
+                for name in found:
+                    found[name].append(stream_once(name, place, base))
+            a, b = (median([t for t, _ in found[n]]) for n in (OURS, QSD))
+            yield Line(f"stream 1 GiB, {what}", "s", a, b, b / a, aim)
+            a, b = (median([c for _, c in found[n]]) for n in (OURS, QSD))
+            yield Line(f"stream 1 GiB, {what}, processor", "s", a, b, b / max(a, 0.01), 0)
+            base.unlink()
+            (place / "top.qcow2").unlink()
+
+
+def bench_start(folder: Path, rounds: int) -> Iterator[Line]:
+    """From `exec` to the first byte over NBD, and memory with a disk of 1 TiB."""
+    path = folder / "big.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", str(path), "1T")
+    times: dict[str, list[float]] = {OURS: [], QSD: []}
+    memory: dict[str, list[float]] = {OURS: [], QSD: []}
+    for _ in range(rounds):
+        for name in times:
+            begin = time.monotonic()
+            with Daemon(
+                name, folder,
+                "--blockdev", f"driver=qcow2,node-name=d,file.driver=file,file.filename={path}",
+                "--nbd-server", f"addr.type=unix,addr.path={folder / 'nbd.sock'}",
+                "--export", "type=nbd,id=e,node-name=d,name=d,writable=on",
+            ) as daemon:  # fmt: skip
+                uri = f"nbd+unix:///d?socket={daemon.socket}"
+                first_byte(daemon.socket)
+                times[name].append(time.monotonic() - begin)
+                fio(uri, 32, "randwrite", 2)
+                memory[name].append(daemon.resident())
+    a, b = median(times[OURS]), median(times[QSD])
+    yield Line("start to first byte (aim: 0.5 s)", "s", a, b, 0.5 / a, 1)
+    a, b = median(memory[OURS]), median(memory[QSD])
+    yield Line("memory, disk of 1 TiB (aim: 80 MiB)", "MiB", a, b, 80 / a, 1)
+    path.unlink()
+
+
+def first_byte(path: Path) -> None:
+    """The shortest NBD conversation that reads something: EXPORT_NAME, then READ."""
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect(str(path))
+        got = s.makefile("rb")
+        got.read(18)
+        s.sendall((3).to_bytes(4, "big") + b"IHAVEOPT" + bytes([0, 0, 0, 1, 0, 0, 0, 1]) + b"d")
+        got.read(10)
+        s.sendall(bytes.fromhex("25609513") + bytes(20) + (512).to_bytes(4, "big"))
+        if len(got.read(16 + 512)) != 16 + 512:
+            raise OSError("no first byte")
+
+
+SECTIONS = {"nbd": bench_nbd, "stream": bench_stream, "start": bench_start}
+
+
+@click.command(help=__doc__)
+@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="Just this part.")
+@click.option("--rounds", default=3, show_default=True, help="Times that each side runs.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where the files lie.")
+@click.option("--check", is_flag=True, help="Exit code 1 if a ratio is below its aim.")
+@click.option("--json", "as_json", is_flag=True, help="Lines as JSON.")
+def main(
+    only: tuple[str, ...], rounds: int, folder: Path | None, check: bool, as_json: bool
+) -> None:
+    for need in ("qemu-nbd", QSD, "fio"):
+        if shutil.which(need) is None:
+            raise click.ClickException(f"{need} is not installed; see tools/setup.sh")
+    console = Console(stderr=True)
+    lines: list[Line] = []
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=folder) as place:
+        for name, section in SECTIONS.items():
+            if only and name not in only:
+                continue
+            for line in section(Path(place), rounds):
+                lines.append(line)
+                console.print(f"{line.name}: {line.ratio:.2f}", style="dim")
+    if as_json:
+        click.echo(json.dumps([line._asdict() for line in lines], indent=2))
+    else:
+        table = Table("", "unit", "cowferry", "QEMU", "ratio", "aim")
+        for x in lines:
+            aim = f"{x.aim:g}" if x.aim else ""
+            table.add_row(
+                x.name, x.unit, f"{x.ours:,.4g}", f"{x.theirs:,.4g}", f"{x.ratio:.2f}", aim
+            )
+        Console().print(table)
+    if check and any(line.ratio < line.aim for line in lines):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

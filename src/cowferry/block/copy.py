@@ -31,7 +31,8 @@ from cowferry.block.node import Extent, Node, State, chain, read, resolve
 
 BUFFER = 1 << 20  # bytes moved through memory at once
 CLONE_ALIGN = 4096  # what reflink file systems ask of offsets and lengths
-KERNEL_COPY = 16 << 20  # bytes asked of one copy_file_range, so that it can be interrupted
+KERNEL_COPY = 4 << 20  # bytes asked of one copy_file_range: stays in the processor's cache
+WRITEBACK = 1 << 20  # copies of this size are handed to the disk at once
 
 #: errnos by which a kernel or file system says "not for this pair of files".
 UNABLE = (
@@ -206,6 +207,7 @@ class Copier:
     def _copy(self, source: int, at: int, fd: int, host: int, length: int) -> None:
         pair = (source, fd)
         self.moved += length
+        begin, whole = host, length
         while length and pair not in self._cannot_copy:
             try:
                 n = sysio.copy_range(source, at, fd, host, min(length, KERNEL_COPY))
@@ -230,6 +232,8 @@ class Copier:
 
         if length:
             self._through(fd, host, length, read_file)
+        if whole >= WRITEBACK:
+            sysio.start_writeback(fd, begin, whole)
 
     def _zero(self, fd: int, host: int, length: int) -> None:
         try:

@@ -21,6 +21,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
+_sync_file_range = _libc.sync_file_range
+_sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10
 FICLONERANGE = 0x4020940D
 
@@ -85,6 +88,13 @@ def copy_range(source: int, source_offset: int, fd: int, offset: int, length: in
     if recorder is not None and n:
         recorder.wrote(fd, offset, os.pread(source, n, source_offset))
     return n
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Let the kernel begin to write these pages; waits for nothing and promises nothing.
+
+    A long copy that does this has little left to do at its final flush."""
+    _sync_file_range(fd, offset, length, 2)  # SYNC_FILE_RANGE_WRITE; only a hint: no error matters
 
 
 def rename(source: str, target: str) -> None:
