@@ -23,7 +23,7 @@ from cowferry.block import sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.gate import END, Gate, Slot
 from cowferry.block.lease import DATA, SPAN, SPAN_BITS, WRITABLE, ZERO, Leases
-from cowferry.block.node import Extent, Node, State, clear, read, read_fully, resolve
+from cowferry.block.node import Extent, Node, State, clear, read, read_fully, with_holes
 
 COPY_ON_READ_MAX = 1 << 20
 
@@ -201,7 +201,7 @@ class Disk:
         """The resolved runs of the range, with depth, as they are at one moment."""
         with self.shared(offset, length):
             self.check(offset, length)
-            return list(resolve(self.root, offset, length))
+            return list(with_holes(self.root, offset, length))
 
     def resize(self, size: int) -> None:
         """Change the disk's size under a drain."""

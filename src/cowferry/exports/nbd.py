@@ -37,16 +37,8 @@ TICK = 0.5  # seconds; how long a stop may go unnoticed by accept
 
 def allocation(extents: list[Extent]) -> list[tuple[int, int]]:
     """base:allocation. A hole in the chain reads as zero and is not allocated."""
-    out = []
-    for e in extents:
-        if e.state is State.DATA:
-            flags = 0
-        elif e.depth < 0 or e.fd >= 0:
-            flags = nbd.STATE_HOLE | nbd.STATE_ZERO
-        else:
-            flags = nbd.STATE_ZERO | nbd.STATE_HOLE
-        out.append((e.length, flags))
-    return out
+    hole = nbd.STATE_HOLE | nbd.STATE_ZERO
+    return [(e.length, 0 if e.state is State.DATA else hole) for e in extents]
 
 
 def depth(extents: list[Extent]) -> list[tuple[int, int]]:

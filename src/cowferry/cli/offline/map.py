@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from cowferry.block.node import Extent, Node, State, chain, resolve
+from cowferry.block.node import Node, State, chain, with_holes
 from cowferry.cli.offline import image
 from cowferry.cli.sizes import Size
 from cowferry.errors import CowferryError
@@ -44,21 +43,21 @@ def map_command(
 def entries(node: Node, start: int, end: int) -> Iterator[dict[str, Any]]:
     """qemu-img's MapEntry for each run, equal neighbours joined."""
     depth = len(list(chain(node)))
-    sparse = {d for d, n in enumerate(chain(node)) if getattr(n, "preallocated", lambda: False)()}
+    preallocated = [n.preallocated for n in chain(node)]
     last: dict[str, Any] | None = None
     while start < end:
         length = min(STEP, end - start)
-        for e, hole in with_holes(resolve(node, start, length), sparse):
-            data = e.state is State.DATA
+        for e in with_holes(node, start, length):
+            data = e.state is State.DATA or (e.fd >= 0 and preallocated[e.depth])
             entry: dict[str, Any] = {
                 "start": start,
                 "length": e.length,
                 "depth": e.depth if e.depth >= 0 else depth - 1,
                 "present": e.depth >= 0,
-                "zero": hole or not data,
+                "zero": e.state is not State.DATA,
                 "data": data,
             }
-            if (data and e.fd >= 0) or (e.fd >= 0 and e.writable is not None and not data):
+            if e.fd >= 0:
                 entry["offset"] = e.host
             start += e.length
             if last is not None and joins(last, entry):
@@ -69,26 +68,6 @@ def entries(node: Node, start: int, end: int) -> Iterator[dict[str, Any]]:
             last = entry
     if last is not None:
         yield last
-
-
-def with_holes(extents: Iterator[Extent], sparse: set[int]) -> Iterator[tuple[Extent, bool]]:
-    """Each run, cut where the file below has holes if it is an image of those depths."""
-    for e in extents:
-        if e.state is not State.DATA or e.fd < 0 or e.depth not in sparse:
-            yield e, False
-            continue
-        done = 0
-        while done < e.length:
-            at = e.host + done
-            try:
-                data = min(os.lseek(e.fd, at, os.SEEK_DATA), e.host + e.length)
-            except OSError:
-                data = e.host + e.length
-            stop = data
-            if data == at:
-                stop = min(os.lseek(e.fd, at, os.SEEK_HOLE), e.host + e.length)
-            yield e._replace(length=stop - at, host=at), data > at
-            done += stop - at
 
 
 def joins(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ import struct
 import threading
 from array import array
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from cowferry.block.node import ZEROES, Extent, Node, State, read, resolve
@@ -663,8 +664,9 @@ class Qcow2(Node):
                 self.write_header()
         return OSError(errno.EIO, f"{self.filename}: damaged image: {what} (see: cowferry check)")
 
+    @cached_property
     def preallocated(self) -> bool:
-        """Whether many clusters have a place but no room in the file yet (preallocation=metadata).
+        """Whether many clusters had a place but no room in the file when first asked.
 
         QEMU's measure: a tenth, and at least two, more clusters are counted than occupied."""
         occupied = -(-os.fstat(self.data_fd).st_blocks * 512 // self.cluster_size)
