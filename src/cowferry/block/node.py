@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
@@ -72,7 +72,12 @@ class Node:
     backing_refused: bool = False  # opened with "backing": null
     #: The protocol node that holds this format's bytes, if it is a format.
     file: Node | None = None
-    owns_file: bool = True  # False: `file` was added by name, and outlives this node
+    lent: frozenset[str] = frozenset()  # roles of children added by name, which outlive this node
+
+    @classmethod
+    def companions(cls, children: Mapping[str, Node]) -> Mapping[str, str]:
+        """Further files that the image in `children["file"]` records: child's role -> name."""
+        return {}
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The runs of `offset, length`, in order, adding up to `length`. Never resolves holes."""

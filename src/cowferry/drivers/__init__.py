@@ -61,6 +61,11 @@ class Driver(Protocol):
         ...
 
     @classmethod
+    def companions(cls, children: Mapping[str, Node]) -> Mapping[str, str]:
+        """See `Node.companions`."""
+        ...
+
+    @classmethod
     def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
         """Make a new image file. `options` are qemu-img's `-o` names."""
         ...

@@ -6,6 +6,8 @@ image could talk us into opening something that its owner did not mean. Hence:
 * a backing string is followed only with the format recorded beside it; a missing format is
   an error with the command that repairs it, never a guess (CVE-2008-2004 and its heirs);
 * a backing string is a path. `json:...` and `proto:...` are refused (CVE-2024-4467);
+* a recorded data file is followed if it is a plain name in the image's own folder; one that
+  lies elsewhere has to be named by whoever opens the image;
 * a chain that comes back to a file already in it is refused by device and inode;
 * if anything fails, everything opened on the way is closed again.
 """
@@ -169,6 +171,14 @@ def backing_path(image: str, recorded: str) -> str:
     return os.path.join(os.path.dirname(image), recorded)
 
 
+def _beside(image: str, recorded: str) -> str | None:
+    """The path of a file recorded in `image`, if it lies in the same folder."""
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(image)))
+    path = os.path.join(folder, recorded)
+    inside = os.path.dirname(os.path.realpath(path)) == folder
+    return path if inside and not PROTOCOL.match(recorded) else None
+
+
 def _open(
     options: Mapping[str, Any], lookup: Lookup | None, made: list[Node], opened: Opened | None
 ) -> Node:
@@ -192,6 +202,12 @@ def _open(
         else:
             raise CowferryError(f"Invalid parameter type for '{key}', expected: object or string")
     try:
+        for key, recorded in cls.companions(children).items():
+            path = _beside(children["file"].filename, recorded)
+            if path is not None:
+                inherited = _common(given.read_only, given.force_share)
+                below = {**inherited, **file_options(path)}
+                children[key] = _open(below, lookup, made, opened)
         node = cls.open(given, children)
     except OSError as error:
         where = getattr(given, "filename", None) or _name(children)
@@ -199,7 +215,7 @@ def _open(
             f"Could not open '{where}': {error.strerror or error}",
         ) from error
     node.name = given.node_name or ""
-    node.owns_file = not isinstance(options.get("file"), str)
+    node.lent = frozenset(key for key in CHILDREN if isinstance(options.get(key), str))
     if not node.filename:
         node.filename = _name(children)
     made.append(node)

@@ -78,7 +78,7 @@ class Raw(Node):
 
     def close(self) -> None:
         """Flush, and close the file below if it is ours."""
-        if self.owns_file:
+        if "file" not in self.lent:
             self.file.close()
         elif not self.read_only:
             self.file.flush()

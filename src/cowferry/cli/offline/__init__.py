@@ -42,39 +42,11 @@ def image(
             read_only=read_only,
             backing=backing,
             force_share=force_share,
-            **data_file(name, format),
         )
     try:
         yield node
     finally:
         opening.close_chain(node)
-
-
-def data_file(name: str, format: str | None) -> dict[str, Any]:
-    """On a person's own command line an image's data file is followed if it lies beside it.
-
-    `serve` and QMP never do: there the name may have been chosen by somebody else."""
-    from cowferry.drivers import EXTENSIONS
-    from cowferry.drivers.qcow2 import header
-
-    kind = format or EXTENSIONS.get(os.path.splitext(name)[1].lower())
-    if kind != "qcow2":
-        return {}
-    try:
-        with open(name, "rb") as f:
-            start = f.read(1 << 16)
-            size = os.fstat(f.fileno()).st_size
-        parsed = header.parse(name, start, size)
-    except (OSError, CowferryError):
-        return {}
-    recorded = parsed.data_file
-    if not recorded or not parsed.incompatible & header.DATA_FILE:
-        return {}
-    folder = os.path.dirname(os.path.abspath(name))
-    path = os.path.join(folder, recorded)
-    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
-        return {}
-    return {"data_file": path}
 
 
 def creation_options(texts: tuple[str, ...]) -> dict[str, Any]:

@@ -103,15 +103,13 @@ class Qcow2(Node):
             raise CowferryError("A block device must be specified for 'file'")
         file = children["file"]
         read_only = options.read_only or file.read_only
-        start = bytearray(min(file.size, 2 << 20))
-        file.pread(memoryview(start), 0)
-        header = headers.parse(file.filename, bytes(start), file.size)
+        header = cls._header(file)
         data = children.get("data-file")
         if header.incompatible & headers.DATA_FILE and data is None:
             raise ImageError(
                 f"'{file.filename}' keeps its data in another file "
                 f"('{header.data_file or 'unnamed'}')",
-                "name that file with the option data-file; the name in the image is not followed",
+                "it is not beside the image; name it with the option data-file",
             )
         if data is not None and not header.incompatible & headers.DATA_FILE:
             raise ImageError(
@@ -126,6 +124,22 @@ class Qcow2(Node):
         if not read_only:
             image._prepare_for_writing()
         return image
+
+    @classmethod
+    def _header(cls, file: Node) -> headers.Header:
+        start = bytearray(min(file.size, 2 << 20))
+        file.pread(memoryview(start), 0)
+        return headers.parse(file.filename, bytes(start), file.size)
+
+    @classmethod
+    def companions(cls, children: Mapping[str, Node]) -> Mapping[str, str]:
+        """The external data file, if there is one and the header names it."""
+        if "file" not in children or "data-file" in children:
+            return {}
+        header = cls._header(children["file"])
+        if not header.incompatible & headers.DATA_FILE or header.data_file is None:
+            return {}
+        return {"data-file": header.data_file}
 
     @classmethod
     def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
@@ -727,7 +741,7 @@ class Qcow2(Node):
             if not self.read_only and not self.broken:
                 self.close_tables()
         finally:
-            if self.owns_file:
+            if "file" not in self.lent:
                 self.file.close()
-                if self.external:
-                    self.data.close()
+            if self.external and "data-file" not in self.lent:
+                self.data.close()
