@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from chains import contents, make_base, overlay_disk
+from cowferry.block import sysio
 from cowferry.block.disk import Disk
 from cowferry.drivers import opening
 from cowferry.exports.nbd import NbdExport, NbdServer
@@ -181,3 +182,23 @@ def test_fio_verifies_random_mixed_writes_of_four_jobs_with_trim(
             "fio", "--name=trim", "--ioengine=nbd", f"--uri={uri}", "--rw=randtrim",
             "--bs=64k", "--iodepth=8", f"--size={SIZE}", "--thread",
         )  # fmt: skip
+
+
+def test_a_writethrough_export_answers_a_write_once_it_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("nbdsh")
+    disk, _ = raw_disk(tmp_path)
+    flushed: list[int] = []
+    whole = sysio.fdatasync
+
+    def counted(fd: int) -> None:
+        whole(fd)
+        flushed.append(fd)
+
+    monkeypatch.setattr(sysio, "fdatasync", counted)
+    with served(tmp_path, disk, writethrough=True) as uri:
+        run("nbdsh", "-u", uri, "-c", "h.pwrite(b'x' * 512, 0); h.pread(512, 0)")
+        assert len(flushed) == 1
+        run("nbdsh", "-u", uri, "-c", "h.zero(512, 0); h.pwrite(b'y' * 5000, 1)")
+        assert len(flushed) == 3

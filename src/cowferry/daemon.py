@@ -67,6 +67,8 @@ class Daemon:
         self.jobs = Jobs(self._job_event)
         self.nbd: NbdServer | None = None
         self.exports: dict[str, Export] = {}
+        # Names only, for options that refer to one: here each connection has its own thread.
+        self.iothreads: set[str] = set()
         # Duty: commands that change the graph see each other whole. Never held while waiting
         # for a job, which may need a command to go on.
         self.commands = threading.RLock()

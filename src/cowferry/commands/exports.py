@@ -73,11 +73,7 @@ def block_export_add(daemon: Daemon, args: BlockExportAdd) -> None:
     """Offer a disk or node to clients."""
     if args.type != "nbd":
         raise NotSupported(f"Export type '{args.type}' is not supported", "type=nbd is")
-    if args.writethrough:
-        raise NotSupported(
-            "'writethrough' is not supported", "a client's FUA and FLUSH are honoured"
-        )
-    if args.iothread is not None:
+    if args.iothread is not None and args.iothread not in daemon.iothreads:
         raise CowferryError(f'iothread "{args.iothread}" not found')
     if args.bitmaps:
         raise CowferryError(f"Bitmap '{args.bitmaps[0]}' is not found")
@@ -102,6 +98,7 @@ def block_export_add(daemon: Daemon, args: BlockExportAdd) -> None:
         writable=args.writable,
         description=args.description or "",
         allocation_depth=args.allocation_depth,
+        writethrough=args.writethrough,
     )
     daemon.offer(export)
 

@@ -61,6 +61,7 @@ class NbdExport(Export):
         description: str = "",
         allocation_depth: bool = True,
         default: bool = False,
+        writethrough: bool = False,
     ) -> None:
         super().__init__(id, disk, writable and not disk.read_only)
         self.name = id if name is None else name
@@ -68,6 +69,7 @@ class NbdExport(Export):
             raise CowferryError(f"export '{id}': name and description have 4096 bytes at most")
         self.description = description
         self.default = default
+        self.writethrough = writethrough  # every write is durable when it is answered
         self.contexts: dict[str, Callable[[list[Extent]], list[tuple[int, int]]]] = {
             "base:allocation": allocation
         }
@@ -284,7 +286,7 @@ class NbdServer:
             sock.settimeout(None)
             lane = Connection(
                 sock, found.disk, found.writable, handshake.structured,
-                handshake.contexts, found.workers,
+                handshake.contexts, found.workers, found.writethrough,
             )  # fmt: skip
             try:
                 found.enter(lane)

@@ -59,6 +59,7 @@ class Connection:
         structured: bool,
         contexts: list[Context],
         workers: ThreadPoolExecutor,
+        writethrough: bool = False,
     ) -> None:
         self.sock = sock
         self.disk = disk
@@ -66,6 +67,7 @@ class Connection:
         self.structured = structured
         self.contexts = contexts
         self.workers = workers
+        self.implied = nbd.CMD_FUA if writethrough else 0  # flags that every write has
         self.lane = Lane(disk)
         self.sending = threading.Lock()  # guards sends; never taken inside the gate
         # Workers' answers: (its buffers, weight). Appended to by anyone; the head, which may
@@ -140,6 +142,7 @@ class Connection:
                     if filled - taken < head + length:
                         need = head + length
                         break
+                    flags |= self.implied
                     data = view[taken + head : taken + head + length]
                     taken += head + length
                     if flags or length > INLINE or not self._write(cookie, offset, data):
@@ -328,7 +331,7 @@ class Connection:
     ) -> list[Buffer]:
         disk = self.disk
         self._check_flags(kind, flags, offset, length)
-        fua = bool(flags & nbd.CMD_FUA)
+        fua = bool((flags | self.implied) & nbd.CMD_FUA)
         if kind == nbd.READ:
             return self._read_reply(cookie, offset, length, bool(flags & nbd.CMD_DF))
         if kind == nbd.WRITE:
