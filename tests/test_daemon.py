@@ -22,6 +22,7 @@ from cowferry.cli.client import Client
 from cowferry.drivers import opening
 from cowferry.drivers.nbd_client import NbdClient
 from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound, NotSupported
+from cowferry.operations import stream
 from daemons import PATIENCE, Told, a_daemon, chain_of, environment, program
 from tests_support import need
 
@@ -53,7 +54,7 @@ def test_two_disks_stream_at_once_and_one_is_cancelled(tmp_path: Path) -> None:
         told = Told(daemon)
         for name in ("a", "b"):
             daemon.open_disk(name, str(tmp_path / f"{name}.qcow2"))
-            daemon.start_stream(name, speed=SLOW)
+            stream.start(daemon, name, speed=SLOW)
         both = daemon.execute("query-block-jobs", {})
         assert {j["device"]: j["status"] for j in both} == {"a": "running", "b": "running"}
         daemon.execute("job-cancel", {"id": "a"})
@@ -84,7 +85,7 @@ def test_stream_refuses_what_makes_no_sense(tmp_path: Path) -> None:
 
         def refusal(kind: type[CowferryError], device: str, **options: Any) -> str:
             with pytest.raises(kind) as error:
-                daemon.start_stream(device, **options)
+                stream.start(daemon, device, **options)
             assert type(error.value) is kind
             assert not daemon.jobs.all() and not daemon.graph.claims
             return error.value.desc
@@ -109,9 +110,9 @@ def test_a_streaming_disk_refuses_a_second_stream_and_a_resize(tmp_path: Path) -
     chain_of(tmp_path, "vm", SIZE)
     with a_daemon() as daemon:
         daemon.open_disk("vm", str(tmp_path / "vm.qcow2"))
-        job = daemon.start_stream("vm", speed=SLOW)
+        job = stream.start(daemon, "vm", speed=SLOW)
         with pytest.raises(DeviceInUse):
-            daemon.start_stream("vm", job_id="other")
+            stream.start(daemon, "vm", job_id="other")
         with pytest.raises(DeviceInUse) as error:
             daemon.resize("vm", 2 * SIZE)
         assert error.value.desc.endswith("is busy: block device is in use by block job: stream")
@@ -136,7 +137,7 @@ def test_stream_down_to_a_base_keeps_the_base(tmp_path: Path, by: str) -> None:
         assert sn1 is not None and sn1.backing is not None
         base = sn1.backing
         given = {"base": "base.raw", "base_node": base.name, "bottom": sn1.name}[by]
-        daemon.start_stream("vm", **{by: given})  # type: ignore[arg-type]
+        stream.start(daemon, "vm", **{by: given})  # type: ignore[arg-type]
         assert "error" not in told.wait("BLOCK_JOB_COMPLETED", device="vm")
         told.wait("JOB_STATUS_CHANGE", id="vm", status="null")
         assert disk.root.backing is base
@@ -158,7 +159,7 @@ def test_an_export_follows_its_disk_through_a_stream(tmp_path: Path) -> None:
         daemon.add_export(disk, "vm")
         before = daemon.execute("query-block-exports", {})
         with NbdClient(server.uri("vm")) as client:
-            daemon.start_stream("vm", speed=SLOW)
+            stream.start(daemon, "vm", speed=SLOW)
             client.pwrite(b"g" * 5000, 123456)
             oracle[123456 : 123456 + 5000] = b"g" * 5000
             daemon.execute("block-job-set-speed", {"device": "vm", "speed": 0})
@@ -279,7 +280,7 @@ def test_close_calls_off_a_running_stream_and_leaves_a_clean_image(tmp_path: Pat
         with NbdClient(server.uri("vm")) as client:
             client.pwrite(b"g" * 4096, 8192)
             oracle[8192 : 8192 + 4096] = b"g" * 4096
-            daemon.start_stream("vm", speed=SLOW)
+            stream.start(daemon, "vm", speed=SLOW)
             daemon.close()
         told.wait("BLOCK_JOB_CANCELLED", device="vm")
         told.wait("BLOCK_EXPORT_DELETED", id="vm")
@@ -463,9 +464,9 @@ def test_a_stream_into_a_middle_layer_changes_nothing_for_the_disk_above(tmp_pat
         daemon.graph.add_node({**options, "node-name": "top", "backing": "mid"})
         disk = daemon.graph.disk("top")
         assert contents(disk) == oracle  # the leases now lead to the base
-        daemon.start_stream("mid", job_id="j", speed=SLOW)
+        stream.start(daemon, "mid", job_id="j", speed=SLOW)
         with pytest.raises(DeviceInUse, match="Node 'mid' is busy"):
-            daemon.start_stream("top", job_id="k")
+            stream.start(daemon, "top", job_id="k")
         disk.pwrite(memoryview(b"t" * 1000), 3000)
         oracle[3000:4000] = b"t" * 1000
         daemon.execute("block-job-set-speed", {"device": "j", "speed": 0})

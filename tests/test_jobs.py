@@ -112,7 +112,7 @@ class Work(Job):
         finally:
             self.closed = True
 
-    def prepare(self) -> None:
+    def switch(self) -> None:
         self.prepared = True
 
     def clean(self) -> None:

@@ -78,6 +78,9 @@ class Log:
     def renamed(self, source: str, target: str) -> None:
         raise AssertionError("nothing renames images yet; teach the log when something does")
 
+    def unlinked(self, path: str) -> None:
+        raise AssertionError("nothing unlinks images")
+
     def directory_flushed(self, path: str) -> None:
         """New names: the files of these tests exist from the start."""
 

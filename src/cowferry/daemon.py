@@ -8,6 +8,7 @@ cancelled, exports closed, everything flushed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -15,14 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cowferry.block.disk import Disk
-from cowferry.block.node import Node, chain
 from cowferry.drivers import opening
-from cowferry.errors import CowferryError, DeviceInUse, NotSupported
+from cowferry.errors import CowferryError
 from cowferry.exports import Export
 from cowferry.exports.nbd import NbdExport, NbdServer
 from cowferry.graph import Graph
 from cowferry.jobs.job import Job, Jobs
-from cowferry.jobs.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class Daemon:
         self.commands = threading.RLock()
         self.stopped = threading.Event()  # somebody asked the daemon to end
         # The name of the disk that a job runs on.
-        self._devices: weakref.WeakKeyDictionary[Job, str] = weakref.WeakKeyDictionary()
+        self.devices: weakref.WeakKeyDictionary[Job, str] = weakref.WeakKeyDictionary()
         self._closing = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="flush", daemon=True)
         self._ticker.start()
@@ -195,7 +194,7 @@ class Daemon:
 
     def device_of(self, job: Job) -> str:
         """The name of the disk that a job runs on."""
-        return self._devices.get(job, job.id)
+        return self.devices.get(job, job.id)
 
     def job_on(self, device: str) -> Job | None:
         """The job with that id, or else the one that runs on that disk or node."""
@@ -208,83 +207,13 @@ class Daemon:
                 return job
         return None
 
-    def start_stream(
-        self,
-        device: str,
-        *,
-        job_id: str | None = None,
-        base: str | None = None,
-        base_node: str | None = None,
-        bottom: str | None = None,
-        backing_file: str | None = None,
-        speed: int = 0,
-        on_error: str = "report",
-        auto_finalize: bool = True,
-        auto_dismiss: bool = True,
-    ) -> Job:
-        """Start a stream job. Raises `CowferryError`; then nothing has begun."""
-        disk = self.graph.disk(device)
-        top = disk.root
-        with self.graph.lock:
-            named = device in self.graph.disks
-        if job_id is None:
-            job_id = device if named else ""
-        if sum(x is not None for x in (base, base_node, bottom)) > 1:
-            raise CowferryError("'base', 'base-node' and 'bottom' cannot be specified together")
-        if backing_file is not None and base is None and base_node is None and bottom is None:
-            raise CowferryError("backing file specified, but streaming the entire chain")
-        running = self.job_on(device)
-        if running is not None and running.status.value not in ("concluded", "null"):
-            raise DeviceInUse(
-                f"Device '{device}' is in use: a {running.type} job is active on it",
-                f"wait for job '{running.id}', or cancel it",
-            )
-        if top.driver in ("raw", "file"):
-            raise NotSupported(
-                f"'{device}' is a {top.driver} image: it has no backing file to stream from",
-                "streaming needs a copy-on-write image, such as qcow2",
-            )
-        if top.read_only:
-            raise NotSupported(f"'{device}' is read-only", "open it for writing")
-        below: Node | None = None
-        if base is not None:
-            below = self.graph.find_base(disk, base)
-        elif base_node is not None:
-            below = self.graph.find_base(disk, base_node, by_node=True)
-        elif bottom is not None:
-            below = self.graph.find_base(disk, bottom, by_node=True).backing
-        record = self.graph.backing_name(top, below)
-        if record is not None and backing_file is not None:
-            record = (backing_file, record[1])
-        between = [n for n in chain(top) if below is None or n not in list(chain(below))]
-        why = "block device is in use by block job: stream"
-        self.graph.claim(between, why)
-
-        def released() -> None:
-            self.graph.release(between, why)
-
-        def detached(old: Node, base_now: Node | None) -> None:
-            self.graph.release(between, why)
-            self.graph.detached(old, base_now)
-
-        try:
-            job = Stream(
-                disk,
-                below,
-                above=lambda: self.graph.disks_above(top),
-                backing=record,
-                detached=detached,
-                released=released,
-                speed=speed,
-                on_error=on_error,
-                auto_finalize=auto_finalize,
-                auto_dismiss=auto_dismiss,
-            )
-            self._devices[job] = disk.name
-            return self.jobs.start(job, job_id)
-        except BaseException:
-            released()
-            raise
+    def cancel_on(self, device: str) -> None:
+        """Call off the job on a disk, if there is one, and wait until it is over (`--force`)."""
+        job = self.job_on(device)
+        if job is not None:
+            with contextlib.suppress(CowferryError):
+                job.cancel(force=True)
+            job.wait()
 
     # Monitors ----------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, chain
@@ -22,6 +22,14 @@ from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound, ImageError
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}")
+
+
+class Held(NamedTuple):
+    """A node that is not to be changed by anybody else: why, and the job's id if it is a job."""
+
+    node: Node
+    why: str
+    holder: str
 
 
 class Graph:
@@ -33,7 +41,8 @@ class Graph:
         self.disks: dict[str, Disk] = {}  # named by somebody
         self.bare: dict[str, Disk] = {}  # over a node that was added by itself, by node-name
         self.explicit: set[str] = set()  # added by blockdev-add, gone by blockdev-del only
-        self.claims: dict[int, list[tuple[Node, str]]] = {}  # id(node) -> who holds it, and why
+        self.claims: dict[int, Held] = {}  # by id(node)
+        self.locks: dict[int, str] = {}  # id(disk) -> why an administrator locked it
         self.users: dict[int, list[bool]] = {}  # id(disk) -> of each export, whether it writes
         self._number = 100
 
@@ -128,9 +137,7 @@ class Graph:
                 raise CowferryError(
                     f"Block device {name} is in use", "an export has it: block-export-del"
                 )
-            held = self.claims.get(id(node))
-            if held:
-                raise CowferryError(f"Node '{name}' is busy: {held[0][1]}")
+            self.check_free(node)
             if name not in self.explicit:
                 raise CowferryError(f"Node {name} is not owned by the monitor")
             self.explicit.discard(name)
@@ -151,7 +158,7 @@ class Graph:
             node = below
 
     def _used(self, node: Node) -> bool:
-        if any(d.root is node for d in self.disks.values()) or self.claims.get(id(node)):
+        if any(d.root is node for d in self.disks.values()) or id(node) in self.claims:
             return True
         if self._exported(node):
             return True
@@ -204,24 +211,66 @@ class Graph:
         with self.lock:
             return [*self.disks.values(), *self.bare.values()]
 
+    def every_node(self) -> list[Node]:
+        """All nodes, those without a name of their own too."""
+        with self.lock:
+            return list(self.nodes.values())
+
+    def stranger(self, node: Node, ours: list[Node]) -> Node | None:
+        """A node that lies over `node` and is none of ours."""
+        with self.lock:
+            for other in self.nodes.values():
+                if other not in ours and any(child is node for _, child in children(other)):
+                    return other
+            return None
+
+    def means(self, node: Node, name: str, by_node: bool = False) -> bool:
+        """Whether `name` is what somebody may call the node."""
+        if by_node:
+            return node.name == name
+        return name in (node.filename, node.name) or _same_file(name, node.filename)
+
+    def reroot(self, disk: Disk, node: Node) -> None:
+        """`node` has become the root of `disk`: a bare disk is known by its root's name."""
+        with self.lock:
+            for key, d in list(self.bare.items()):
+                if d is disk or d.root is node:
+                    del self.bare[key]
+                    if d is disk:
+                        self.bare[node.name] = disk
+
     def disks_above(self, node: Node) -> list[Disk]:
         """Every disk whose chain has `node` in it."""
         return [d for d in self.all_disks() if any(n is node for n in chain(d.root))]
 
     # Who uses what -----------------------------------------------------------------------
 
-    def claim(self, nodes: list[Node], why: str) -> None:
-        """Hold nodes for a job; all or none. Raises `DeviceInUse` naming who has one."""
+    def claim(self, nodes: list[Node], why: str, holder: str = "") -> None:
+        """Hold nodes for a job (or for a moment); all or none.
+
+        Raises `DeviceInUse` naming who has one, or the lock that an administrator set."""
         with self.lock:
             for node in nodes:
-                held = self.claims.get(id(node))
-                if held:
-                    raise DeviceInUse(
-                        f"Node '{node.name}' is busy: {held[0][1]}",
-                        "wait for that job, or cancel it",
-                    )
+                self.check_free(node)
             for node in nodes:
-                self.claims.setdefault(id(node), []).append((node, why))
+                self.claims[id(node)] = Held(node, why, holder)
+
+    def check_free(self, node: Node) -> None:
+        """Raise `DeviceInUse` if the node is held, or is the root of a locked disk."""
+        with self.lock:
+            held = self.claims.get(id(node))
+            if held is not None:
+                job = f"job '{held.holder}'" if held.holder else "it"
+                raise DeviceInUse(
+                    f"Node '{node.name}' is busy: {held.why}",
+                    f"wait for {job}, or cancel it",
+                )
+            for disk in self.all_disks():
+                reason = self.locks.get(id(disk))
+                if disk.root is node and reason is not None:
+                    raise DeviceInUse(
+                        f"Disk '{disk.name}' is locked: {reason}", f"cowferry unlock {disk.name}"
+                    )
 
     def check_top(self, node: Node) -> None:
         """Raise `CowferryError` if any other node lies over `node`."""
@@ -241,15 +290,12 @@ class Graph:
             if self._exported(node) or any(d.root is node for d in self.disks.values()):
                 raise CowferryError(f"Block device {node.name} is in use")
 
-    def release(self, nodes: list[Node], why: str) -> None:
-        """Undo `claim`."""
+    def release(self, nodes: list[Node], why: str, holder: str = "") -> None:
+        """Undo `claim`. Nodes that somebody else holds by now are left alone."""
         with self.lock:
             for node in nodes:
-                left = [c for c in self.claims.get(id(node), []) if c[1] != why]
-                if left:
-                    self.claims[id(node)] = left
-                else:
-                    self.claims.pop(id(node), None)
+                if self.claims.get(id(node)) == Held(node, why, holder):
+                    del self.claims[id(node)]
 
     def hold(self, disk: Disk, writable: bool) -> None:
         """An export begins to use a disk. Raises `CowferryError` if it must not write there."""
@@ -288,7 +334,7 @@ class Graph:
             if by_node:
                 if node.name == name:
                     return node
-            elif name in (node.filename, node.name) or _same_file(name, node.filename):
+            elif self.means(node, name):
                 return node
         if not by_node:
             for above in chain(disk.root):

@@ -26,7 +26,12 @@ class Bitmap:
 
     def mark(self, offset: int, length: int) -> None:
         """The bytes are about to change."""
-        if self.recording and length:
+        if self.recording:
+            self.set(offset, length)
+
+    def set(self, offset: int, length: int) -> None:
+        """Set the bits of a range, whether or not writes are being recorded."""
+        if length:
             with self.lock:
                 self.bits[
                     offset // self.granularity : -(-(offset + length) // self.granularity)

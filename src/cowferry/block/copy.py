@@ -162,7 +162,22 @@ class Copier:
         if span.kind is Kind.ZERO:
             target.zero(offset, length, unmap=True)
             return
-        room = target.reserve(offset, length) if offset % target.granule == 0 else None
+        granule = target.granule
+        for r in list(target.extents(offset, length)):
+            end = offset + r.length
+            if r.writable and r.fd >= 0:  # it has a place already
+                self.fill(source, offset, [r])
+            else:
+                first = min(-(-offset // granule) * granule, end)
+                last = end if end == target.size else max(end // granule * granule, first)
+                self._write(source, target, offset, first - offset)
+                self._place_new(source, target, first, last - first)
+                self._write(source, target, last, end - last)
+            offset = end
+
+    def _place_new(self, source: Node | None, target: Node, offset: int, length: int) -> None:
+        """Whole granules that need a place."""
+        room = target.reserve(offset, length) if length else None
         if room is None:
             self._write(source, target, offset, length)
             return

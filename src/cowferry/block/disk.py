@@ -16,16 +16,33 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from cowferry.block import sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.gate import END, Gate, Slot
 from cowferry.block.lease import DATA, SPAN, SPAN_BITS, WRITABLE, ZERO, Leases
 from cowferry.block.node import Extent, Node, State, clear, read, read_fully, with_holes
+from cowferry.block.throttle import Throttle
 
 COPY_ON_READ_MAX = 1 << 20
+BRAKE_MAX = 0.25  # seconds that one write may be held back
+
+
+class Tap(Protocol):
+    """Somebody who has to be there when the disk changes: a write-blocking mirror, a backup.
+
+    While a disk has taps no write lease is handed out, so every write comes by `Disk`, and both
+    calls happen inside `exclusive` over the range. What they raise is the guest's answer."""
+
+    def before(self, offset: int, length: int) -> None:
+        """The range is about to change."""
+
+    def after(self, offset: int, length: int, data: memoryview | None) -> None:
+        """It has changed, to `data` if that is given; read the root otherwise."""
 
 
 class _Place:
@@ -48,6 +65,8 @@ class Disk:
         self.gate = Gate()
         self.leases = Leases(root.granule)
         self.bitmaps: dict[str, Bitmap] = {}  # changed only inside a drain
+        self.taps: tuple[Tap, ...] = ()  # changed only inside a drain
+        self.brake: Throttle | None = None  # slows writes down, a little each, while it is there
         self.copy_on_read = copy_on_read and not root.read_only
         self._local = threading.local()  # .place: this thread's place in the gate
 
@@ -84,7 +103,7 @@ class Disk:
             yield
         finally:
             if length is None:
-                self.leases.reset(self.root.granule)
+                self.leases.reset(self.root.granule, in_place=not self.taps)
             else:
                 self.leases.drop(start, end)
             self.gate.release(claim)
@@ -152,7 +171,7 @@ class Disk:
         with self.shared(offset, length):
             self.check(offset, length, write=True)
             runs = self._leased(offset, offset + length, WRITABLE)
-            if runs is None:
+            if runs is None and not self.taps:
                 self.leases.fill(self.root, offset, length)
                 runs = self._leased(offset, offset + length, WRITABLE)
             if runs is not None:
@@ -165,9 +184,15 @@ class Disk:
             with self.exclusive(offset, length):
                 self.check(offset, length, write=True)
                 self.mark(offset, length)
+                for tap in self.taps:
+                    tap.before(offset, length)
                 self.root.pwrite(buf, offset)
+                for tap in self.taps:
+                    tap.after(offset, length, buf)
         if fua:
             self.flush()
+        if self.brake is not None:
+            self._brake(length)
 
     def zero(
         self, offset: int, length: int, unmap: bool = False, fua: bool = False, fast: bool = False
@@ -178,7 +203,11 @@ class Disk:
         with self.exclusive(offset, length):
             self.check(offset, length, write=True)
             self.mark(offset, length)
+            for tap in self.taps:
+                tap.before(offset, length)
             self.root.zero(offset, length, unmap, fast)
+            for tap in self.taps:
+                tap.after(offset, length, None)
         if fua:
             self.flush()
 
@@ -189,7 +218,11 @@ class Disk:
         with self.exclusive(offset, length):
             self.check(offset, length, write=True)
             self.mark(offset, length)
+            for tap in self.taps:
+                tap.before(offset, length)
             self.root.discard(offset, length)
+            for tap in self.taps:
+                tap.after(offset, length, None)
         if fua:
             self.flush()
 
@@ -209,6 +242,11 @@ class Disk:
             self.root.resize(size)
             for bitmap in self.bitmaps.values():
                 bitmap.resize(size)
+
+    def _brake(self, length: int) -> None:
+        brake = self.brake
+        if brake is not None:
+            time.sleep(min(brake.charge(length), BRAKE_MAX))
 
     def mark(self, offset: int, length: int) -> None:
         """A write of the range is about to be visible: tell the bitmaps. Caller is inside."""

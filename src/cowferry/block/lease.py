@@ -38,6 +38,7 @@ class Leases:
 
     def __init__(self, granule: int) -> None:
         self.shift = granule.bit_length() - 1  # a granule is 1 << shift bytes
+        self.in_place = True  # False: no write lease is handed out. Changed by `reset` only
         self.tables: dict[int, array[int]] = {}  # written under `filling`, read inside the gate
         self.fds: list[int] = []  # append-only between resets
         self._index: dict[int, int] = {}  # fd -> its place in fds; guarded by `filling`
@@ -62,9 +63,10 @@ class Leases:
                 b = min(last - (key << SPAN_BITS), SPAN - 1) + 1
                 table[a:b] = EMPTY[a:b]
 
-    def reset(self, granule: int) -> None:
+    def reset(self, granule: int, in_place: bool = True) -> None:
         """Forget everything, descriptors included: the root changed. Inside a drain."""
         with self.filling:
+            self.in_place = in_place
             self.epoch += 1
             self.tables = {}
             self.fds = []
@@ -111,6 +113,8 @@ class Leases:
                 return
             index = self._index[e.fd] = len(self.fds)
             self.fds.append(e.fd)
-        entry = (host >> 9) << 24 | index << 8 | DATA | (WRITABLE if e.writable else 0)
+        entry = (host >> 9) << 24 | index << 8 | DATA
+        if e.writable and self.in_place:
+            entry |= WRITABLE
         step = (granule >> 9) << 24
         table[first:stop] = array("q", range(entry, entry + step * (stop - first), step))

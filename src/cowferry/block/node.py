@@ -150,6 +150,12 @@ class Node:
         """The `format-specific` data of qemu-img's info (empty if the format has none)."""
         return {}
 
+    def reopen(self, read_only: bool) -> None:
+        """Change access, under a drain of every disk above. Raises `OSError`, `CowferryError`.
+
+        Made read-only, everything is flushed and not one byte of the file changes any more."""
+        raise NotSupported(f"{self.driver} node '{self.name or self.filename}' cannot be reopened")
+
     def close(self) -> None:
         """Flush, mark clean, let the file go. Idempotent; closes an owned `file`, not `backing`."""
 

@@ -35,6 +35,7 @@ class Recorder(Protocol):
     def flushed(self, fd: int) -> None: ...
     def truncated(self, fd: int, size: int) -> None: ...
     def renamed(self, source: str, target: str) -> None: ...
+    def unlinked(self, path: str) -> None: ...
     def directory_flushed(self, path: str) -> None: ...
 
 
@@ -102,6 +103,13 @@ def rename(source: str, target: str) -> None:
     os.rename(source, target)
     if recorder is not None:
         recorder.renamed(source, target)
+
+
+def unlink(path: str) -> None:
+    """Remove a name; durable only after `flush_directory`."""
+    os.unlink(path)
+    if recorder is not None:
+        recorder.unlinked(path)
 
 
 def flush_directory(path: str) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from cowferry.commands import Args, NoArgs, command, event
 from cowferry.commands.jobs import Device
 from cowferry.errors import CowferryError, DeviceInUse, DeviceNotActive
+from cowferry.operations import stream
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -26,7 +27,7 @@ class BlockStream2011(Args):
 @command("block_stream")
 def block_stream(daemon: Daemon, args: BlockStream2011) -> None:
     """Copy data from a backing file into a disk, in the background."""
-    daemon.start_stream(args.device, base=args.base)
+    stream.start(daemon, args.device, base=args.base)
 
 
 @command("block_stream_cancel")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from cowferry.commands import Args, command
+from cowferry.operations import stream
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -30,7 +31,8 @@ class BlockStream(Args):
 @command("block-stream")
 def block_stream(daemon: Daemon, args: BlockStream) -> None:
     """Fill a disk from its backing chain, down to a base or all of it."""
-    daemon.start_stream(
+    stream.start(
+        daemon,
         args.device,
         job_id=args.job_id,
         base=args.base,

@@ -76,6 +76,14 @@ class Raw(Node):
         self.file.resize(size)
         self.size = size
 
+    def reopen(self, read_only: bool) -> None:
+        """The file's access, and ours."""
+        if read_only and not self.read_only:
+            self.file.flush()
+        if "file" not in self.lent or self.file.read_only > read_only:
+            self.file.reopen(read_only)
+        self.read_only = read_only
+
     def close(self) -> None:
         """Flush, and close the file below if it is ours."""
         if "file" not in self.lent:

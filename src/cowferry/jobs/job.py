@@ -9,8 +9,11 @@ A new kind of job is one new file with one subclass of `Job` that says
 
 * `type`, the name that QMP gives it;
 * `run()`, the work, as a generator;
-* `prepare()`, the step that makes the result true (for a stream: header, then backing). It
-  runs when the job is finalised, so with `auto_finalize` off the graph changes only then;
+* the end, in steps that make the result true: `approach` (outside any drain), `drains` (which
+  disks stand still), `settle` (the last work that may fail), `moves` (which image a disk leaves
+  for which: recorded durably), `switch` (in memory; cannot fail), then `parted`, outside again.
+  They run when the job is finalised, so with `auto_finalize` off the graph changes only then.
+  The members of a group take each step together, under one drain: all end so, or none does;
 * `clean()`, run last, whatever happened.
 
 I/O that may fail goes through `attempt`, which knows the error policies: it retries, pauses or
@@ -25,11 +28,18 @@ import errno
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, ClassVar, NamedTuple
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from cowferry.block import moves
+from cowferry.block.disk import Disk
+from cowferry.block.moves import Move
 from cowferry.block.throttle import Throttle
 from cowferry.errors import CowferryError
 from cowferry.jobs.states import TRANSITIONS, Status, allow
+
+if TYPE_CHECKING:
+    from cowferry.jobs.group import Group
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +54,7 @@ class Progress(NamedTuple):
     moved: int = 0
     error: OSError | None = None  # the policy says stop: pause, then go on with the same chunk
     ready: bool = False  # converged; the job goes on until it is told to complete
+    idle: float = 0.0  # seconds to wait, for there is nothing to do
 
 
 class Job:
@@ -82,6 +93,7 @@ class Job:
         self.completing = False
         self.finalizing = False
         self.busy = False
+        self.group: Group | None = None  # set before the start
         self._emit: Emit = _nobody
         self._on_null: Callable[[Job], None] = _nothing
         self.thread: threading.Thread | None = None
@@ -92,8 +104,25 @@ class Job:
         """The work. Raise `OSError` or `CowferryError` to fail."""
         raise NotImplementedError
 
-    def prepare(self) -> None:
-        """Make the result true, durably. Raising fails the job, with everything as it was."""
+    def approach(self) -> None:
+        """Before the drain: whatever makes it short. May raise."""
+
+    def drains(self) -> list[Disk]:
+        """The disks that have to stand still while the result is made true."""
+        return []
+
+    def settle(self) -> None:
+        """Inside the drain: the last work that may fail. Raising leaves everything as it was."""
+
+    def moves(self) -> list[Move]:
+        """Which disks are about to leave which image, to be recorded."""
+        return []
+
+    def switch(self) -> None:
+        """Inside the drain: change the graph in memory. Must not fail."""
+
+    def parted(self) -> None:
+        """After the drain: let go of what is not needed any more. Errors are only logged."""
 
     def clean(self) -> None:
         """Let go of everything; runs exactly once, before the job says that it is over."""
@@ -104,17 +133,23 @@ class Job:
 
     # For the work ------------------------------------------------------------------------
 
+    def policy(self, operation: str) -> str:
+        """What is to happen when an operation ("read", "write") fails."""
+        return self.on_error
+
     def attempt(
         self, operation: str, work: Callable[[], int]
     ) -> Generator[Progress, None, int | None]:
         """Do `work`, as the error policy says. None: the error was ignored and noted.
 
-        Use: `copied = yield from self.attempt("read", lambda: ...)`."""
+        Use: `copied = yield from self.attempt("read", lambda: ...)`. Work that both reads and
+        writes may raise an `OSError` with the attribute `operation`."""
         while True:
             try:
                 return work()
             except OSError as error:
-                action = self._action(error)
+                operation = getattr(error, "operation", operation)
+                action = self._action(error, self.policy(operation))
                 log.warning("job %s: %s failed, action %s: %s", self.id, operation, action, error)
                 if self.is_block_job:
                     data = {"device": self.id, "operation": operation, "action": action}
@@ -126,11 +161,11 @@ class Job:
                     return None
                 yield Progress(error=error)
 
-    def _action(self, error: OSError) -> str:
+    def _action(self, error: OSError, policy: str) -> str:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if self.on_error in ("enospc", "auto"):
+        if policy in ("enospc", "auto"):
             return "stop" if full else "report"
-        return self.on_error
+        return policy
 
     # Verbs -------------------------------------------------------------------------------
 
@@ -161,9 +196,14 @@ class Job:
             self.changed.notify_all()
 
     def complete(self) -> None:
-        """A ready job is to finish its work."""
+        """A ready job is to finish its work. A member of a group finishes with its group."""
         with self.changed:
             allow(self.id, self.status, "complete")
+            if self.group is not None and not self.group.completing:
+                raise CowferryError(
+                    f"Job '{self.id}' is a member of group '{self.group.id}'",
+                    "complete the group: its members pivot together",
+                )
             self.completing = True
             self.changed.notify_all()
 
@@ -189,8 +229,8 @@ class Job:
             self.throttle.speed = speed
             self.changed.notify_all()
 
-    def change(self) -> None:
-        """Nothing of this kind of job can be changed while it runs."""
+    def change(self, copy_mode: str | None = None) -> None:
+        """Nothing of this kind of job can be changed while it runs, unless it says so."""
         allow(self.id, self.status, "change")
         raise CowferryError("Job type does not support change")
 
@@ -283,7 +323,7 @@ class Job:
                     self.changed.notify_all()
                 if step.ready and self.status is Status.RUNNING:
                     self._ready()
-                delay = self.throttle.charge(step.moved)
+                delay = max(self.throttle.charge(step.moved), step.idle)
                 if delay > 0:
                     self._sleep(delay)
         finally:
@@ -316,7 +356,12 @@ class Job:
         with self.changed:
             speed = self.throttle.speed
             self.changed.wait_for(
-                lambda: self.cancelling or self.user_paused or self.throttle.speed != speed,
+                lambda: (
+                    self.cancelling
+                    or self.user_paused
+                    or self.completing
+                    or self.throttle.speed != speed
+                ),
                 seconds,
             )
 
@@ -324,12 +369,19 @@ class Job:
         with self.changed:
             self._move(Status.READY)
         self._event("BLOCK_JOB_READY")
+        if self.group is not None:
+            self.group.ready(self)
 
     def _finish(self) -> None:
         with self.changed:
             if self.cancelling:
                 raise Cancelled
             self._move(Status.WAITING)
+        if self.group is not None:
+            self.group.arrive(self)
+        with self.changed:
+            if self.cancelling:
+                raise Cancelled
             self._move(Status.PENDING)
         if not self.auto_finalize:
             if self.is_block_job:
@@ -338,7 +390,14 @@ class Job:
                 self.changed.wait_for(lambda: self.cancelling or self.finalizing)
                 if self.cancelling:
                     raise Cancelled
-        self.prepare()
+        if self.group is not None:
+            self.group.finish(self)
+        else:
+            finish([self])
+
+    def prepare(self) -> None:
+        """Make the result true now. For one who steps the job by hand."""
+        finish([self])
 
     def _conclude(self, succeeded: bool, failure: BaseException | None) -> None:
         if failure is not None:
@@ -346,6 +405,8 @@ class Job:
         if not succeeded:
             with self.changed:
                 self._move(Status.ABORTING)
+            if self.group is not None:
+                self.group.failed(self, failure)
         try:
             self.clean()
         except (OSError, CowferryError):
@@ -361,6 +422,8 @@ class Job:
             gone = self.auto_dismiss
             if gone:
                 self._move(Status.NULL)
+        if self.group is not None:
+            self.group.over(self)
         if gone:
             self._on_null(self)
 
@@ -390,25 +453,59 @@ class Cancelled(Exception):
     """Raised at a yield of a job that is to stop."""
 
 
+def finish(jobs: list[Job]) -> None:
+    """Make the results of `jobs` true together, under one drain. Raises before any is changed.
+
+    The order is the one that keeps a pivot decidable: drain, last bytes, flush (all in `settle`),
+    the durable record, the switch, and the guests go on."""
+    for job in jobs:
+        job.approach()
+    disks = {id(d): d for job in jobs for d in job.drains()}
+    with ExitStack() as drained:
+        for key in sorted(disks):
+            drained.enter_context(disks[key].exclusive())
+        for job in jobs:
+            job.settle()
+        moving = [m for job in jobs for m in job.moves()]
+        if moving:
+            moves.record(moving)
+        for job in jobs:
+            job.switch()
+    for job in jobs:
+        try:
+            job.parted()
+        except (OSError, CowferryError):
+            log.exception("job %s: what it left behind could not be closed", job.id)
+
+
 class Jobs:
     """All jobs by id. Thread-safe; `emit` is called with (event name, data), in order per job."""
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
-        self.lock = threading.Lock()  # guards `jobs`
+        self.lock = threading.Lock()  # guards the two below
         self.jobs: dict[str, Job] = {}
+        self.groups: dict[str, Group] = {}
 
     def start(self, job: Job, job_id: str) -> Job:
         """Give the job its id and let it run. Raises `CowferryError` for a bad or taken id."""
         if not valid_id(job_id):
             raise CowferryError(f"Invalid job ID '{job_id}'")
         with self.lock:
-            if job_id in self.jobs:
+            if job_id in self.jobs or job_id in self.groups:
                 raise CowferryError(f"Job ID '{job_id}' already in use")
             job.id = job_id
             self.jobs[job_id] = job
         job.start(self.emit, self._forget)
         return job
+
+    def check_id(self, job_id: str) -> None:
+        """Raise `CowferryError` for an id that no new job may have."""
+        if not valid_id(job_id):
+            raise CowferryError(f"Invalid job ID '{job_id}'")
+        with self.lock:
+            if job_id in self.jobs or job_id in self.groups:
+                raise CowferryError(f"Job ID '{job_id}' already in use")
 
     def _forget(self, job: Job) -> None:
         with self.lock:

@@ -204,9 +204,11 @@ class Stream(Job):
         self.disk = disk
         self.top = top
         self.base = base
+        self.old: Node | None = None  # what is let go at the end
         self.backing = backing
         self.work = Fill(disk, top, base)
         self.fixed = chunk
+        self.was_read_only = top.read_only
         self._above = above or (lambda: [disk])
         self._detached = detached
         self._released = released
@@ -216,6 +218,8 @@ class Stream(Job):
         if top.backing is None or top.backing is self.base:
             yield Progress(done=self.length)
             return
+        if self.was_read_only:
+            yield from self.attempt("write", partial(self._reopen, False))
         offset = 0
         size = self.fixed or max(MIN_CHUNK, granule)
         while offset < self.disk.size:
@@ -234,21 +238,37 @@ class Stream(Job):
                 elif took > STEP * 2:
                     size = max(size // 2, max(MIN_CHUNK, granule))
 
-    def prepare(self) -> None:
-        """ST2: the data is durable, then the header says so, durably; then the old chain goes."""
-        old = self.top.backing
-        if old is None or old is self.base:
-            return
+    # ST2: the data is durable, then the header says so, durably; then the old chain goes.
+
+    def approach(self) -> None:
+        self.old = self.top.backing
         self.top.flush()
+
+    def drains(self) -> list[Disk]:
+        return self._above()
+
+    def settle(self) -> None:
+        if self.old is not None and self.old is not self.base:
+            name, format = self.backing or (None, None)
+            self.top.flush()
+            self.top.set_backing(name, format)
+
+    def switch(self) -> None:
+        self.top.backing = self.base
+
+    def parted(self) -> None:
+        if self._detached is not None and self.old is not None and self.old is not self.base:
+            self._detached(self.old, self.base)
+
+    def _reopen(self, read_only: bool) -> int:
         with ExitStack() as drained:
             for disk in sorted(self._above(), key=id):
                 drained.enter_context(disk.exclusive())
-            name, format = self.backing or (None, None)
-            self.top.set_backing(name, format)
-            self.top.backing = self.base
-        if self._detached is not None:
-            self._detached(old, self.base)
+            self.top.reopen(read_only)
+        return 0
 
     def clean(self) -> None:
+        if self.was_read_only and not self.top.read_only:
+            self._reopen(True)
         if self._released is not None:
             self._released()

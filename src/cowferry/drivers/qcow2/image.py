@@ -732,6 +732,23 @@ class Qcow2(Node):
                 self._write_tables()
             self._barrier()
 
+    def reopen(self, read_only: bool) -> None:
+        """Change access. Made writable, an image is prepared as if it were opened so."""
+        if read_only == self.read_only:
+            return
+        if read_only and not self.broken:
+            self.close_tables()
+        for role, child in (("file", self.file), ("data-file", self.data)):
+            # somebody else's file may have more access than we need, never less
+            if role not in self.lent or child.read_only > read_only:
+                child.reopen(read_only)
+        self.read_only = read_only
+        if not read_only:
+            with self.meta:
+                self.refcounts = Refcounts(self)
+                self.map = Map(self)
+            self._prepare_for_writing()
+
     def close(self) -> None:
         """Flush what waits, with the refcounts of what was freed, and let the file go."""
         if self._closed:

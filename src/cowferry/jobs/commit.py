@@ -1,0 +1,202 @@
+"""Commit: put what a layer holds into one below it, while the guest runs.
+
+    before: base <- sn1 <- sn2 <- vm.img      commit sn2 into base
+    after:  base <- vm.img
+
+*Intermediate* (`Commit`): the layers above the base, up to `top`, are immutable. What they hold is
+placed in the base chunk by chunk. No byte that a guest can see changes, for what is overwritten in
+the base is covered by the layers above; but the base's mapping may, so a chunk whose bytes have no
+place in the base yet is placed inside `exclusive` of every disk above. At the end (C3): flush the
+base; write the header of the image above `top`, and flush it; then let go.
+
+*Active* (`ActiveCommit`): the top is being written, so this is a mirror whose target lies below
+its own source: it becomes ready, and the pivot makes the base the disk.
+
+The base is grown first, durably, if the top is larger (C1). From before the first byte until the
+end it is recorded as no good by itself, and so are the layers between (C2).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from cowferry.block import moves
+from cowferry.block.copy import Copier, Kind, spans
+from cowferry.block.disk import Disk
+from cowferry.block.node import Node
+from cowferry.jobs.job import Job, Progress
+from cowferry.jobs.mirror import MIN_CHUNK, STEP, Mirror
+
+IN_PLACE_CHUNK = 32 << 20
+
+
+class Into:
+    """What both kinds do to the base, and record of it."""
+
+    def __init__(self, top: Node, base: Node, between: list[Node], size: int) -> None:
+        self.top = top
+        self.base = base
+        self.between = between  # skipped: above the base, below the top
+        self.size = size  # bytes that the base must have at least
+        self.was_read_only = base.read_only
+
+    def begin(self) -> None:
+        """The base is writable, marked, and large enough, durably. Raises `OSError`."""
+        for node in (*self.between, self.base):
+            moves.committing(node.filename, self.top.filename)
+        if self.base.read_only:
+            self.base.reopen(False)
+        if self.base.size < self.size:
+            self.base.resize(self.size)
+            self.base.flush()
+
+    def end(self) -> None:
+        """Everything is in the base. The layers between stay marked: they are no good any more."""
+        moves.committed(self.base.filename)
+
+
+class Commit(Job):
+    """Of layers that nobody writes. `above` is the image over `top`, whose header is changed."""
+
+    type = "commit"
+
+    def __init__(
+        self,
+        disks: Callable[[], list[Disk]],
+        above: Node,
+        into: Into,
+        *,
+        backing: tuple[str, str],
+        detached: Callable[[Node, Node], None] | None = None,
+        released: Callable[[], None] | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(length=into.top.size, **common)
+        self.disks = disks
+        self.above = above
+        self.into = into
+        self.backing = backing
+        self.copier = Copier()
+        self._detached = detached
+        self._released = released
+
+    def run(self) -> Iterator[Progress]:
+        into = self.into
+        yield from self.attempt("write", self._begin)
+        at, size = 0, into.top.size
+        granule = max(into.base.granule, 4096)
+        chunk = MIN_CHUNK
+        while at < size:
+            limit = chunk
+            if self.throttle.speed:
+                limit = min(limit, self.throttle.speed // 10)
+            length = min(max(limit // granule, 1) * granule, size - at)
+            begin = time.monotonic()
+            moved = yield from self.attempt("write", partial(self.copy, at, length, granule))
+            took = time.monotonic() - begin
+            if took < STEP / 2:
+                chunk = min(chunk * 2, IN_PLACE_CHUNK)
+            elif took > STEP * 2:
+                chunk = max(chunk // 2, MIN_CHUNK)
+            yield Progress(done=length, moved=moved or 0)
+            at += length
+
+    def _begin(self) -> int:
+        with self._exclusive(0, None):
+            self.into.begin()
+        return 0
+
+    def _exclusive(self, offset: int, length: int | None) -> ExitStack:
+        held = ExitStack()
+        try:
+            for disk in sorted(self.disks(), key=id):
+                held.enter_context(disk.exclusive(offset, length))
+        except BaseException:
+            held.close()
+            raise
+        return held
+
+    def copy(self, offset: int, length: int, granule: int) -> int:
+        """One chunk; the bytes that had to be moved. Raises `OSError`; may be done again."""
+        into, moved = self.into, 0
+        for span in spans(into.top, offset, length, granule, into.base):
+            if span.kind is Kind.KEEP:
+                continue
+            runs = into.base.extents(span.offset, span.length)
+            if span.kind is Kind.COPY and all(e.writable and e.fd >= 0 for e in runs):
+                self.copier.place(into.top, into.base, span)
+            else:
+                for at in range(span.offset, span.offset + span.length, MIN_CHUNK):
+                    n = min(MIN_CHUNK, span.offset + span.length - at)
+                    with self._exclusive(at, n):
+                        part = span._replace(offset=at, length=n)
+                        self.copier.place(into.top, into.base, part)
+            moved += span.length if span.kind is Kind.COPY else 0
+        return moved
+
+    # C3: the base is durable, then the header above says so, durably; then the layers go.
+
+    def approach(self) -> None:
+        self.into.base.flush()
+
+    def drains(self) -> list[Disk]:
+        return self.disks()
+
+    def settle(self) -> None:
+        self.into.base.flush()
+        self.above.set_backing(*self.backing)
+
+    def switch(self) -> None:
+        self.above.backing = self.into.base
+
+    def parted(self) -> None:
+        self.into.end()
+        if self._detached is not None:
+            self._detached(self.into.top, self.into.base)
+
+    def clean(self) -> None:
+        if self.into.was_read_only and not self.into.base.read_only:
+            with self._exclusive(0, None):
+                self.into.base.reopen(True)
+        if self._released is not None:
+            self._released()
+
+
+class ActiveCommit(Mirror):
+    """Of the layer that the guest writes: a mirror into a node below."""
+
+    type = "commit"
+
+    def __init__(self, disk: Disk, into: Into, **more: Any) -> None:
+        super().__init__(disk, into.base, base=into.base, **more)
+        self.into = into
+
+    def run(self) -> Iterator[Progress]:
+        yield from self.attempt("write", self._begin)
+        yield from super().run()
+
+    def _begin(self) -> int:
+        with self.disk.exclusive():
+            self.into.begin()
+        return 0
+
+    def switch(self) -> None:
+        super().switch()
+        if self.pivot:
+            self.into.was_read_only = False  # it is the disk now
+
+    def parted(self) -> None:
+        if self.pivot:
+            self.into.end()
+            moves.settled(self.into.base.filename)
+        super().parted()
+
+    def clean(self) -> None:
+        if self.into.was_read_only and not self.into.base.read_only:
+            with self.disk.exclusive():
+                self.into.base.reopen(True)
+        super().clean()

@@ -1,0 +1,190 @@
+"""A group: jobs on several disks of one guest that are one thing.
+
+The members run side by side. The group is ready once all of them are, finishes all of them under
+one drain (so the disks of a guest change at one point in time, and their moves are one durable
+decision), and is shown with its members.
+
+What a member's failure means is the group's policy: `all` calls the others off, `each` lets them
+go on without it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from cowferry.errors import CowferryError
+from cowferry.jobs.job import Cancelled, Emit, Job, finish
+from cowferry.jobs.states import Status
+
+POLICIES = ("all", "each")
+TICK = 0.1  # seconds after which a waiting member looks whether it was cancelled
+LAST = 60.0  # seconds that a failing member waits for the others to stop
+
+
+class Group:
+    """Jobs that end together. Thread-safe; members are added before they start."""
+
+    def __init__(
+        self, id: str, policy: str = "all", *, emit: Emit, gone: Callable[[Group], None]
+    ) -> None:
+        if policy not in POLICIES:
+            raise CowferryError(f"Parameter 'policy' does not accept value '{policy}'")
+        self.id = id
+        self.policy = policy
+        self._emit = emit
+        self._gone = gone
+        # Duty: guards everything below; taken before no lock of a job.
+        self.changed = threading.Condition()
+        self.members: list[Job] = []
+        self.live: set[Job] = set()  # neither failed nor over
+        self.arrived: set[Job] = set()  # all work done, waiting for the others
+        self.finishing: set[Job] = set()
+        self.readied: set[Job] = set()
+        self.told_ready = False
+        self.completing = False
+        self.culprit: Job | None = None
+        self.outcome: BaseException | str | None = None
+        self.ended = 0
+
+    def add(self, job: Job) -> None:
+        """Before the job starts."""
+        job.group = self
+        with self.changed:
+            self.members.append(job)
+            self.live.add(job)
+
+    # Verbs ---------------------------------------------------------------------------------
+
+    def complete(self) -> None:
+        """Every member is ready: let all of them finish, at one point in time."""
+        with self.changed:
+            missing = [j.id for j in self.members if j in self.live and j not in self.readied]
+            if missing or not self.live:
+                raise CowferryError(
+                    f"Group '{self.id}' is not ready", f"still busy: {', '.join(missing) or 'none'}"
+                )
+            self.completing = True
+            jobs = list(self.live)
+        for job in jobs:
+            job.complete()
+
+    def cancel(self, force: bool = True) -> None:
+        """Call every member off."""
+        with self.changed:
+            jobs = list(self.live)
+        for job in jobs:
+            try:
+                job.cancel(force)
+            except CowferryError:
+                continue  # it has just ended
+
+    def query(self) -> dict[str, Any]:
+        """The group as one thing, with its members."""
+        with self.changed:
+            members = list(self.members)
+            live = set(self.live)
+        entries = [j.query_block() for j in members]
+        if any(j not in live and j.error for j in members):
+            status = "failing" if live else "failed"
+        elif all(j.status in (Status.CONCLUDED, Status.NULL) for j in members):
+            status = "concluded"
+        elif self.told_ready:
+            status = "ready"
+        else:
+            status = "running"
+        return {
+            "id": self.id,
+            "status": status,
+            "policy": self.policy,
+            "len": sum(e["len"] for e in entries),
+            "offset": sum(e["offset"] for e in entries),
+            "members": entries,
+        }
+
+    # What members tell ---------------------------------------------------------------------
+
+    def ready(self, job: Job) -> None:
+        """A member has converged."""
+        with self.changed:
+            self.readied.add(job)
+            first = not self.told_ready and self.live <= self.readied
+            self.told_ready = self.told_ready or first
+        if first:
+            self._emit("JOB_GROUP_READY", {"id": self.id})
+
+    def arrive(self, job: Job) -> None:
+        """A member has done its work; returns once all have. Raises `Cancelled`."""
+        with self.changed:
+            self.arrived.add(job)
+            self.changed.notify_all()
+            while not self.live <= self.arrived:
+                if job.cancelling:
+                    raise Cancelled
+                self.changed.wait(TICK)
+
+    def finish(self, job: Job) -> None:
+        """A member is to make its result true: the last to come does it for all of them."""
+        with self.changed:
+            self.finishing.add(job)
+            self.changed.notify_all()
+            while self.outcome is None and not self.live <= self.finishing:
+                if job.cancelling:
+                    raise Cancelled
+                self.changed.wait(TICK)
+            mine = self.outcome is None
+            if mine:
+                self.outcome = "begun"
+            together = [j for j in self.members if j in self.live]
+        if mine:
+            outcome: BaseException | str = "done"
+            try:
+                finish(together)
+            except BaseException as error:
+                outcome = error
+            with self.changed:
+                self.outcome = outcome
+                self.changed.notify_all()
+        with self.changed:
+            self.changed.wait_for(lambda: self.outcome != "begun")
+            if isinstance(self.outcome, BaseException):
+                raise CowferryError(f"group '{self.id}' could not finish: {self.outcome}")
+
+    def failed(self, job: Job, failure: BaseException | None) -> None:
+        """A member failed or was cancelled. With policy `all` the others are called off first."""
+        with self.changed:
+            self.live.discard(job)
+            first = self.culprit is None
+            if first:
+                self.culprit = job
+            others = list(self.live) if first and self.policy == "all" else []
+            self.changed.notify_all()
+        for other in others:
+            try:
+                other.cancel()
+            except CowferryError:
+                continue
+        for other in others:
+            other.wait(LAST)
+
+    def over(self, job: Job) -> None:
+        """A member is concluded."""
+        with self.changed:
+            self.live.discard(job)
+            self.ended += 1
+            last = self.ended == len(self.members)
+            ready = not self.told_ready and self.live and self.live <= self.readied
+            self.told_ready = bool(self.told_ready or ready)
+            self.changed.notify_all()
+        if ready:
+            self._emit("JOB_GROUP_READY", {"id": self.id})
+        if last:
+            data: dict[str, Any] = {"id": self.id, "members": [j.id for j in self.members]}
+            errors = [f"{j.id}: {j.error}" for j in self.members if j.error]
+            if errors:
+                data["error"] = "; ".join(errors)
+            elif self.culprit is not None:
+                data["cancelled"] = True
+            self._emit("JOB_GROUP_COMPLETED", data)
+            self._gone(self)

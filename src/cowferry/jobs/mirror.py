@@ -1,0 +1,564 @@
+"""Mirror: copy a disk to another node while its guest writes, and then move over to it.
+
+    before: vm.img               mirror vm to new.img, and pivot
+    after:  new.img              (vm.img is left as it was at the pivot)
+
+A bitmap says which granules the target does not have yet. Copying a granule is: clear its bit,
+then, inside the gate, read what the disk has and write it to the target. A guest's write sets the
+bit before it leaves the gate. So whichever comes second is seen by the other, and at every moment
+the target differs from the disk only where a bit is set or a request is in flight (M1).
+
+Two modes. In *background* the guest writes as ever, and the copy runs after it. In
+*write-blocking* the job is a tap of the disk: a guest's write goes to both sides inside the gate,
+and is answered when both have it (M3); what the target refuses becomes a set bit and is told by
+the error policy, never skipped. Such a write is exclusive, so the copy of a chunk, which is inside
+the gate, cannot race with it. The modes are switched both ways while the job runs.
+
+The job is ready when no bit is set and the target is flushed (M2). The end is the order that makes
+a pivot decidable: drain, last bits, flush the target, the durable record, the switch.
+
+A copy that cannot converge says so in its status: the rate at which the guest dirties against the
+rate at which we copy. With `converge_by` it acts: write-blocking on the granules that come back
+dirty again and again, then on all of them, then a brake on the guest's writes, bounded.
+
+The same job is an active commit: its target is then a node below the disk's own root. The target's
+mapping must not change under a reader of the chain, so each chunk is copied exclusively.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+from cowferry.block.bitmap import Bitmap
+from cowferry.block.copy import Copier, Kind, spans
+from cowferry.block.disk import Disk
+from cowferry.block.moves import Move
+from cowferry.block.node import Node, chain, read
+from cowferry.block.throttle import Throttle
+from cowferry.errors import CowferryError
+from cowferry.jobs.job import Job, Progress
+from cowferry.jobs.states import Status, allow
+
+MIN_CHUNK = 1 << 20
+MAX_CHUNK = 64 << 20
+STEP = 0.02  # seconds a chunk should take: a guest's allocating write waits for as long
+SCAN = 64 << 20  # bytes looked at between yields when the first bits are set
+IDLE = 0.05  # seconds between looks at the bitmap when nothing is dirty
+CLOSE = 4 << 20  # dirty bytes that are copied under a short drain rather than chased
+WINDOW = 0.5  # seconds over which rates are measured
+PATIENCE = 30.0  # seconds to chase a guest before the last drain
+SLOWEST = 1 << 20  # bytes per second that a braked guest may write at least
+MODES = ("background", "write-blocking")
+
+
+class Layer(NamedTuple):
+    """An image below the disk that is to exist at the destination, too: copied before all else."""
+
+    source: Node
+    base: Node | None  # of `source`: what is at or below it is not copied
+    target: Node
+
+
+class Mirror(Job):
+    """The job. `base`: what only it, or a layer below it, could answer is not copied."""
+
+    type = "mirror"
+
+    def __init__(
+        self,
+        disk: Disk,
+        target: Node,
+        *,
+        base: Node | None = None,
+        everything: bool = True,
+        layers: tuple[Layer, ...] = (),
+        granularity: int | None = None,
+        copy_mode: str = "background",
+        on_source_error: str = "report",
+        on_target_error: str = "report",
+        converge_by: float = 0,
+        backing: Node | None = None,
+        move: Callable[[], list[Move]] = list,
+        switched: Callable[[], None] | None = None,
+        detached: Callable[[], None] | None = None,
+        released: Callable[[], None] | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(length=disk.size, on_error=on_source_error, **common)
+        self.disk = disk
+        self.source = disk.root
+        self.target = target
+        self.base = base
+        self.everything = everything  # False: only what is written from now on (sync none)
+        self.layers = layers
+        self.copy_mode = copy_mode
+        self.on_target_error = on_target_error
+        self.converge_by = converge_by
+        self.granularity = granularity or max(4096, min(disk.root.granule, 64 << 10))
+        self.inside = any(n is target for n in chain(disk.root))
+        self.pivot = True  # False: a soft cancel; the target is left as a copy of that moment
+        self.dirty = Bitmap("", disk.size, self.granularity)
+        self.copied = Bitmap("", disk.size, self.granularity)
+        self.hot: Bitmap | None = None  # write-blocking only there; None: everywhere
+        self.copier = Copier()
+        self.chunk = MIN_CHUNK
+        self.cursor = 0
+        self.did: list[str] = []  # what was done to converge
+        self._moving = move
+        self._backing = backing
+        self._switched = switched
+        self._detached = detached
+        self._released = released
+        self._began = time.monotonic()
+        self._rates = Rates()
+        self._tap_error: OSError | None = None
+        self._attached = False
+
+    # The work ------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[Progress]:
+        if self.target.size != self.disk.size and not self.inside:
+            raise CowferryError("Source and target image have different sizes")
+        for layer in self.layers:
+            yield from self._copy_layer(layer)
+        self._attach()
+        self._began = time.monotonic()
+        if self.everything:
+            yield from self._first_bits()
+        told = False
+        while True:
+            self._steer()
+            if self._tap_error is not None:
+                yield from self._tell_tap_error()
+            at = self._next()
+            chasing = told and not self.completing
+            if at is not None and (chasing or not self._near()):
+                if self.completing and not self._blocking:
+                    self._block()  # or a busy guest would never let it end
+                offset, length = at
+                begin = time.monotonic()
+                copied = yield from self.attempt("write", partial(self.copy, offset, length))
+                self._rates.copied += length
+                self._adapt(time.monotonic() - begin, length)
+                # an error that is ignored would be met again at once
+                idle = 0.0 if copied is not None else IDLE
+                done = length if copied is not None else 0
+                yield self._progress(done, copied or 0)._replace(idle=idle)
+            elif chasing or (yield from self.attempt("write", self._catch_up)) is None:
+                yield self._progress(0, 0)._replace(idle=IDLE)
+            elif self.completing:
+                return
+            else:
+                told = True
+                yield self._progress(0, 0)._replace(ready=True)
+
+    def _progress(self, done: int, moved: int) -> Progress:
+        """The length grows with what the guest dirties: done, and what is left."""
+        self.length = max(self.offset + done + self.dirty.count(), 1)
+        return Progress(done=done, moved=moved)
+
+    def _attach(self) -> None:
+        if self._backing is not None and self.target.backing is None:
+            # From the start: a target that copies on write must find the right bytes below.
+            self.target.backing = self._backing
+        with self.disk.exclusive():
+            self.disk.bitmaps[f"#{self.id or 'mirror'}"] = self.dirty
+            self._attached = True
+            self._mode(self.copy_mode)
+
+    def _detach(self) -> None:
+        """Inside a drain."""
+        self.disk.bitmaps.pop(f"#{self.id or 'mirror'}", None)
+        self.disk.taps = tuple(t for t in self.disk.taps if t is not self)
+        self.disk.brake = None
+        self._attached = False
+
+    def _mode(self, mode: str) -> None:
+        """Inside a drain: leaving it hands out write leases, or does not."""
+        self.copy_mode = mode
+        blocking = mode == "write-blocking"
+        self.dirty.recording = not blocking  # a write that both sides took needs no bit
+        others = tuple(t for t in self.disk.taps if t is not self)
+        self.disk.taps = (*others, self) if blocking else others
+        if not blocking:
+            self.disk.brake = None
+
+    def _first_bits(self) -> Iterator[Progress]:
+        if self.base is None:
+            self.dirty.set(0, self.disk.size)
+            yield self._progress(0, 0)
+            return
+        at = 0
+        while at < self.disk.size:
+            length = min(SCAN, self.disk.size - at)
+            with self.disk.shared(at, length):
+                wanted = list(spans(self.source, at, length, self.granularity, self.base))
+            for s in wanted:
+                if s.kind is not Kind.KEEP:
+                    self.dirty.set(s.offset, s.length)
+            at += length
+            yield self._progress(0, 0)
+
+    def _next(self) -> tuple[int, int] | None:
+        """The next dirty run after the last one, no longer than a chunk."""
+        found = next(self.dirty.runs(self.cursor), None) or next(self.dirty.runs(), None)
+        if found is None:
+            return None
+        length = min(found[1], self._limit())
+        self.cursor = (found[0] + length) % max(self.disk.size, 1)
+        return found[0], length
+
+    def _limit(self) -> int:
+        limit = self.chunk
+        if self._blocking or self.inside:
+            limit = min(limit, MIN_CHUNK)  # guests' writes wait for it
+        if self.throttle.speed:
+            limit = min(limit, self.throttle.speed // 10)
+        return max(limit // self.granularity, 1) * self.granularity
+
+    def _adapt(self, took: float, length: int) -> None:
+        if length < self.chunk // 2:
+            return
+        if took < STEP / 2:
+            self.chunk = min(self.chunk * 2, MAX_CHUNK)
+        elif took > STEP * 2:
+            self.chunk = max(self.chunk // 2, MIN_CHUNK)
+
+    @property
+    def _blocking(self) -> bool:
+        return self.copy_mode == "write-blocking"
+
+    def copy(self, offset: int, length: int) -> int:
+        """Bring a dirty range of the target up to date; the bytes that had to be moved.
+
+        Blocked, a guest's write is exclusive, so being inside along with others keeps it out.
+        Raises `OSError` with `operation`; the range is dirty again then."""
+        self.dirty.clear(offset, length)
+        try:
+            if self.inside:
+                with self.disk.exclusive(offset, length):
+                    moved = self._copy(offset, length)
+            else:
+                with self.disk.shared(offset, length):
+                    moved = self._copy(offset, length)
+        except OSError:
+            self.dirty.set(offset, length)
+            raise
+        self._note_hot(offset, length)
+        return moved
+
+    def _copy(self, offset: int, length: int) -> int:
+        """Inside the gate. Aligned to the target's granules where it can be."""
+        moved = 0
+        try:
+            for span in spans(self.source, offset, length, self.granularity, self._shines()):
+                self.copier.place(self.source, self.target, span)
+                if span.kind is Kind.COPY:
+                    moved += span.length
+        except OSError as error:
+            raise self._blame(error, offset, length) from error
+        return moved
+
+    def _shines(self) -> Node | None:
+        """The node whose bytes the target shows by itself, where it has none of its own.
+
+        Only a commit's: a copy must hold the bytes of a granule that was written and discarded."""
+        return self.target if self.inside else None
+
+    def _blame(self, error: OSError, offset: int, length: int) -> OSError:
+        """Whose error it was: the source's, if it cannot be read now."""
+        operation = "write"
+        try:
+            scratch = memoryview(bytearray(min(length, MIN_CHUNK)))
+            for at in range(offset, offset + length, len(scratch)):
+                part = scratch[: min(len(scratch), offset + length - at)]
+                read(self.source, part, at)
+        except OSError as cause:
+            error, operation = cause, "read"
+        blamed = OSError(error.errno, error.strerror or str(error))
+        blamed.operation = operation  # type: ignore[attr-defined]
+        return blamed
+
+    def policy(self, operation: str) -> str:
+        return self.on_error if operation == "read" else self.on_target_error
+
+    def _near(self) -> bool:
+        """Little enough is left for a drain."""
+        return self.dirty.count() <= min(CLOSE, self._rates.copy_rate / 20 + self.granularity)
+
+    def _catch_up(self) -> int:
+        """No bit is set, and the target is flushed (M2): under a short drain, if bits are left."""
+        if self.dirty.count():
+            self._flush_target()
+            with self.disk.exclusive():
+                self._copy_all()
+        self._flush_target()
+        return 0
+
+    def _flush_target(self) -> None:
+        try:
+            self.target.flush()
+        except OSError as error:
+            blamed = OSError(error.errno, error.strerror or str(error))
+            blamed.operation = "write"  # type: ignore[attr-defined]
+            raise blamed from error
+
+    def _copy_all(self) -> None:
+        """Inside a drain: every bit that is left."""
+        for offset, length in list(self.dirty.runs()):
+            for at in range(offset, offset + length, MAX_CHUNK):
+                part = min(MAX_CHUNK, offset + length - at)
+                self.dirty.clear(at, part)
+                try:
+                    self._copy(at, part)
+                except OSError:
+                    self.dirty.set(at, part)
+                    raise
+
+    def _copy_layer(self, layer: Layer) -> Iterator[Progress]:
+        """An immutable layer: no gate."""
+        at, size = 0, layer.source.size
+        granule = max(layer.target.granule, 4096)
+        self.length += size
+        while at < size:
+            length = min(self._limit_for(granule), size - at)
+            copied = yield from self.attempt("write", partial(self._place, layer, at, length))
+            yield Progress(done=length, moved=copied or 0)
+            at += length
+        yield from self.attempt("write", partial(_flushed, layer.target))
+
+    def _limit_for(self, granule: int) -> int:
+        limit = MAX_CHUNK // 4
+        if self.throttle.speed:
+            limit = min(limit, self.throttle.speed // 10)
+        return max(limit // granule, 1) * granule
+
+    def _place(self, layer: Layer, offset: int, length: int) -> int:
+        moved = 0
+        granule = max(layer.target.granule, 4096)
+        for span in spans(layer.source, offset, length, granule, layer.base):
+            self.copier.place(layer.source, layer.target, span)
+            moved += span.length if span.kind is Kind.COPY else 0
+        return moved
+
+    # Write-blocking: a tap of the disk -------------------------------------------------------
+
+    def before(self, offset: int, length: int) -> None:
+        """Nothing to do: the target wants what is new."""
+
+    def after(self, offset: int, length: int, data: memoryview | None) -> None:
+        """A guest's change has reached the source: the target gets it before the guest hears (M3).
+
+        If the target fails, the range is dirty and the job's policy is asked; the guest's write
+        is good all the same, for the source is the disk until the pivot."""
+        hot = self.hot
+        if hot is not None and next(hot.runs(offset, length), None) is None:
+            self.dirty.set(offset, length)
+            return
+        try:
+            if data is not None:
+                self.target.pwrite(data, offset)
+            else:
+                for span in spans(self.source, offset, length, 1, self._shines()):
+                    self.copier.place(self.source, self.target, span)
+        except OSError as error:
+            self.dirty.set(offset, length)
+            if self._tap_error is None:
+                self._tap_error = error
+
+    def _tell_tap_error(self) -> Iterator[Progress]:
+        error, self._tap_error = self._tap_error, None
+        assert error is not None
+        tried = False
+
+        def again() -> int:
+            nonlocal tried
+            if not tried:  # told once; the range itself is dirty, and copied in its turn
+                tried = True
+                blamed = OSError(error.errno, error.strerror or str(error))
+                blamed.operation = "write"  # type: ignore[attr-defined]
+                raise blamed
+            return 0
+
+        yield from self.attempt("write", again)
+
+    # Converging ------------------------------------------------------------------------------
+
+    def _note_hot(self, offset: int, length: int) -> None:
+        """What is copied for the second time is hot."""
+        if self.hot is not None:
+            for at, run in self.copied.runs(offset, length):
+                self.hot.set(at, run)
+        self.copied.set(offset, length)
+
+    def _steer(self) -> None:
+        """Look at the rates; with a deadline, escalate while the prediction misses it."""
+        if not self._rates.look(self.dirty.count()) or not self.converge_by:
+            return
+        if self.status in (Status.READY, Status.STANDBY):
+            return
+        left = self.converge_by - (time.monotonic() - self._began)
+        everywhere = self._blocking and self.hot is None
+        if self._rates.predict(everywhere) <= left * 0.8:
+            return
+        if not self._blocking:
+            self.did.append("write-blocking on the ranges that are written again and again")
+            self._block(Bitmap("", self.disk.size, self.granularity))
+        elif not everywhere:
+            self.did.append("write-blocking everywhere")
+            self._block()
+        elif self.disk.brake is None:
+            rate = max(int(self._rates.copy_rate / 2), SLOWEST)
+            self.did.append(f"the guest's writes held to {rate / 1e6:.0f} MB/s or less")
+            self.disk.brake = Throttle(rate)
+        else:
+            self.disk.brake.speed = max(int(self.disk.brake.speed * 0.7), SLOWEST)
+        self._rates.restart()
+
+    def _block(self, hot: Bitmap | None = None) -> None:
+        with self.disk.exclusive():
+            self.hot = hot
+            self._mode("write-blocking")
+
+    def details(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "actively-synced": self._blocking and self.hot is None and not self.dirty.count(),
+            "copy-mode": self.copy_mode,
+            "x-remaining": self.dirty.count(),
+            "x-dirty-rate": int(self._rates.dirty_rate),
+            "x-copy-rate": int(self._rates.copy_rate),
+        }
+        note = self._note()
+        if note:
+            out["x-note"] = note
+        return out
+
+    def _note(self) -> str:
+        if self.did:
+            return "to converge: " + ", then ".join(self.did)
+        r = self._rates
+        chasing = self.copied.count() > 0 and self.status is Status.RUNNING
+        if chasing and not self._blocking and 0 < r.copy_rate <= r.dirty_rate:
+            return (
+                f"does not converge: the guest writes {r.dirty_rate / 1e6:.0f} MB/s and "
+                f"{r.copy_rate / 1e6:.0f} MB/s are copied; use copy-mode write-blocking, "
+                "a higher speed, or converge-by"
+            )
+        return ""
+
+    # Verbs -----------------------------------------------------------------------------------
+
+    def cancel(self, force: bool = True) -> None:
+        """Softly, a ready mirror ends as a consistent copy; anything else is called off."""
+        with self.changed:
+            if not force and self.status in (Status.READY, Status.STANDBY):
+                self.pivot = False
+                self.completing = True
+                self.user_paused = False
+                self.changed.notify_all()
+                return
+        super().cancel(force)
+
+    def change(self, copy_mode: str | None = None) -> None:
+        """Switch the copy mode, either way. Raises `CowferryError`."""
+        with self.changed:
+            allow(self.id, self.status, "change")
+        if copy_mode not in MODES:
+            raise CowferryError(f"Parameter 'copy-mode' does not accept value '{copy_mode}'")
+        if copy_mode == self.copy_mode:
+            return
+        if self._attached:
+            with self.disk.exclusive():
+                self.hot = None
+                self._mode(copy_mode)
+        else:
+            self.copy_mode = copy_mode
+
+    # The end ---------------------------------------------------------------------------------
+
+    def approach(self) -> None:
+        """What was dirtied while the job was pending, and most of the flush, before the drain."""
+        end = time.monotonic() + PATIENCE
+        while self.dirty.count() > CLOSE and (at := self._next()) is not None:
+            if time.monotonic() > end:
+                break
+            self.copy(*at)
+        self.target.flush()
+
+    def drains(self) -> list[Disk]:
+        return [self.disk]
+
+    def settle(self) -> None:
+        self._copy_all()
+        self._flush_target()
+
+    def moves(self) -> list[Move]:
+        return self._moving() if self.pivot else []
+
+    def switch(self) -> None:
+        self._detach()
+        if self.pivot:
+            self.disk.root = self.target
+            if self._switched is not None:
+                self._switched()
+
+    def parted(self) -> None:
+        if self.pivot and self._detached is not None:
+            self._detached()
+
+    def clean(self) -> None:
+        if self._attached:
+            with self.disk.exclusive():
+                self._detach()
+        if self._released is not None:
+            self._released()
+
+
+def _flushed(node: Node) -> int:
+    node.flush()
+    return 0
+
+
+class Rates:
+    """How fast the guest dirties and how fast we copy, in bytes per second."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.copied = 0  # bytes since the last look
+        self.dirty_rate = 0.0
+        self.copy_rate = 0.0
+        self.left = 0
+        self._at = clock()
+        self._before: int | None = None
+
+    def look(self, left: int) -> bool:
+        """Note what is left to copy; whether the rates are new."""
+        now = self.clock()
+        self.left = left
+        if self._before is None:
+            self._before, self._at, self.copied = left, now, 0
+            return False
+        took = now - self._at
+        if took < WINDOW:
+            return False
+        dirtied = max(left - self._before + self.copied, 0) / took
+        copied = self.copied / took
+        if copied or left:
+            self.copy_rate = copied if not self.copy_rate else (self.copy_rate + copied) / 2
+        self.dirty_rate = (self.dirty_rate + dirtied) / 2
+        self._before, self._at, self.copied = left, now, 0
+        return True
+
+    def restart(self) -> None:
+        """Something was changed: measure anew."""
+        self._before = None
+
+    def predict(self, blocking: bool) -> float:
+        """Seconds until nothing is left, if all goes on so."""
+        if not self.left:
+            return 0.0
+        gain = self.copy_rate - (0.0 if blocking else self.dirty_rate)
+        return self.left / gain if gain > 0 else float("inf")

@@ -1,0 +1,82 @@
+"""Operations: what a command asks for, as a job or a change of the graph.
+
+Here names become nodes, what excludes what is decided, and a job is made of its parts. One module
+for each operation; `begin` is the way in which all of them start a job: nodes are claimed first,
+all or none, and given back when the job is over or could not start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cowferry.block.disk import Disk
+from cowferry.block.node import Node
+from cowferry.errors import CowferryError, DeviceInUse
+from cowferry.jobs.job import Job
+
+if TYPE_CHECKING:
+    from cowferry.daemon import Daemon
+    from cowferry.jobs.group import Group
+
+
+def job_name(daemon: Daemon, device: str, job_id: str | None) -> str:
+    """The id that a job gets: the one given, else a named disk's name. Raises if it is taken."""
+    if job_id is None:
+        with daemon.graph.lock:
+            job_id = device if device in daemon.graph.disks else ""
+    daemon.jobs.check_id(job_id)
+    return job_id
+
+
+def free(daemon: Daemon, device: str) -> None:
+    """Raise `DeviceInUse` if a job runs on the disk; its name is said."""
+    running = daemon.job_on(device)
+    if running is not None and running.status.value not in ("concluded", "null"):
+        raise DeviceInUse(
+            f"Device '{device}' is in use: a {running.type} job is active on it",
+            f"wait for job '{running.id}', or cancel it",
+        )
+
+
+class Claim:
+    """Nodes held for a job."""
+
+    def __init__(self, daemon: Daemon, nodes: list[Node], job_type: str, job_id: str) -> None:
+        self.daemon = daemon
+        self.nodes = nodes
+        self.why = f"block device is in use by block job: {job_type}"
+        self.holder = job_id
+        daemon.graph.claim(nodes, self.why, job_id)
+
+    def release(self) -> None:
+        """Give them back. May be called again."""
+        self.daemon.graph.release(self.nodes, self.why, self.holder)
+
+
+def begin(
+    daemon: Daemon,
+    disk: Disk,
+    job_id: str,
+    job_type: str,
+    nodes: list[Node],
+    make: Callable[[Claim], Job],
+    group: Group | None = None,
+) -> Job:
+    """Claim, make, start. Raises `CowferryError`; then nothing has begun."""
+    held = Claim(daemon, nodes, job_type, job_id)
+    try:
+        job = make(held)
+        daemon.devices[job] = disk.name
+        if group is not None:
+            group.add(job)
+        return daemon.jobs.start(job, job_id)
+    except BaseException:
+        held.release()
+        raise
+
+
+def check_mode(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise unless an option has one of its values."""
+    if value not in known:
+        raise CowferryError(f"Parameter '{name}' does not accept value '{value}'")

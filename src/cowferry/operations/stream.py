@@ -1,0 +1,81 @@
+"""Starting a stream."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cowferry.block.node import Node, chain
+from cowferry.errors import CowferryError, NotSupported
+from cowferry.jobs.job import Job
+from cowferry.jobs.stream import Stream
+from cowferry.operations import Claim, begin, free, job_name
+
+if TYPE_CHECKING:
+    from cowferry.daemon import Daemon
+    from cowferry.jobs.group import Group
+
+
+def start(
+    daemon: Daemon,
+    device: str,
+    *,
+    job_id: str | None = None,
+    base: str | None = None,
+    base_node: str | None = None,
+    bottom: str | None = None,
+    backing_file: str | None = None,
+    speed: int = 0,
+    on_error: str = "report",
+    auto_finalize: bool = True,
+    auto_dismiss: bool = True,
+    group: Group | None = None,
+) -> Job:
+    """Fill a disk, or a layer of one, from what is below it. Raises `CowferryError`."""
+    graph = daemon.graph
+    disk = graph.disk(device)
+    top = disk.root
+    free(daemon, device)
+    job_id = job_name(daemon, device, job_id)
+    if sum(x is not None for x in (base, base_node, bottom)) > 1:
+        raise CowferryError("'base', 'base-node' and 'bottom' cannot be specified together")
+    if backing_file is not None and base is None and base_node is None and bottom is None:
+        raise CowferryError("backing file specified, but streaming the entire chain")
+    if top.driver in ("raw", "file"):
+        raise NotSupported(
+            f"'{device}' is a {top.driver} image: it has no backing file to stream from",
+            "streaming needs a copy-on-write image, such as qcow2",
+        )
+    layer = any(n.backing is top for n in graph.every_node())
+    if top.read_only and not layer:
+        raise NotSupported(f"'{device}' is read-only", "open it for writing")
+    below: Node | None = None
+    if base is not None:
+        below = graph.find_base(disk, base)
+    elif base_node is not None:
+        below = graph.find_base(disk, base_node, by_node=True)
+    elif bottom is not None:
+        below = graph.find_base(disk, bottom, by_node=True).backing
+    record = graph.backing_name(top, below)
+    if record is not None and backing_file is not None:
+        record = (backing_file, record[1])
+    between = [n for n in chain(top) if below is None or n not in list(chain(below))]
+
+    def make(held: Claim) -> Job:
+        def detached(old: Node, base_now: Node | None) -> None:
+            held.release()
+            graph.detached(old, base_now)
+
+        return Stream(
+            disk,
+            below,
+            above=lambda: graph.disks_above(top) or [disk],
+            backing=record,
+            detached=detached,
+            released=held.release,
+            speed=speed,
+            on_error=on_error,
+            auto_finalize=auto_finalize,
+            auto_dismiss=auto_dismiss,
+        )
+
+    return begin(daemon, disk, job_id, "stream", between, make, group)
