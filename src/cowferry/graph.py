@@ -58,6 +58,21 @@ class Graph:
             self.explicit.add(name)
             return node
 
+    def adopt(self, options: Mapping[str, Any], explicit: bool = False) -> Node:
+        """Open a node for an operation; it goes when nobody uses it. Raises `CowferryError`."""
+        with self.lock:
+            node = self._open(options)
+            if explicit:
+                self.explicit.add(node.name)
+            return node
+
+    def let_go(self, node: Node) -> None:
+        """Close a node that an operation opened and does not need, unless somebody uses it."""
+        with self.lock:
+            self.explicit.discard(node.name)
+            if self.nodes.get(node.name) is node:
+                self._release(node)
+
     def _open(self, options: Mapping[str, Any]) -> Node:
         """Open under `lock`: two opens at once could take one name."""
         self._check_names(options, set())
@@ -133,7 +148,7 @@ class Graph:
             for disk in self.disks.values():
                 if disk.root is node:
                     raise CowferryError(f"Node {name} is in use by disk '{disk.name}'")
-            if self._exported(node):
+            if self.exported(node):
                 raise CowferryError(
                     f"Block device {name} is in use", "an export has it: block-export-del"
                 )
@@ -160,7 +175,7 @@ class Graph:
     def _used(self, node: Node) -> bool:
         if any(d.root is node for d in self.disks.values()) or id(node) in self.claims:
             return True
-        if self._exported(node):
+        if self.exported(node):
             return True
         return any(child is node for n in self.nodes.values() for _, child in children(n))
 
@@ -287,7 +302,7 @@ class Graph:
         """Raise `CowferryError` if any node, disk or export lies over `node`."""
         with self.lock:
             self.check_top(node)
-            if self._exported(node) or any(d.root is node for d in self.disks.values()):
+            if self.exported(node) or any(d.root is node for d in self.disks.values()):
                 raise CowferryError(f"Block device {node.name} is in use")
 
     def release(self, nodes: list[Node], why: str, holder: str = "") -> None:
@@ -320,7 +335,8 @@ class Graph:
             if not left:
                 self.users.pop(id(disk), None)
 
-    def _exported(self, node: Node) -> bool:
+    def exported(self, node: Node) -> bool:
+        """Whether an export serves a disk over the node."""
         return any(d.root is node and self.users.get(id(d)) for d in self.all_disks())
 
     # Chains ------------------------------------------------------------------------------
@@ -341,6 +357,9 @@ class Graph:
                 spec, backing = above.backing_spec, above.backing
                 if backing is not None and spec is not None and spec[0] == name:
                     return backing
+            named = [n for n in below if os.path.basename(n.filename) == name]
+            if len(named) == 1:
+                return named[0]
         kind = "Node" if by_node else "Image"
         names = " <- ".join(n.name if by_node else n.filename for n in reversed(below)) or "nothing"
         raise CowferryError(

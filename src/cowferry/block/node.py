@@ -150,6 +150,10 @@ class Node:
         """The `format-specific` data of qemu-img's info (empty if the format has none)."""
         return {}
 
+    def extents_with_data(self) -> Iterator[Extent]:
+        """The node's own runs that are no holes."""
+        return (e for e in self.extents(0, self.size) if e.state is not State.HOLE)
+
     def reopen(self, read_only: bool) -> None:
         """Change access, under a drain of every disk above. Raises `OSError`, `CowferryError`.
 

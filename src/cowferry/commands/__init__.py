@@ -21,7 +21,10 @@ from cowferry.errors import CommandNotFound, CowferryError
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
 
-MODULES = ("monitor", "block", "jobs", "stream", "exports", "legacy")
+MODULES = (
+    "monitor", "block", "jobs", "stream", "commit", "mirror", "snapshot", "change", "groups",
+    "descriptors", "exports", "legacy",
+)  # fmt: skip
 
 
 class Args(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True):

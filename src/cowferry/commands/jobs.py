@@ -155,7 +155,10 @@ class BlockJobChange(Args):
 @command("block-job-change")
 def block_job_change(daemon: Daemon, args: BlockJobChange) -> None:
     """Change a running job's options."""
-    job(daemon, args.id).change()
+    found = job(daemon, args.id)
+    if found.type != args.type:
+        raise CowferryError(f"Job '{args.id}' is of type '{found.type}', not '{args.type}'")
+    found.change(args.copy_mode)
 
 
 @event("JOB_STATUS_CHANGE")

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from cowferry.block import sysio
 from cowferry.block.node import ZEROES, Extent, Node, State, read_fully
-from cowferry.drivers import Common, register
+from cowferry.drivers import Common, fdsets, register
 from cowferry.drivers.locks import Lock
 from cowferry.errors import CowferryError, ImageError
 
@@ -50,7 +50,10 @@ class File(Node):
 
     def __init__(self, fd: int, filename: str, read_only: bool, lock: Lock | None) -> None:
         self.fd = fd
-        self.filename = filename
+        # As one would open it again: by the set it came from, or by this very descriptor.
+        passed = filename.startswith(fdsets.PREFIX)
+        self.opened_as = filename if passed else f"/proc/self/fd/{fd}"
+        self.filename = fdsets.path_of(filename)
         self.read_only = read_only
         self.lock = lock
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
@@ -68,12 +71,12 @@ class File(Node):
         read_only = options.read_only
         flags = os.O_CLOEXEC | os.O_NONBLOCK
         try:
-            fd = os.open(options.filename, flags | (os.O_RDONLY if read_only else os.O_RDWR))
+            fd = fdsets.open_fd(options.filename, flags | (os.O_RDONLY if read_only else os.O_RDWR))
         except OSError as error:
             denied = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
             if not (options.auto_read_only and denied and not read_only):
                 raise
-            fd, read_only = os.open(options.filename, flags | os.O_RDONLY), True
+            fd, read_only = fdsets.open_fd(options.filename, flags | os.O_RDONLY), True
         try:
             mode = os.fstat(fd).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
@@ -233,7 +236,7 @@ class File(Node):
         if read_only == self.read_only:
             return
         flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-        fresh = os.open(f"/proc/self/fd/{self.fd}", flags)
+        fresh = fdsets.open_fd(self.opened_as, flags)
         try:
             if self.lock is not None:
                 self.lock.drop()

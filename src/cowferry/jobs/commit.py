@@ -171,8 +171,15 @@ class ActiveCommit(Mirror):
 
     type = "commit"
 
-    def __init__(self, disk: Disk, into: Into, **more: Any) -> None:
-        super().__init__(disk, into.base, base=into.base, **more)
+    def __init__(self, disk: Disk, into: Into, *, on_error: str = "report", **more: Any) -> None:
+        super().__init__(
+            disk,
+            into.base,
+            base=into.base,
+            on_source_error=on_error,
+            on_target_error=on_error,
+            **more,
+        )
         self.into = into
 
     def run(self) -> Iterator[Progress]:

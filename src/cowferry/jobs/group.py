@@ -43,6 +43,7 @@ class Group:
         self.finishing: set[Job] = set()
         self.readied: set[Job] = set()
         self.told_ready = False
+        self.gathering = True  # members are still being added: none may end before all have begun
         self.completing = False
         self.culprit: Job | None = None
         self.outcome: BaseException | str | None = None
@@ -54,6 +55,29 @@ class Group:
         with self.changed:
             self.members.append(job)
             self.live.add(job)
+
+    def open(self) -> None:
+        """Every member has been added and has started: they may end."""
+        with self.changed:
+            self.gathering = False
+            self.changed.notify_all()
+        self._check_ready()
+
+    def call_off(self) -> None:
+        """A member could not start: those that did are cancelled, and the group is gone."""
+        with self.changed:
+            self.gathering = False
+            jobs = [j for j in self.members if j.thread is not None]
+            self.members = jobs
+            self.live &= set(jobs)
+        for job in jobs:
+            try:
+                job.cancel()
+            except CowferryError:
+                continue
+        for job in jobs:
+            job.wait(LAST)
+        self._gone(self)
 
     # Verbs ---------------------------------------------------------------------------------
 
@@ -109,7 +133,12 @@ class Group:
         """A member has converged."""
         with self.changed:
             self.readied.add(job)
-            first = not self.told_ready and self.live <= self.readied
+        self._check_ready()
+
+    def _check_ready(self) -> None:
+        with self.changed:
+            first = not (self.told_ready or self.gathering) and bool(self.live)
+            first = first and self.live <= self.readied
             self.told_ready = self.told_ready or first
         if first:
             self._emit("JOB_GROUP_READY", {"id": self.id})
@@ -119,7 +148,7 @@ class Group:
         with self.changed:
             self.arrived.add(job)
             self.changed.notify_all()
-            while not self.live <= self.arrived:
+            while self.gathering or not self.live <= self.arrived:
                 if job.cancelling:
                     raise Cancelled
                 self.changed.wait(TICK)
@@ -173,12 +202,9 @@ class Group:
         with self.changed:
             self.live.discard(job)
             self.ended += 1
-            last = self.ended == len(self.members)
-            ready = not self.told_ready and self.live and self.live <= self.readied
-            self.told_ready = bool(self.told_ready or ready)
+            last = not self.gathering and self.ended == len(self.members)
             self.changed.notify_all()
-        if ready:
-            self._emit("JOB_GROUP_READY", {"id": self.id})
+        self._check_ready()
         if last:
             data: dict[str, Any] = {"id": self.id, "members": [j.id for j in self.members]}
             errors = [f"{j.id}: {j.error}" for j in self.members if j.error]

@@ -27,9 +27,9 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from cowferry.block import moves
 from cowferry.block.disk import Disk
@@ -453,7 +453,18 @@ class Cancelled(Exception):
     """Raised at a yield of a job that is to stop."""
 
 
-def finish(jobs: list[Job]) -> None:
+class Ending(Protocol):
+    """Something that ends in the steps of a job: a job, a snapshot, a change of medium."""
+
+    def approach(self) -> None: ...
+    def drains(self) -> list[Disk]: ...
+    def settle(self) -> None: ...
+    def moves(self) -> list[Move]: ...
+    def switch(self) -> None: ...
+    def parted(self) -> None: ...
+
+
+def finish(jobs: Sequence[Ending]) -> None:
     """Make the results of `jobs` true together, under one drain. Raises before any is changed.
 
     The order is the one that keeps a pivot decidable: drain, last bytes, flush (all in `settle`),
@@ -475,7 +486,7 @@ def finish(jobs: list[Job]) -> None:
         try:
             job.parted()
         except (OSError, CowferryError):
-            log.exception("job %s: what it left behind could not be closed", job.id)
+            log.exception("what %s left behind could not be closed", job)
 
 
 class Jobs:
@@ -506,6 +517,16 @@ class Jobs:
         with self.lock:
             if job_id in self.jobs or job_id in self.groups:
                 raise CowferryError(f"Job ID '{job_id}' already in use")
+
+    def add_group(self, group: Group) -> None:
+        """Remember a group."""
+        with self.lock:
+            self.groups[group.id] = group
+
+    def forget_group(self, group: Group) -> None:
+        """It is over."""
+        with self.lock:
+            self.groups.pop(group.id, None)
 
     def _forget(self, job: Job) -> None:
         with self.lock:

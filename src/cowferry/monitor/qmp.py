@@ -19,12 +19,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from cowferry.commands.monitor import VERSION
+from cowferry.drivers import fdsets
 from cowferry.errors import CommandNotFound, CowferryError
 from cowferry.exports.nbd import bind_unix
 from cowferry.wire import qmp
 
 log = logging.getLogger(__name__)
 
+MAX_FDS = 16  # descriptors that may come with one command
 BACKLOG = 4096  # messages that may wait for one client
 LAST_WORDS = 2.0  # seconds that clients who do not read may delay the end
 
@@ -76,6 +78,7 @@ class Session:
         self.stream = stream
         self.negotiated = False
         self.oob = False
+        self.fds: list[int] = []  # received, and not taken by a command yet
         self.out: queue.Queue[bytes | None] = queue.Queue(BACKLOG)
         self.writer = threading.Thread(target=self._write, name="qmp writer", daemon=True)
 
@@ -86,9 +89,10 @@ class Session:
         self.daemon.events.listen(self._event)
         splitter = qmp.Splitter()
         try:
-            while data := self.stream.recv(65536):
+            while data := self._receive():
                 for text in splitter.feed(data):
-                    self._one(text)
+                    with fdsets.given(self.fds):
+                        self._one(text)
         except OSError:
             pass
         finally:
@@ -97,6 +101,21 @@ class Session:
                 self.out.put_nowait(None)
             self.writer.join(5)
             self.stream.close()
+            self._drop_fds()
+
+    def _receive(self) -> bytes:
+        """The next bytes, and descriptors that came along: for the command that they end."""
+        if not isinstance(self.stream, socket.socket) or self.stream.family != socket.AF_UNIX:
+            return self.stream.recv(65536)
+        data, fds, _, _ = socket.recv_fds(self.stream, 65536, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        if fds:
+            self._drop_fds()  # those that no command wanted
+            self.fds += fds
+        return data
+
+    def _drop_fds(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
 
     def _one(self, text: bytes | qmp.ParseError) -> None:
         ident = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
@@ -85,7 +85,7 @@ def start(
                 "committing would change what that one reads",
             )
     into = Into(upper, lower, between, upper.size)
-    common = {
+    common: dict[str, Any] = {
         "speed": speed, "on_error": on_error,
         "auto_finalize": auto_finalize, "auto_dismiss": auto_dismiss,
     }  # fmt: skip
@@ -132,7 +132,7 @@ def start(
     return begin(daemon, disk, job_id, "commit", claimed, make, group)
 
 
-def _active(daemon: Daemon, disk: Disk, into: Into, held: Claim, common: dict[str, object]) -> Job:
+def _active(daemon: Daemon, disk: Disk, into: Into, held: Claim, common: dict[str, Any]) -> Job:
     graph = daemon.graph
     old = into.top
 

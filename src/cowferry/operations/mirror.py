@@ -1,0 +1,328 @@
+"""Starting a mirror: into a node, into a new file, or into a whole chain of new files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cowferry.block.moves import Move
+from cowferry.block.node import Node, chain
+from cowferry.drivers import EXTENSIONS, format_of, opening
+from cowferry.errors import CowferryError, DeviceInUse, NotSupported
+from cowferry.jobs.job import POLICIES, Job
+from cowferry.jobs.mirror import MODES, Layer, Mirror
+from cowferry.operations import Claim, begin, check_mode, free, job_name
+
+if TYPE_CHECKING:
+    from cowferry.block.disk import Disk
+    from cowferry.daemon import Daemon
+    from cowferry.jobs.group import Group
+
+SYNC = ("top", "full", "none", "incremental", "bitmap")
+MIN_GRANULARITY, MAX_GRANULARITY = 512, 64 << 20
+
+
+def _source(daemon: Daemon, device: str) -> Disk:
+    disk = daemon.graph.disk(device)
+    if daemon.graph.stranger(disk.root, []) is not None:
+        raise CowferryError("Need a root block node", f"'{device}' lies below another node")
+    return disk
+
+
+def _check(sync: str, granularity: int | None, more: dict[str, Any]) -> None:
+    check_mode("sync", sync, SYNC)
+    if sync in ("incremental", "bitmap"):
+        raise CowferryError(f"Sync mode '{sync}' not supported")
+    if granularity:
+        if not MIN_GRANULARITY <= granularity <= MAX_GRANULARITY:
+            raise CowferryError("Parameter 'granularity' expects a value in range [512B, 64MB]")
+        if granularity & (granularity - 1):
+            raise CowferryError("Parameter 'granularity' expects a power of 2")
+    check_mode("copy-mode", more.get("copy_mode", MODES[0]), MODES)
+    for key in ("on_source_error", "on_target_error"):
+        check_mode(key.replace("_", "-"), more.get(key, "report"), POLICIES)
+    if more.get("converge_by", 0) < 0:
+        raise CowferryError("Parameter 'converge-by' expects a non-negative number of seconds")
+
+
+def into_node(
+    daemon: Daemon,
+    device: str,
+    target: str,
+    *,
+    sync: str,
+    job_id: str | None = None,
+    replaces: str | None = None,
+    granularity: int | None = None,
+    group: Group | None = None,
+    **more: Any,
+) -> Job:
+    """blockdev-mirror. Raises `CowferryError`."""
+    graph = daemon.graph
+    disk = _source(daemon, device)
+    node = graph.disk(target).root
+    if any(n is node for n in chain(disk.root)) or any(n is disk.root for n in chain(node)):
+        raise CowferryError("Can't mirror node into itself")
+    if _same_image(disk.root, node):
+        raise CowferryError("Can't mirror node into itself", "both are over one file")
+    _check(sync, granularity, more)
+    if replaces is not None and replaces != disk.root.name:
+        raise NotSupported(f"'replaces' can only name the root, '{disk.root.name}'")
+    if node.read_only:
+        raise CowferryError(f"Block node is read-only: '{target}'", "open the target for writing")
+    users = graph.stranger(node, [])
+    if users is not None:
+        raise DeviceInUse(f"Node '{node.name}' is busy: it is used by '{users.name}'")
+    if graph.exported(node) or any(d.root is node for d in graph.disks.values()):
+        raise DeviceInUse(
+            f"Node '{node.name}' is in use: it is a disk of its own, or exported",
+            "mirror into a node that nobody else uses",
+        )
+    backing = {"full": None, "top": disk.root.backing, "none": disk.root}[sync]
+    base = disk.root.backing if sync == "top" else None
+    return _start(
+        daemon, device, disk, node, job_id=job_id, base=base, everything=sync != "none",
+        backing=backing, granularity=granularity, group=group, **more,
+    )  # fmt: skip
+
+
+def _start(
+    daemon: Daemon,
+    device: str,
+    disk: Disk,
+    target: Node,
+    *,
+    job_id: str | None,
+    layers: tuple[Layer, ...] = (),
+    abandoned: Callable[[], None] | None = None,
+    group: Group | None = None,
+    **more: Any,
+) -> Job:
+    graph = daemon.graph
+    free(daemon, device)
+    job_id = job_name(daemon, device, job_id)
+    old = disk.root
+    nodes = [old, target, *(x.target for x in layers)]
+    if layers:
+        nodes += list(chain(old))[1:]  # they are being read as they are
+
+    def make(held: Claim) -> Job:
+        def released() -> None:
+            held.release()
+            if disk.root is not target and abandoned is not None:
+                abandoned()
+
+        def detached() -> None:
+            for layer in layers:
+                layer.target.reopen(True)
+            held.release()
+            if not old.read_only:
+                old.flush()
+            graph.detached(old, None)
+            if not any(n is old for n in graph.every_node()):
+                return
+            with contextlib.suppress(NotSupported):
+                old.reopen(True)  # source and target are never both writable (M5)
+
+        return Mirror(
+            disk,
+            target,
+            layers=layers,
+            move=lambda: [Move(disk.name, old.filename, target.filename, target.driver)],
+            switched=lambda: graph.reroot(disk, target),
+            detached=detached,
+            released=released,
+            **more,
+        )
+
+    return begin(daemon, disk, job_id, "mirror", nodes, make, group)
+
+
+def into_file(
+    daemon: Daemon,
+    device: str,
+    target: str,
+    *,
+    sync: str,
+    format: str | None = None,
+    mode: str = "absolute-paths",
+    node_name: str | None = None,
+    job_id: str | None = None,
+    replaces: str | None = None,
+    granularity: int | None = None,
+    group: Group | None = None,
+    **more: Any,
+) -> Job:
+    """drive-mirror: into a file that is made here, or exists. Raises `CowferryError`."""
+    graph = daemon.graph
+    disk = _source(daemon, device)
+    _check(sync, granularity, more)
+    check_mode("mode", mode, ("absolute-paths", "existing"))
+    if replaces is not None and replaces != disk.root.name:
+        raise NotSupported(f"'replaces' can only name the root, '{disk.root.name}'")
+    free(daemon, device)
+    root = disk.root
+    if any(_is_file(n, target) for n in chain(root)):
+        raise CowferryError("Can't mirror node into itself", f"'{target}' is in its chain")
+    backing = {"full": None, "top": root.backing, "none": root}[sync]
+    made: list[str] = []
+    if mode == "existing":
+        format = format or format_of(target)
+    else:
+        format = format or (root.driver if root.driver in ("raw", "qcow2") else "raw")
+        if backing is not None and format == "raw":
+            raise NotSupported("a raw image has no backing file", "use format=qcow2 or sync=full")
+        _create(target, format, disk.size, root, backing, made)
+    node = _opened(daemon, target, format, backing, made, disk.size, node_name)
+    base = root.backing if sync == "top" else None
+    try:
+        return _start(
+            daemon, device, disk, node, job_id=job_id, base=base, everything=sync != "none",
+            backing=backing, granularity=granularity, group=group,
+            abandoned=lambda: graph.let_go(node), **more,
+        )  # fmt: skip
+    except BaseException:
+        graph.let_go(node)
+        _unmake(made)
+        raise
+
+
+def copy(
+    daemon: Daemon,
+    device: str,
+    target: str,
+    *,
+    format: str | None = None,
+    shallow: bool = False,
+    keep: list[str] | None = None,
+    job_id: str | None = None,
+    group: Group | None = None,
+    **more: Any,
+) -> Job:
+    """Copy a disk, or its whole chain, to `target` and files beside it. Raises `CowferryError`.
+
+    `keep` names images below the disk that become images of their own beside `target`, under
+    their own names; what lies between them is collapsed into the next one above. "*" keeps all.
+    `shallow` makes `target` an overlay on the disk's present backing file instead."""
+    graph = daemon.graph
+    disk = _source(daemon, device)
+    _check("full", more.get("granularity"), more)
+    free(daemon, device)
+    root = disk.root
+    below = list(chain(root))[1:]
+    if shallow and keep:
+        raise CowferryError("'shallow' and 'keep' cannot be given together")
+    if shallow and not below:
+        raise CowferryError(f"'{device}' has no backing file to share", "leave out --shallow")
+    kept = below if keep == ["*"] else [graph.find_base(disk, k) for k in keep or []]
+    kept = [n for n in reversed(below) if n in kept]  # bottom first
+    if any(_is_file(n, target) for n in chain(root)):
+        raise CowferryError("Can't mirror node into itself", f"'{target}' is in its chain")
+    overlaid = bool(kept) or shallow
+    known = EXTENSIONS.get(os.path.splitext(target)[1].lower())
+    format = format or known or ("qcow2" if overlaid else root.driver)
+    if overlaid and format == "raw":
+        raise NotSupported(f"'{target}': a raw image has no backing file", "use --format qcow2")
+    made: list[str] = []
+    nodes: list[Node] = []
+    layers: list[Layer] = []
+    previous: tuple[Node, Node] | None = None  # (source, its copy) of the layer below
+    try:
+        for source in kept:
+            path = os.path.join(os.path.dirname(target), os.path.basename(source.filename))
+            if any(_is_file(n, path) for n in chain(root)) or path == target:
+                raise CowferryError(f"'{path}' would be overwritten", "copy to another folder")
+            kind = "raw" if previous is None and source.driver == "raw" else "qcow2"
+            under = previous[1] if previous is not None else None
+            _create(path, kind, source.size, source, under, made)
+            copied = _opened(daemon, path, kind, under, made, source.size)
+            nodes.append(copied)
+            layers.append(Layer(source, previous[0] if previous is not None else None, copied))
+            previous = (source, copied)
+        if shallow:
+            previous = (below[0], below[0])
+        under = previous[1] if previous is not None else None
+        if not (os.path.exists(target) and not os.path.isfile(target)):  # a device exists
+            _create(target, format, disk.size, root, under, made)
+        node = _opened(daemon, target, format, under, made, disk.size)
+        nodes.append(node)
+
+        def abandoned() -> None:
+            for n in reversed(nodes):
+                graph.let_go(n)
+
+        return _start(
+            daemon, device, disk, node, job_id=job_id,
+            base=previous[0] if previous is not None else None,
+            layers=tuple(layers), backing=under, group=group, abandoned=abandoned, **more,
+        )  # fmt: skip
+    except BaseException:
+        for n in reversed(nodes):
+            graph.let_go(n)
+        _unmake(made)
+        raise
+
+
+def _create(
+    path: str, format: str, size: int, like: Node, backing: Node | None, made: list[str]
+) -> None:
+    if os.path.exists(path) and os.path.isfile(path) and os.path.getsize(path):
+        raise CowferryError(
+            f"'{path}' exists", "remove it, or use mode=existing to have it overwritten"
+        )
+    options: dict[str, Any] = {}
+    if format == "qcow2":
+        if like.driver == "qcow2":
+            options["cluster_size"] = like.granule
+        if backing is not None:
+            options |= {
+                "backing_file": os.path.abspath(backing.filename),
+                "backing_fmt": backing.driver,
+            }
+            if os.path.dirname(os.path.abspath(backing.filename)) == os.path.dirname(
+                os.path.abspath(path)
+            ):
+                options["backing_file"] = os.path.basename(backing.filename)
+    existed = os.path.exists(path)
+    opening.create_image(path, format, size, options)
+    if not existed:
+        made.append(path)
+
+
+def _opened(
+    daemon: Daemon, path: str, format: str, backing: Node | None, made: list[str],
+    size: int, node_name: str | None = None,
+) -> Node:  # fmt: skip
+    options = opening.image_options(path, format)
+    if node_name is not None:
+        options["node-name"] = node_name
+    if format == "raw":
+        if os.path.exists(path) and not os.path.isfile(path):
+            options["size"] = size  # a device may be larger
+    else:
+        options["backing"] = backing.name if backing is not None else None
+    try:
+        return daemon.graph.adopt(options)
+    except BaseException:
+        _unmake(made)
+        raise
+
+
+def _unmake(made: list[str]) -> None:
+    while made:
+        path = made.pop()
+        if os.path.exists(path):
+            os.unlink(path)
+
+
+def _is_file(node: Node, path: str) -> bool:
+    try:
+        return os.path.samefile(node.filename, path)
+    except OSError:
+        return node.filename == path
+
+
+def _same_image(a: Node, b: Node) -> bool:
+    return a.filename == b.filename or _is_file(a, b.filename)

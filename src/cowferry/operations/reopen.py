@@ -1,0 +1,186 @@
+"""Changing nodes that are in use: access, backing, file, and the backing name in a header."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from cowferry.block.node import Node, State, chain, read
+from cowferry.drivers import opening
+from cowferry.errors import CowferryError, NotSupported
+
+if TYPE_CHECKING:
+    from cowferry.daemon import Daemon
+
+STEP = 1 << 20
+
+
+def reopen(daemon: Daemon, options: list[dict[str, Any]]) -> None:
+    """blockdev-reopen: all of them or none, under a drain of every disk above."""
+    graph = daemon.graph
+    plans = [_plan(daemon, given) for given in options]
+    nodes = [node for node, _ in plans]
+    why = "blockdev-reopen"
+    graph.claim(nodes, why)
+    undo: list[Callable[[], None]] = []
+    try:
+        disks = {id(d): d for node in nodes for d in graph.disks_above(node)}
+        with ExitStack() as drained:
+            for key in sorted(disks):
+                drained.enter_context(disks[key].exclusive())
+            try:
+                for _, steps in plans:
+                    for do, back in steps:
+                        do()
+                        undo.append(back)
+            except BaseException:
+                for back in reversed(undo):
+                    back()
+                raise
+    except OSError as error:
+        raise CowferryError(
+            f"cannot reopen: {error.strerror or error}", "every node is as it was"
+        ) from error
+    finally:
+        graph.release(nodes, why)
+
+
+def _plan(
+    daemon: Daemon, given: Mapping[str, Any]
+) -> tuple[Node, list[tuple[Callable[[], None], Callable[[], None]]]]:
+    """What is to be done to one node, as (do, undo) pairs. Raises `CowferryError`."""
+    graph = daemon.graph
+    name = given.get("node-name")
+    if not isinstance(name, str):
+        raise CowferryError("node-name not specified")
+    node = graph.node(name)
+    if given.get("driver") != node.driver:
+        raise CowferryError("Cannot change the option 'driver'", f"'{name}' is {node.driver}")
+    steps: list[tuple[Callable[[], None], Callable[[], None]]] = []
+    if node.backing is not None and "backing" not in given:
+        raise CowferryError(f"backing is missing for '{name}'")
+    if "backing" in given:
+        steps += _backing(daemon, node, given["backing"])
+    if "file" in given:
+        steps += _file(daemon, node, given["file"])
+    read_only = given.get("read-only", False) in (True, "on")
+    if read_only != node.read_only:
+        was = node.read_only
+        if read_only and any(w for d in graph.all_disks() if d.root is node
+                             for w in graph.users.get(id(d), [])):  # fmt: skip
+            raise CowferryError(f"'{name}' is in use by a writable export")
+        steps.append((lambda: node.reopen(read_only), lambda: node.reopen(was)))
+    return node, steps
+
+
+def _backing(
+    daemon: Daemon, node: Node, wanted: Any
+) -> list[tuple[Callable[[], None], Callable[[], None]]]:
+    if wanted is not None and not isinstance(wanted, str):
+        raise NotSupported("'backing' can only be replaced by a node-name or null")
+    old = node.backing
+    new = daemon.graph.node(wanted) if wanted is not None else None
+    if new is old:
+        return []
+    if new is not None and any(n is node for n in chain(new)):
+        raise CowferryError(f"Making '{wanted}' a backing child of '{node.name}' would make a loop")
+    if node.driver in ("raw", "file", "nbd"):
+        raise CowferryError(f"'{node.driver}' nodes have no backing")
+
+    def put(to: Node | None) -> None:
+        node.backing = to
+
+    return [(lambda: put(new), lambda: put(old))]
+
+
+def _file(
+    daemon: Daemon, node: Node, wanted: Any
+) -> list[tuple[Callable[[], None], Callable[[], None]]]:
+    if isinstance(wanted, Mapping):
+        wanted = wanted.get("node-name", wanted.get("filename"))
+        if node.file is not None and wanted in (node.file.name, node.file.filename):
+            return []
+    if node.file is None or not isinstance(wanted, str):
+        raise NotSupported("'file' can only be replaced by a node-name")
+    old = node.file
+    if wanted == old.name:
+        return []
+    new = daemon.graph.node(wanted)
+    if node.driver != "raw" or getattr(node, "start", False) or new.size < node.size:
+        raise NotSupported(
+            f"'{node.name}': only a raw node's file can be replaced, by one as large",
+            "open the other image as a node of its own, and use change",
+        )
+
+    def put(to: Node) -> None:
+        old.flush()
+        node.file = to
+
+    return [(lambda: put(new), lambda: put(old))]
+
+
+def change_backing_file(
+    daemon: Daemon, device: str, image: str, backing_file: str, unsafe: bool
+) -> None:
+    """The header only. Unless `unsafe`, the name has to lead to the bytes that are there now."""
+    graph = daemon.graph
+    disk = graph.disk(device)
+    node = graph.node(image)
+    if not any(n is node for n in chain(disk.root)):
+        raise CowferryError(f"'{image}' is not in the chain of '{device}'")
+    if node.backing is None:
+        raise CowferryError("not allowing backing file change on an image without a backing file")
+    format = node.backing.driver
+    why = "change-backing-file"
+    graph.claim([node], why)
+    was_read_only = node.read_only
+    try:
+        if not unsafe:
+            _check_same(node, backing_file, format)
+        with ExitStack() as drained:
+            for d in sorted(graph.disks_above(node), key=id):
+                drained.enter_context(d.exclusive())
+            if was_read_only:
+                node.reopen(False)
+            try:
+                node.set_backing(backing_file, format)
+            finally:
+                if was_read_only:
+                    node.reopen(True)
+    except OSError as error:
+        raise CowferryError(
+            f"the header of '{node.filename}' could not be changed: {error.strerror or error}",
+            "it names the old backing file",
+        ) from error
+    finally:
+        graph.release([node], why)
+
+
+def _check_same(node: Node, backing_file: str, format: str) -> None:
+    """Raise `CowferryError` unless the overlay would read the same over the file named."""
+    assert node.backing is not None
+    path = opening.backing_path(node.filename, backing_file)
+    hint = "to record it all the same, use unsafe"
+    try:
+        other = opening.open_image(path, format, read_only=True, force_share=True)
+    except CowferryError as error:
+        raise CowferryError(f"'{path}' cannot be the backing file: {error.desc}", hint) from error
+    try:
+        at = 0
+        for e in list(node.extents(0, node.size)):
+            if e.state is State.HOLE:
+                for start in range(at, at + e.length, STEP):
+                    length = min(STEP, at + e.length - start)
+                    ours, theirs = (memoryview(bytearray(length)) for _ in range(2))
+                    read(node.backing, ours, start)
+                    read(other, theirs, start)
+                    if ours != theirs:
+                        raise CowferryError(
+                            f"'{path}' differs from '{node.backing.filename}' in what the overlay "
+                            f"shows, in the MiB at offset {start}",
+                            f"the overlay would read differently; {hint}",
+                        )
+            at += e.length
+    finally:
+        opening.close_chain(other)

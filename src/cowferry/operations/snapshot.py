@@ -1,0 +1,272 @@
+"""A live snapshot: another image goes on top, at one moment for all disks named.
+
+    before: base <- sx            after:  base <- sx <- sx+1
+
+`Snapshot` is an ending like a job's (approach, drains, settle, moves, switch, parted), so any
+number of them go through `finish` under one drain: all the disks' old images stand at the same
+point in time (S4), and never change a byte afterwards (S2). The overlay and its name are durable
+before the switch (S1), and so is the record that says which image is current (S3).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from cowferry.block import sysio
+from cowferry.block.disk import Disk
+from cowferry.block.moves import Move
+from cowferry.block.node import Node, chain
+from cowferry.drivers import opening
+from cowferry.errors import CowferryError, DeviceInUse, NotSupported
+from cowferry.operations import free
+
+if TYPE_CHECKING:
+    from cowferry.daemon import Daemon
+
+
+class Snapshot:
+    """One disk's part. `prepare` first; then `finish` or `abort`."""
+
+    def __init__(self, daemon: Daemon, device: str) -> None:
+        self.daemon = daemon
+        self.graph = daemon.graph
+        self.device = device
+        self.disk: Disk = self.graph.disk(device)
+        self.old: Node = self.disk.root
+        self.overlay: Node | None = None
+        self.adopted = False  # the overlay was opened here
+        self.made: str | None = None  # a file made here
+        self.reopened = False
+        self.why = "snapshot"
+        self.claimed: list[Node] = []
+
+    # Where the overlay comes from ----------------------------------------------------------
+
+    def with_node(self, name: str) -> Snapshot:
+        """An overlay that was opened with `"backing": null`. Raises `CowferryError`."""
+        overlay = self.graph.node(name)
+        if overlay.driver in ("raw", "file", "nbd"):
+            raise CowferryError("The overlay does not support backing images")
+        if overlay.backing is not None:
+            raise CowferryError("The overlay already has a backing image")
+        if any(n is overlay for n in chain(self.old)):
+            raise CowferryError("Making this node a backing child would create a cycle")
+        if (
+            self.graph.stranger(overlay, []) is not None
+            or self.graph.exported(overlay)
+            or any(d.root is overlay for d in self.graph.disks.values())
+        ):
+            raise CowferryError("The overlay is already in use")
+        if overlay.read_only:
+            raise CowferryError(f"The overlay '{name}' is read-only")
+        return self._take(overlay)
+
+    def with_file(
+        self,
+        path: str,
+        format: str = "qcow2",
+        mode: str = "absolute-paths",
+        node_name: str | None = None,
+    ) -> Snapshot:
+        """An overlay made here, or one that exists already. Raises `CowferryError`."""
+        free(self.daemon, self.device)
+        if format != "qcow2":
+            raise NotSupported(f"Format '{format}' does not support backing files", "use qcow2")
+        if mode not in ("absolute-paths", "existing"):
+            raise CowferryError(f"Parameter 'mode' does not accept value '{mode}'")
+        if any(os.path.exists(path) and _same(n.filename, path) for n in chain(self.old)):
+            raise CowferryError(f"'{path}' is in the chain of '{self.device}' already")
+        if mode == "absolute-paths":
+            if os.path.exists(path) and os.path.getsize(path):
+                raise CowferryError(
+                    f"'{path}' exists", "remove it, or use mode=existing if it is an empty overlay"
+                )
+            opening.create_image(
+                path,
+                format,
+                self.old.size,
+                {"backing_file": self._old_name(), "backing_fmt": self.old.driver},
+            )
+            self.made = path
+        options = {**opening.image_options(path, format), "backing": None}
+        if node_name is not None:
+            options["node-name"] = node_name
+        try:
+            overlay = self.graph.adopt(options, explicit=node_name is not None)
+        except BaseException:
+            self._unmake()
+            raise
+        self.adopted = True
+        return self._take(overlay)
+
+    def _old_name(self) -> str:
+        return os.path.abspath(self.old.filename)
+
+    def _take(self, overlay: Node) -> Snapshot:
+        self.overlay = overlay
+        try:
+            if overlay.size != self.old.size:
+                raise CowferryError(
+                    f"The overlay has {overlay.size} bytes and '{self.device}' {self.old.size}",
+                    "make it as large as the disk",
+                )
+            if any(overlay.extents_with_data()):
+                raise CowferryError(
+                    f"The overlay '{overlay.filename}' is not empty",
+                    "what it holds would hide the disk's own bytes; make a new one",
+                )
+            nodes = [self.old, overlay]
+            self.graph.claim(nodes, self.why)
+            self.claimed = nodes
+        except BaseException:
+            self.abort()
+            raise
+        return self
+
+    # The end -------------------------------------------------------------------------------
+
+    def approach(self) -> None:
+        """Most of the flush, outside the drain; and the overlay's name is durable (S1)."""
+        assert self.overlay is not None
+        self.old.flush()
+        self.overlay.flush()
+        if os.path.isfile(self.overlay.filename):
+            sysio.flush_directory(os.path.dirname(os.path.abspath(self.overlay.filename)))
+
+    def drains(self) -> list[Disk]:
+        return [self.disk]
+
+    def settle(self) -> None:
+        assert self.overlay is not None
+        self.old.flush()
+        if self.overlay.backing_spec is None:
+            self.overlay.set_backing(self._old_name(), self.old.driver)
+        if not self.old.read_only:
+            try:
+                self.old.reopen(True)  # S2: from here on not one byte of it changes
+                self.reopened = True
+            except NotSupported:
+                self.old.flush()
+
+    def moves(self) -> list[Move]:
+        assert self.overlay is not None
+        return [Move(self.disk.name, self.old.filename, self.overlay.filename, self.overlay.driver)]
+
+    def switch(self) -> None:
+        assert self.overlay is not None
+        self.overlay.backing = self.old
+        self.disk.root = self.overlay
+        self.graph.reroot(self.disk, self.overlay)
+
+    def parted(self) -> None:
+        self.graph.release(self.claimed, self.why)
+
+    def abort(self) -> None:
+        """Nothing has been switched: everything is as it was."""
+        self.graph.release(self.claimed, self.why)
+        if self.reopened:
+            with self.disk.exclusive():
+                self.old.reopen(False)
+            self.reopened = False
+        if self.adopted and self.overlay is not None:
+            self.graph.let_go(self.overlay)
+        self._unmake()
+
+    def _unmake(self) -> None:
+        if self.made is not None and os.path.exists(self.made):
+            os.unlink(self.made)
+        self.made = None
+
+
+class Change:
+    """Another image for a disk: `change`. With `quietly` it holds the same bytes, and the disk
+    has moved there; without, it is another medium."""
+
+    def __init__(
+        self, daemon: Daemon, device: str, path: str, format: str | None, quietly: bool
+    ) -> None:
+        self.graph = daemon.graph
+        self.disk = self.graph.disk(device)
+        self.old = self.disk.root
+        self.quietly = quietly
+        self.was_read_only = self.old.read_only
+        self.why = "change"
+        self.claimed: list[Node] = []
+        self.graph.claim([self.old], self.why)
+        self.claimed = [self.old]
+        try:
+            if self.graph.stranger(self.old, []) is not None:
+                raise DeviceInUse(f"'{device}' lies below another node")
+            options = opening.image_options(path, format, read_only=self.old.read_only)
+            self.under: Node | None = None  # a node of the present chain that the new one is over
+            self.new = self._opened(options)
+            if quietly and self.new.size != self.old.size:
+                size = self.new.size
+                self.graph.let_go(self.new)
+                raise CowferryError(
+                    f"'{path}' has {size} bytes and '{device}' {self.old.size}",
+                    "a guest that is not notified cannot know; change with notify",
+                )
+        except BaseException:
+            self.graph.release(self.claimed, self.why)
+            raise
+
+    def approach(self) -> None:
+        self.old.flush()
+
+    def drains(self) -> list[Disk]:
+        return [self.disk]
+
+    def _opened(self, options: dict[str, Any]) -> Node:
+        """The new image; one whose backing file is in the present chain goes on top of that."""
+        if options["driver"] != "raw":
+            new = self.graph.adopt({**options, "backing": None})
+            spec = new.backing_spec
+            if spec is None:
+                return new
+            try:
+                path = opening.backing_path(new.filename, spec[0])
+                self.under = next((n for n in chain(self.old) if _same(n.filename, path)), None)
+            except BaseException:
+                self.graph.let_go(new)
+                raise
+            if self.under is not None:
+                return new
+            self.graph.let_go(new)
+        return self.graph.adopt(options)
+
+    def settle(self) -> None:
+        self.old.flush()
+        if self.under is self.old and not self.old.read_only:
+            self.old.reopen(True)
+
+    def moves(self) -> list[Move]:
+        if not self.quietly:
+            return []
+        return [Move(self.disk.name, self.old.filename, self.new.filename, self.new.driver)]
+
+    def switch(self) -> None:
+        if self.under is not None:
+            self.new.backing = self.under
+        self.disk.root = self.new
+        self.graph.reroot(self.disk, self.new)
+
+    def parted(self) -> None:
+        self.graph.release(self.claimed, self.why)
+        self.graph.detached(self.old, None)
+
+    def abort(self) -> None:
+        """As it was."""
+        if self.under is self.old and self.old.read_only != self.was_read_only:
+            with self.disk.exclusive():
+                self.old.reopen(self.was_read_only)
+        self.graph.release(self.claimed, self.why)
+        self.graph.let_go(self.new)
+
+
+def _same(a: str, b: str) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
