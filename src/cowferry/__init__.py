@@ -46,11 +46,13 @@ def open(
 ) -> Iterator[Disk]:
     """The disk in the image at `path`, with its backing chain; flushed and closed at the end.
 
-    Raises `CowferryError` if the image, or one below it, cannot be opened."""
+    A disk that has moved to another image since (a snapshot, a copy) is opened there. Raises
+    `CowferryError` if the image, or one below it, cannot be opened."""
     from cowferry.block.disk import Disk
     from cowferry.drivers import opening
 
     name = os.path.basename(path).rsplit(".", 1)[0]
+    path, format = opening.current_image(path, format)
     disk = Disk(opening.open_image(path, format, read_only=read_only), name, copy_on_read)
     try:
         yield disk

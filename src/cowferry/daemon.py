@@ -90,7 +90,10 @@ class Daemon:
         copy_on_read: bool = False,
         read_only: bool = False,
     ) -> Disk:
-        """A named disk over the image at `path` and its chain. Raises `CowferryError`."""
+        """A named disk over the image at `path`, or the one it has moved to, and its chain.
+
+        Raises `CowferryError`."""
+        path, format = opening.current_image(path, format)
         options = opening.image_options(path, format, read_only=read_only)
         return self.graph.open_disk(name, options, copy_on_read)
 

@@ -5,18 +5,24 @@ image that is left gets a record beside it, `IMAGE.moved`, *before* the first wr
 new one. So from what is on disk alone it is decidable, whoever crashed and whenever:
 
     no record    the image itself is current
-    a record     the image it names is current, unless that one has a newer record
+    a record     what `follow` finds from the image that it names
 
-Records carry a generation, which grows along the way, so a disk that moves there and back is told
-right while both records are still there. A group of disks moves as one: its records are void
-until a decision file, named in all of them, exists; that file's rename is the moment.
+A disk that comes back to an image it has left closes a circle; the record of the image it comes
+to is removed once the new one is durable. A power cut between the two leaves the circle, and then
+the record with the highest generation was the last move: each is higher than all that can be
+reached from the two images it is about.
+
+A group of disks moves as one: its records are void until a decision file, named in all of them,
+exists; that file's rename is the moment. What could not be made durable is made void again before
+the error is told, so that a disk which goes on in its old image is not contradicted by a record.
 
 While a commit runs, its base and the layers that it skips are no good by themselves: they hold
 part of what was above them. `IMAGE.committing` says so from before the first write until the end
 is durable (C2).
 
-Images that are not plain files (devices, remote disks) have their records in the state folder:
-`$COWFERRY_STATE`, else `/var/lib/cowferry` for root and `$XDG_STATE_HOME/cowferry` for others.
+Images that are not plain files (devices, remote disks), and those in a folder where we may not
+write, have their records in the state folder: `$COWFERRY_STATE`, else `/var/lib/cowferry` for
+root and `$XDG_STATE_HOME/cowferry` for others.
 
 Everything here is durable on return and raises `OSError`. One caller at a time for each image.
 """
@@ -24,15 +30,22 @@ Everything here is durable on return and raises `OSError`. One caller at a time 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
+import logging
 import os
 import secrets
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from cowferry.block import sysio
 
+log = logging.getLogger(__name__)
+
 MOVED, COMMITTING = ".moved", ".committing"
+MAX_NAME = 200  # characters of a record's name in the state folder
 
 
 class Move(NamedTuple):
@@ -52,6 +65,15 @@ class Current(NamedTuple):
     generation: int
 
 
+class _Step(NamedTuple):
+    """One record on the way from an image to the current one."""
+
+    left: str
+    generation: int
+    current: str
+    format: str
+
+
 def state_folder() -> str:
     """Where records lie that cannot lie beside their image."""
     given = os.environ.get("COWFERRY_STATE")
@@ -63,104 +85,199 @@ def state_folder() -> str:
     return os.path.join(home, "cowferry")
 
 
-def place(image: str, suffix: str) -> str:
-    """The path of an image's record."""
-    if os.path.isfile(image) and not image.startswith(("/dev/", "/proc/")):
-        return os.path.realpath(image) + suffix
-    return os.path.join(state_folder(), quote(image, safe="") + suffix)
+def places(image: str, suffix: str) -> list[str]:
+    """Where an image's record may lie: beside it, if it is a file, or in the state folder."""
+    name = _named(image)
+    text = quote(name, safe="")
+    if len(text) > MAX_NAME:
+        text = hashlib.sha256(text.encode()).hexdigest()
+    apart = os.path.join(state_folder(), text + suffix)
+    elsewhere = name.startswith(("/dev/", "/proc/")) or "://" in name
+    return [apart] if elsewhere else [name + suffix, apart]
+
+
+def _place(image: str, suffix: str) -> str:
+    """The one of them that can be written."""
+    found = places(image, suffix)
+    beside = os.access(os.path.dirname(found[0]), os.W_OK | os.X_OK)
+    return found[0] if beside else found[-1]
 
 
 def record(moves: list[Move]) -> None:
-    """All of the disks move, or none of them."""
-    records: dict[str, dict[str, Any]] = {}
-    for m in moves:
-        here, there = place(m.left, MOVED), place(m.current, MOVED)
-        known = [r["generation"] for r in (_load(here), _load(there)) if r is not None]
-        records[here] = {
+    """All of the disks move, or none of them: on an error no record says that they did."""
+    images = [i for m in moves for i in (m.left, m.current)]
+    generation = max((s.generation for i in images for s in _steps(i)), default=0) + 1
+    bodies = {
+        _place(m.left, MOVED): {
             "disk": m.disk,
-            "current": os.path.realpath(m.current) if os.path.exists(m.current) else m.current,
+            "current": _named(m.current),
             "format": m.format,
-            "generation": max(known, default=0) + 1,
+            "generation": generation,
         }
-    if len(records) == 1:
-        for path, body in records.items():
+        for m in moves
+    }
+    if len(bodies) == 1:
+        for path, body in bodies.items():
             _store(path, body)
-        return
-    decision = f"{next(iter(records))}-{secrets.token_hex(8)}"
-    for path, body in records.items():
-        _store(path, {**body, "group": decision})
-    _store(decision, {"disks": [m.disk for m in moves]})  # this is the moment
-    for path, body in records.items():
-        _store(path, body)
-    _remove(decision)
+    else:
+        _record_together(bodies, [m.disk for m in moves])
+    with contextlib.suppress(OSError):  # this only tidies up: `follow` tells it right already
+        for m in moves:
+            settled(m.current)
+
+
+def _record_together(bodies: dict[str, dict[str, Any]], disks: list[str]) -> None:
+    decision = f"{next(iter(bodies))}-{secrets.token_hex(8)}"
+    stored: list[str] = []
+    try:
+        for path, body in bodies.items():
+            _store(path, {**body, "group": decision})
+            stored.append(path)
+        _store(decision, {"disks": disks})  # this is the moment
+    except BaseException:
+        for path in stored:
+            _void(path)
+        raise
+    with contextlib.suppress(OSError):  # decided: an error from here on changes nothing
+        for path, body in bodies.items():
+            _store(path, body, undo=False)
+        _remove(decision)
 
 
 def settled(image: str) -> None:
     """`image` is current: an older record that says otherwise goes."""
-    with contextlib.suppress(OSError):
-        _remove(place(image, MOVED))
+    for path in places(image, MOVED):
+        _remove(path)
+
+
+def fresh(image: str) -> None:
+    """A new image is about to be made under this name: records of an older one go."""
+    for suffix in (MOVED, COMMITTING):
+        for path in places(image, suffix):
+            _remove(path)
 
 
 def follow(image: str, format: str | None = None) -> Current:
-    """The current image of the disk that once was in `image`."""
-    generation = 0
-    while True:
-        body = _load(place(image, MOVED))
-        if body is None or body["generation"] <= generation:
-            return Current(image, format, generation)
-        image, format, generation = body["current"], body["format"], body["generation"]
+    """The current image of the disk that once was in `image`.
+
+    Raises `OSError` for a damaged record, which names it."""
+    steps = list(_steps(image))
+    if not steps:
+        return Current(image, format, 0)
+    last = steps[-1]
+    started = [i for i, s in enumerate(steps) if os.path.realpath(s.left) == _named(last.current)]
+    if started:  # a circle: its youngest record was the last move
+        last = max(steps[started[0] :], key=lambda s: s.generation)
+    return Current(last.current, last.format, last.generation)
 
 
 def committing(image: str, top: str) -> None:
     """From now on `image` is no good without `top` (C2)."""
-    _store(place(image, COMMITTING), {"top": top})
+    _store(_place(image, COMMITTING), {"top": _named(top), "generation": 1}, undo=False)
 
 
 def committed(image: str) -> None:
     """`image` is good by itself again."""
-    _remove(place(image, COMMITTING))
+    for path in places(image, COMMITTING):
+        _remove(path)
 
 
 def half_committed(image: str) -> str | None:
-    """The image whose commit into `image` was begun and not finished, if there is one."""
-    body = _load(place(image, COMMITTING))
-    return None if body is None else str(body.get("top"))
+    """The image whose commit into `image` was begun and not finished, if there is one.
+
+    An active commit is finished by the record of its move, whether or not the mark is gone."""
+    body = _load(image, COMMITTING)
+    if body is None:
+        return None
+    top = str(body.get("top"))
+    return None if _named(follow(top).path) == _named(image) else top
 
 
-def _load(path: str) -> dict[str, Any] | None:
-    """A record that counts, or None. A torn one cannot be: they are renamed into place."""
+def _named(image: str) -> str:
+    return os.path.realpath(image) if os.path.exists(image) else image
+
+
+def _steps(image: str) -> Iterator[_Step]:
+    """The records on the way from `image`, each once."""
+    seen: set[str] = set()
+    while _named(image) not in seen:
+        seen.add(_named(image))
+        body = _load(image, MOVED)
+        if body is None:
+            return
+        yield _Step(image, body["generation"], body["current"], body["format"])
+        image = body["current"]
+
+
+def _load(image: str, suffix: str) -> dict[str, Any] | None:
+    """The record that counts, or None."""
+    found = [body for path in places(image, suffix) if (body := _read(path)) is not None]
+    return max(found, key=lambda body: int(body["generation"]), default=None)
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    """A record, or None if it is not there or void. A torn one cannot be: it was renamed there."""
     try:
         with open(path, encoding="utf-8") as f:
             body = json.load(f)
-    except FileNotFoundError:
+        if not isinstance(body, dict):
+            raise ValueError("it is no object")
+        group = body.get("group")
+        if body.get("void") or (group is not None and _read(group) is None):
+            return None
+        if "disks" not in body and not isinstance(body.get("generation"), int):
+            raise ValueError("it has no generation")
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise OSError(f"the record '{path}' is damaged: {error}") from error
-    group = body.get("group")
-    return body if group is None or os.path.exists(group) else None
+        raise OSError(errno.EIO, f"the record '{path}' is damaged: {error}") from error
+    return body
 
 
-def _store(path: str, body: dict[str, Any]) -> None:
+def _store(path: str, body: dict[str, Any], undo: bool = True) -> None:
+    """Write and rename into place. On an error the record there is the old one, or void.
+
+    Without `undo` it is the old or the new one."""
     folder = os.path.dirname(path)
     if folder == state_folder():
         os.makedirs(folder, exist_ok=True)
-    fresh = f"{path}.{secrets.token_hex(4)}"
-    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    new = f"{path}.{secrets.token_hex(4)}"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    renamed = False
     try:
+        sysio.pwrite(fd, json.dumps(body, indent=1).encode() + b"\n", 0)
+        sysio.fdatasync(fd)
+        sysio.rename(new, path)
+        renamed = True
+        sysio.flush_directory(folder)
+    except BaseException:
+        if not renamed:
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+        elif undo:
+            _void(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _void(path: str) -> None:
+    """A record whose name may or may not be durable says nothing any more, either way."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            sysio.pwrite(fd, json.dumps(body, indent=1).encode() + b"\n", 0)
+            # in place and within its length, so that no name has to change for it
+            length = os.fstat(fd).st_size
+            sysio.pwrite(fd, b'{"void": true}'.ljust(length), 0)
             sysio.fdatasync(fd)
         finally:
             os.close(fd)
-        sysio.rename(fresh, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(fresh)
-        raise
-    sysio.flush_directory(folder)
+        _remove(path)
+    except OSError as error:
+        log.critical("the record '%s' must not be there, and cannot be removed: %s", path, error)
 
 
 def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         sysio.unlink(path)
         sysio.flush_directory(os.path.dirname(path))

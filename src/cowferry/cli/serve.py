@@ -167,6 +167,8 @@ class Serving:
                 copy_on_read=self.given["copy_on_read"],
                 read_only=self.given["read_only"],
             )
+            if os.path.realpath(path) != os.path.realpath(disk.root.filename):
+                click.echo(f"{name}: '{path}' has moved to '{disk.root.filename}'", err=True)
             daemon.add_export(disk, name, writable=not disk.read_only)
             uris = daemon.nbd.uris(name)
             listed.append({"name": name, "uri": uris[0], "uris": uris, "size": disk.size})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from cowferry.block import moves
 from cowferry.block.node import Node, chain
 from cowferry.commands import Args, NoArgs, command
 from cowferry.drivers import driver
@@ -86,6 +87,7 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     target = path
 
     def make() -> None:
+        moves.fresh(target)
         with node.unlocked() if node is not None else contextlib.nullcontext():
             cls.create(target, size, plain)
 

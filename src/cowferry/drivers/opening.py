@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from cowferry.block import moves
 from cowferry.block.node import Node, chain
 from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of
 from cowferry.errors import CowferryError, ImageError
@@ -110,6 +111,33 @@ def open_image(
     return open_node(options, opened=opened)
 
 
+def current_image(path: str, format: str | None = None) -> tuple[str, str | None]:
+    """The image that a disk which once was in `path` is in now, and its format if that is known.
+
+    It follows the records of moves (`block/moves.py`). Raises `ImageError` if the image is no good
+    by itself, because a commit into it was begun and not finished (C2)."""
+    try:
+        now = moves.follow(path, format)
+        top = moves.half_committed(now.path)
+    except OSError as error:
+        raise ImageError(
+            f"'{path}': which image is current cannot be told: {error.strerror or error}",
+            "the images are as they were; look at the records beside them (*.moved)",
+        ) from error
+    if now.path != path and not os.path.exists(now.path) and now.path.startswith("/"):
+        raise ImageError(
+            f"the disk in '{path}' has moved to '{now.path}', which is not there",
+            f"put it back; or, if '{path}' holds all of it again, remove '{path}{moves.MOVED}'",
+        )
+    if top is not None:
+        raise ImageError(
+            f"'{now.path}' holds a part of '{top}', whose commit was not finished",
+            f"it is good below the images above it: open '{top}' or what lies over it, and commit "
+            "again",
+        )
+    return now.path, now.format
+
+
 def file_options(path: str) -> dict[str, Any]:
     """The options of the protocol node for a host path."""
     return {"driver": "file", "filename": path}
@@ -149,6 +177,7 @@ def create_image(path: str, format: str, size: int, options: Mapping[str, Any]) 
     Raises `CowferryError`; an unfinished file is removed if it was made here."""
     existed = os.path.lexists(path)
     try:
+        moves.fresh(path)
         driver(format).create(path, size, options)
     except BaseException as error:
         if not existed and os.path.lexists(path):

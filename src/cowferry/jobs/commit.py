@@ -199,7 +199,6 @@ class ActiveCommit(Mirror):
     def parted(self) -> None:
         if self.pivot:
             self.into.end()
-            moves.settled(self.into.base.filename)
         super().parted()
 
     def clean(self) -> None:
