@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 Emit = Callable[[str, dict[str, Any]], None]
 
@@ -90,6 +93,7 @@ class Job:
         self.status = Status.UNDEFINED
         self.user_paused = False
         self.cancelling = False
+        self.cancelled = False  # it ended so
         self.completing = False
         self.finalizing = False
         self.busy = False
@@ -252,8 +256,8 @@ class Job:
                 "current-progress": self.offset,
                 "total-progress": self.length,
             }
-            if self.error is not None:
-                out["error"] = self.error
+            if self.error is not None or self.cancelled:
+                out["error"] = self.error or os.strerror(errno.ECANCELED)
             return out
 
     def query_block(self) -> dict[str, Any]:
@@ -274,8 +278,8 @@ class Job:
                 "auto-dismiss": self.auto_dismiss,
                 **self.details(),
             }
-            if self.error is not None:
-                out["error"] = self.error
+            if self.error is not None or self.cancelled:
+                out["error"] = self.error or os.strerror(errno.ECANCELED)
             return out
 
     # The runner --------------------------------------------------------------------------
@@ -402,6 +406,7 @@ class Job:
     def _conclude(self, succeeded: bool, failure: BaseException | None) -> None:
         if failure is not None:
             self.error = _words(failure)
+        self.cancelled = not succeeded and failure is None
         if not succeeded:
             with self.changed:
                 self._move(Status.ABORTING)
@@ -411,7 +416,7 @@ class Job:
             self.clean()
         except (OSError, CowferryError):
             log.exception("job %s: clean-up failed", self.id)
-        if not succeeded and failure is None:
+        if self.cancelled:
             self._event("BLOCK_JOB_CANCELLED")
         else:
             if succeeded:
@@ -556,7 +561,7 @@ class Jobs:
 
 def valid_id(text: str) -> bool:
     """QEMU's rule for ids: a letter, then letters, digits, '-', '.', '_'."""
-    return bool(text) and text[0].isalpha() and all(c.isalnum() or c in "-._" for c in text)
+    return ID.fullmatch(text) is not None
 
 
 def check_speed(speed: int) -> None:

@@ -108,10 +108,12 @@ class Splitter:
         self._escaped = self._skipping = False
 
 
-def _number(text: str) -> int:
+def _number(text: str) -> float:
+    """What has no place in 64 bits is no integer to any command."""
     if len(text) > MAX_DIGITS:
         raise ValueError(f"number of {len(text)} digits")
-    return int(text)
+    value = int(text)
+    return value if -(1 << 63) <= value < 1 << 63 else float(value)
 
 
 def _double_quoted(text: str) -> str:
