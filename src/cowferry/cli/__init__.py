@@ -23,18 +23,31 @@ COMMANDS = {
     "check": ("offline.check", "Check an image, and mend it."),
     "convert": ("offline.convert", "Copy an image into another format."),
     "compare": ("offline.compare", "Compare what two images hold."),
-    "resize": ("offline.resize", "Change an image's size."),
+    "resize": ("offline.resize", "Change an image's size, or that of a disk in use."),
     "rebase": ("offline.rebase", "Give an overlay another backing file."),
+    "current": ("offline.current", "Print where a disk is now that once was in a file."),
     # the daemon
     "serve": ("serve", "Serve disks to guests, until stopped."),
-    # live
-    "stream": ("live", "Fill a disk from its backing chain, under a running guest."),
-    "jobs": ("live", "List the jobs."),
-    "job": ("live", "Pause, resume, cancel or slow a job."),
+    "stop": ("live", "Stop the daemon cleanly."),
+    # live: what changes a disk
+    "snapshot": ("disks", "Put a new image on top of disks, at one point in time."),
+    "stream": ("moving", "Fill a disk from its backing chain."),
+    "commit": ("moving", "Merge layers of a disk's chain downwards."),
+    "copy": ("moving", "Copy a disk elsewhere, and move it there."),
+    "group": ("group", "Stream, copy or commit several disks as one."),
+    "change": ("disks", "Switch a disk to another image."),
+    "backing": ("disks", "Record another backing file name in a header."),
+    "add": ("disks", "Open one more disk."),
+    "remove": ("disks", "Let go of a disk."),
+    "lock": ("disks", "Let nobody change a disk."),
+    "unlock": ("disks", "Undo a lock."),
+    # live: what looks
+    "locks": ("disks", "List the locks."),
+    "jobs": ("jobs", "List the jobs."),
+    "job": ("jobs", "Pause, resume, slow, complete or cancel a job."),
     "tree": ("live", "Draw the chain of a disk."),
     "qmp": ("live", "Send one QMP command."),
     "monitor": ("live", "Talk to the human monitor."),
-    "stop": ("live", "Stop the daemon cleanly."),
 }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cowferry.cli.run import run_folder
@@ -22,11 +23,22 @@ class QmpError(CowferryError):
         self.error_class = str(body.get("class", "GenericError"))
 
 
+#: What a hint calls something in QMP, and what the command line calls it.
+OPTIONS = {
+    "mode=existing": "--reuse-external",
+    "use unsafe": "use --unsafe",
+    "resume it first, or use force": "resume it first, or leave out --soft",
+    "use force": "use --force",
+    "query-jobs lists": "cowferry jobs lists",
+}
+
+
 class Client:
     """A negotiated connection. Not thread-safe."""
 
     def __init__(self, path: str) -> None:
         self.events: deque[dict[str, Any]] = deque()
+        self._numbers = itertools.count(1)
         self._splitter = qmp.Splitter()
         self._texts: deque[bytes | qmp.ParseError] = deque()
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -52,23 +64,41 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def call(self, command: str, **arguments: Any) -> Any:
-        """Run a command; keyword underscores become dashes. Raises `QmpError`."""
-        plain = {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
-        return self.execute(command, plain)
+    def call(self, command: str, *, fds: Sequence[int] = (), **arguments: Any) -> Any:
+        """Run a command for a verb of the command line; keyword underscores become dashes.
 
-    def execute(self, command: str, arguments: dict[str, Any]) -> Any:
+        Arguments that are None are left out; `fds` go along. Raises `QmpError`, whose hint speaks
+        of options instead of QMP's members."""
+        plain = {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
+        try:
+            return self.execute(command, plain, fds)
+        except QmpError as error:
+            for member, option in OPTIONS.items():
+                error.hint = error.hint.replace(member, option)
+            raise
+
+    def execute(self, command: str, arguments: dict[str, Any], fds: Sequence[int] = ()) -> Any:
         """Run a command with arguments as they are. Raises `QmpError`."""
-        message = {"execute": command, "arguments": arguments}
-        self.sock.sendall(json.dumps(message).encode() + b"\n")
+        # Numbered, because Ctrl-C may have come between a question and its answer.
+        number = next(self._numbers)
+        message = {"execute": command, "arguments": arguments, "id": number}
+        self._send(json.dumps(message).encode() + b"\n", fds)
         while True:
             answer = self._message()
             if "event" in answer:
                 self.events.append(answer)
+            elif answer.get("id", number) != number:
+                continue
             elif "error" in answer:
                 raise QmpError(answer["error"])
             elif "return" in answer:
                 return answer["return"]
+
+    def _send(self, data: bytes, fds: Sequence[int]) -> None:
+        if fds:
+            sent = socket.send_fds(self.sock, [data], list(fds))
+            data = data[sent:]
+        self.sock.sendall(data)
 
     def wait_events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """Events as they come; ends when `timeout` seconds pass without one."""

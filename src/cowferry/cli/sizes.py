@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +42,13 @@ def human(count: float) -> str:
 
 
 if TYPE_CHECKING:
-    _Type = click.ParamType[int, Any]
+    _Size = click.ParamType[int, Any]
+    _Seconds = click.ParamType[float, Any]
 else:
-    _Type = click.ParamType
+    _Size = _Seconds = click.ParamType
 
 
-class Size(_Type):
+class Size(_Size):
     """A click type for sizes."""
 
     name = "SIZE"
@@ -59,3 +61,19 @@ class Size(_Type):
             return parse_size(str(value))
         except CowferryError as error:
             raise click.BadParameter(error.desc, ctx, param) from None
+
+
+class Seconds(_Seconds):
+    """A click type for a time to wait: more than nothing, and not for ever."""
+
+    name = "SECONDS"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Seconds, or click's own error."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = 0.0
+        if not (seconds > 0 and math.isfinite(seconds)):
+            raise click.BadParameter(f"'{value}' is not a number of seconds", ctx, param)
+        return seconds

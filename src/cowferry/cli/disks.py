@@ -1,0 +1,277 @@
+"""snapshot, change, backing, add, remove, lock: what changes a disk at one moment, without a job."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from cowferry.cli.client import Client, connect
+from cowferry.cli.options import absolute, control, json_output, pair
+from cowferry.cli.serve import disk_name
+from cowferry.cli.sizes import Seconds
+from cowferry.errors import CowferryError
+
+
+@click.command("snapshot")
+@click.argument("disks", metavar="DISK[=FILE]...", nargs=-1, required=True)
+@click.option(
+    "--quiesce", multiple=True, metavar="SOCKET",
+    help="A guest agent's socket: freeze that guest's file systems meanwhile. May be repeated.",
+)  # fmt: skip
+@click.option(
+    "--timeout", type=Seconds(), metavar="SECONDS",
+    help="For how long the guest may be frozen at most; then it is thawed, and this fails.",
+)  # fmt: skip
+@click.option("--reuse-external", is_flag=True, help="FILE exists: an empty qcow2 overlay.")
+@click.option(
+    "--pass-fd", is_flag=True,
+    help="FILE exists; open it here and hand it over, for a daemon that may not open it.",
+)  # fmt: skip
+@json_output
+@control
+def snapshot_command(
+    disks: tuple[str, ...], quiesce: tuple[str, ...], timeout: float | None, reuse_external: bool,
+    pass_fd: bool, as_json: bool, path: str | None,
+) -> int:  # fmt: skip
+    """Put a new image on top of every DISK, all at one point in time, while guests run.
+
+    From then on FILE takes what the guest writes, and the old image stays as it was at that
+    moment. Without FILE the daemon makes one beside the present image. All disks, or none.
+
+    \b
+        cowferry snapshot vm
+        cowferry snapshot vda=/images/vda.1.qcow2 vdb=/images/vdb.1.qcow2
+        cowferry snapshot vda vdb --quiesce /run/vm/qga.sock --timeout 5
+        cowferry create -f qcow2 vm.1.qcow2 20G && cowferry snapshot vm=vm.1.qcow2 --pass-fd
+    """
+    existing = reuse_external or pass_fd
+    if timeout is not None and not quiesce:
+        raise click.UsageError("--timeout is how long a guest may be frozen: it needs --quiesce")
+    chosen = [(disk, file and absolute(file)) for disk, file in map(pair, disks)]
+    for disk, file in chosen:
+        if existing and file is None:
+            raise CowferryError(f"which file is to be used for '{disk}'?", f"{disk}=FILE")
+    with connect(path) as client, handed_over(client, chosen if pass_fd else []) as names:
+        entries: list[dict[str, Any]] = []
+        for disk, file in chosen:
+            entry: dict[str, Any] = {"device": disk}
+            if file is not None:
+                entry["snapshot-file"] = names.get(file, file)
+            if existing:
+                entry["mode"] = "existing"
+            entries.append(entry)
+        result = client.call(
+            "x-disk-snapshot",
+            disks=entries,
+            quiesce=[absolute(socket) for socket in quiesce] or None,
+            quiesce_timeout=timeout,
+        )
+    if as_json:
+        click.echo(json.dumps(result))
+        return 0
+    for taken in result["disks"]:
+        click.echo(f"{taken['device']}: {taken['snapshot-file']}")
+    if result.get("frozen-seconds") is not None:
+        click.echo(f"the guest was frozen for {result['frozen-seconds']:.3f} s")
+    return 0
+
+
+@contextlib.contextmanager
+def handed_over(client: Client, chosen: list[tuple[str, str | None]]) -> Iterator[dict[str, str]]:
+    """Open files here and lend the daemon their descriptors: what it calls each meanwhile."""
+    names: dict[str, str] = {}
+    sets: list[int] = []
+    try:
+        for _, file in chosen:
+            if file is None or file in names:
+                continue
+            try:
+                fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+            except OSError as error:
+                raise CowferryError(
+                    f"'{file}' cannot be opened: {error.strerror}",
+                    f"make it first: cowferry create -f qcow2 {file} SIZE",
+                ) from error
+            try:
+                number = client.call("add-fd", fds=[fd], opaque=f"snapshot {file}")["fdset-id"]
+            finally:
+                os.close(fd)
+            sets.append(number)
+            names[file] = f"/dev/fdset/{number}"
+        yield names
+    finally:
+        for number in sets:
+            with contextlib.suppress(CowferryError):
+                client.call("remove-fd", fdset_id=number)
+
+
+@click.command("change")
+@click.argument("disk")
+@click.argument("file")
+@click.option("--format", metavar="FORMAT", help="raw or qcow2 [by FILE's name].")
+@click.option(
+    "--no-notify", is_flag=True,
+    help="FILE holds what the disk does: the guest must not notice. The move is recorded.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Cancel what runs on DISK first.")
+@control
+def change_command(
+    disk: str, file: str, format: str | None, no_notify: bool, force: bool, path: str | None
+) -> int:
+    """Switch DISK to the image in FILE, between two writes of its guest.
+
+    As it is, this is another medium in the drive, of any size. With --no-notify it is the same
+    disk somewhere else: of the same size, or an overlay that stands on the present image, and it
+    is recorded that DISK is there now.
+
+    \b
+        cowferry change cdrom debian.iso
+        cowferry change vm /srv/images/vm_1.qcow2 --no-notify
+    """
+    with connect(path) as client:
+        client.call(
+            "change",
+            device=disk, target=absolute(file), format=format, notify=not no_notify, force=force,
+        )  # fmt: skip
+    return 0
+
+
+@click.command("backing")
+@click.argument("disk")
+@click.argument("image")
+@click.argument("name")
+@click.option("--unsafe", is_flag=True, help="Do not compare what is there under NAME.")
+@control
+def backing_command(disk: str, image: str, name: str, unsafe: bool, path: str | None) -> int:
+    """Record NAME as the backing file in the header of IMAGE, which is in DISK's chain.
+
+    This is `rebase -u` while the guest runs: for a backing file that has been moved, or will be
+    found under another name. Only the header changes. IMAGE is a file or a node-name; NAME is
+    recorded as it stands, and is seen from IMAGE's folder. Unless --unsafe is given, what is there
+    must read as the present backing file does.
+
+    \b
+        cowferry backing vm vm.qcow2 ../templates/base.raw
+    """
+    with connect(path) as client:
+        node = node_in(client, disk, image)
+        client.call(
+            "change-backing-file",
+            device=disk, image_node_name=node, backing_file=name, unsafe=unsafe or None,
+        )  # fmt: skip
+    return 0
+
+
+def node_in(client: Client, disk: str, image: str) -> str:
+    """The node-name of an image in a disk's chain. Raises `CowferryError`."""
+    (tree,) = client.call("x-query-tree", device=disk)
+    layers = tree["chain"]
+    here = os.path.realpath(image) if os.path.exists(image) else image
+    for layer in layers:
+        names = (layer["node-name"], layer["filename"], os.path.realpath(layer["filename"]))
+        if image in names or here in names:
+            return str(layer["node-name"])
+    named = [x for x in layers if os.path.basename(x["filename"]) == image]
+    if len(named) == 1:
+        return str(named[0]["node-name"])
+    below = " <- ".join(x["filename"] for x in reversed(layers))
+    raise CowferryError(f"Image '{image}' is not in the chain of '{disk}'", below)
+
+
+@click.command("add")
+@click.argument("disk", metavar="[NAME=]FILE")
+@click.option("-f", "--format", metavar="FORMAT", help="raw or qcow2 [by FILE's name].")
+@click.option("-r", "--read-only", is_flag=True, help="Open FILE read-only.")
+@click.option("--copy-on-read", is_flag=True, help="Keep what is read from the backing chain.")
+@control
+def add_command(
+    disk: str, format: str | None, read_only: bool, copy_on_read: bool, path: str | None
+) -> int:
+    """Open FILE as one more disk of a daemon that runs, and export it under NAME.
+
+    NAME is the file's own if it is not given. A disk that has moved since (a snapshot, a copy) is
+    opened where it is now.
+
+    \b
+        cowferry add data=/images/data.qcow2
+    """
+    name, file = disk_name(disk)
+    with connect(path) as client:
+        opened = client.call(
+            "x-disk-add",
+            device=name, filename=absolute(file), format=format, read_only=read_only,
+            copy_on_read=copy_on_read,
+        )["filename"]  # fmt: skip
+    if os.path.realpath(opened) != os.path.realpath(file):
+        click.echo(f"{name}: '{file}' has moved to '{opened}'", err=True)
+    return 0
+
+
+@click.command("remove")
+@click.argument("disk")
+@click.option("--force", is_flag=True, help="Cancel what runs on DISK, and disconnect its clients.")
+@control
+def remove_command(disk: str, force: bool, path: str | None) -> int:
+    """Let go of DISK: it is exported no more, and its images are closed.
+
+    The files stay. A disk on which something runs is not removed, unless --force cancels it first;
+    one that is locked is not removed at all.
+
+    \b
+        cowferry remove vm --force
+    """
+    with connect(path) as client:
+        client.call("x-disk-remove", device=disk, force=force)
+    return 0
+
+
+@click.command("lock")
+@click.argument("disk")
+@click.option("--reason", required=True, metavar="TEXT", help="What others are told.")
+@control
+def lock_command(disk: str, reason: str, path: str | None) -> int:
+    """Let nobody change DISK: no job starts on it, and it is not resized or removed.
+
+    Its guest reads and writes as ever. The lock holds until `cowferry unlock`, or until the daemon
+    ends.
+
+    \b
+        cowferry lock vm --reason "under legal hold, ask Ada"
+    """
+    if not reason.strip():
+        raise CowferryError("an empty --reason", "say why: it is what others are told")
+    with connect(path) as client:
+        client.call("x-disk-lock", device=disk, reason=reason)
+    return 0
+
+
+@click.command("unlock")
+@click.argument("disk")
+@control
+def unlock_command(disk: str, path: str | None) -> int:
+    """Undo `cowferry lock`."""
+    with connect(path) as client:
+        client.call("x-disk-unlock", device=disk)
+    return 0
+
+
+@click.command("locks")
+@json_output
+@control
+def locks_command(as_json: bool, path: str | None) -> int:
+    """List the disks that are locked, and why."""
+    with connect(path) as client:
+        locks = client.call("x-query-locks")
+    if as_json:
+        click.echo(json.dumps(locks, indent=4))
+        return 0
+    for lock in locks:
+        click.echo(f"{lock['device']}: {lock['reason']}")
+    if not locks:
+        click.echo("No disk is locked")
+    return 0

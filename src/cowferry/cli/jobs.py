@@ -1,0 +1,178 @@
+"""jobs, job: what runs, and the verbs on it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from cowferry.cli.client import Client, QmpError, connect
+from cowferry.cli.options import control, in_background, json_lines, json_output
+from cowferry.cli.sizes import Size, human
+from cowferry.cli.waiting import JobWork, Words, follow, notes_of
+from cowferry.errors import CowferryError
+
+
+def groups(client: Client) -> list[dict[str, Any]]:
+    """Every group of jobs; none with a daemon that has no groups."""
+    try:
+        found: list[dict[str, Any]] = client.call("x-query-groups")
+    except QmpError as error:
+        if error.error_class == "CommandNotFound":
+            return []
+        raise
+    return found
+
+
+def job(client: Client, id: str) -> dict[str, Any]:
+    """A job's entry in query-jobs. Raises `CowferryError`."""
+    entries: list[dict[str, Any]] = client.call("query-jobs")
+    for entry in entries:
+        if entry["id"] == id:
+            return entry
+    known = ", ".join(e["id"] for e in entries) or "none"
+    raise CowferryError(f"Job '{id}' not found", f"there are: {known}")
+
+
+@click.command("jobs")
+@json_output
+@control
+def jobs_command(as_json: bool, path: str | None) -> int:
+    """List the jobs of the daemon: how far each is, and what there is to know or to do."""
+    with connect(path) as client:
+        entries = client.call("query-block-jobs")
+        member_of = {m["device"]: g["id"] for g in groups(client) for m in g["members"]}
+    if as_json:
+        click.echo(json.dumps(entries, indent=4))
+        return 0
+    if not entries:
+        click.echo("No active jobs")
+    for entry in entries:
+        click.echo("\n".join(in_words(entry, member_of.get(entry["device"]))))
+    return 0
+
+
+def in_words(entry: dict[str, Any], group: str | None = None) -> list[str]:
+    """A job on one line, and its notes below."""
+    share = 100 * entry["offset"] / max(entry["len"], 1)
+    parts = [f"{share:.1f}% of {human(entry['len'])}"]
+    if entry["speed"]:
+        parts.append(f"limit {human(entry['speed'])}/s")
+    if entry["status"] == "running" and entry.get("x-copy-rate"):
+        parts.append(
+            f"copies {human(entry['x-copy-rate'])}/s, "
+            f"the guest writes {human(entry.get('x-dirty-rate', 0))}/s"
+        )
+    if entry.get("copy-mode") == "write-blocking":
+        parts.append("write-blocking")
+    error = f": {entry['error']}" if "error" in entry else ""
+    lines = [f"{entry['device']}  {entry['type']}  {entry['status']}  {', '.join(parts)}{error}"]
+    notes = notes_of(entry)
+    if entry.get("ready"):
+        id = entry["device"]
+        notes.append(
+            f"a member of group {group}: cowferry group complete {group}"
+            if group
+            else f"cowferry job complete {id} moves over; cowferry job cancel --soft {id} does not"
+        )
+    return lines + [f"    {note}" for note in notes]
+
+
+@click.group("job")
+def job_command() -> None:
+    """Pause, resume, slow, complete or cancel a job.
+
+    ID is what the verb that started the job said, and what `cowferry jobs` lists.
+    """
+
+
+def _verb(name: str, command: str, text: str) -> None:
+    @job_command.command(name, help=text)
+    @click.argument("id")
+    @control
+    def run(id: str, path: str | None) -> int:
+        with connect(path) as client:
+            job(client, id)
+            client.call(command, id=id)
+        return 0
+
+
+_verb("pause", "job-pause", "Pause a job at its next chunk.")
+_verb("resume", "job-resume", "Let a paused job go on, with the chunk that failed if one did.")
+_verb("finalize", "job-finalize", "Make a pending job's result true.")
+_verb("dismiss", "job-dismiss", "Forget a concluded job.")
+
+
+@job_command.command("complete")
+@click.argument("id")
+@in_background
+@json_lines
+@control
+def complete_job(id: str, in_background: bool, as_json: bool, path: str | None) -> int:
+    """Let a ready job finish, and wait until it has: a copy or a commit moves its disk over.
+
+    \b
+        cowferry copy vm /fast/vm.raw && cowferry job complete copy-vm
+    """
+    with connect(path) as client:
+        job(client, id)
+        work = JobWork(client, id)
+        work.complete()
+        if in_background:
+            return 0
+        words = Words(f"job {id}", "its disk is where it was", "its disk is intact")
+        return follow(work, words, as_json)
+
+
+@job_command.command("cancel")
+@click.argument("id")
+@click.option("--soft", is_flag=True, help="A ready copy ends as a copy of this moment.")
+@json_lines
+@control
+def cancel_job(id: str, soft: bool, as_json: bool, path: str | None) -> int:
+    """Call a job off, and wait until it has stopped. Its disk stays where it is.
+
+    What a cancelled copy has written is of no use; what a stream has filled is kept. With --soft a
+    job that is ready ends well instead: the target is a consistent copy of this moment. One that
+    is not ready is cancelled all the same.
+
+    \b
+        cowferry job cancel --soft copy-vm
+    """
+    with connect(path) as client:
+        job(client, id)
+        work = JobWork(client, id)
+        work.cancel(force=not soft)
+        cancelled = "it was not ready, so its target is incomplete" if soft else ""
+        words = Words(f"job {id}", cancelled, "its disk is intact")
+        return follow(work, words, as_json, asked_to_stop=True)
+
+
+@job_command.command("mode")
+@click.argument("id")
+@click.argument("mode", type=click.Choice(["background", "write-blocking"]))
+@control
+def job_mode(id: str, mode: str, path: str | None) -> int:
+    """Let a copy run behind the guest's writes, or hold each write until both sides have it.
+
+    A copy that does not converge in the background does so when it blocks.
+
+    \b
+        cowferry job mode copy-vm write-blocking
+    """
+    with connect(path) as client:
+        client.call("block-job-change", id=id, type=job(client, id)["type"], copy_mode=mode)
+    return 0
+
+
+@job_command.command("speed")
+@click.argument("id")
+@click.argument("rate", type=Size())
+@control
+def job_speed(id: str, rate: int, path: str | None) -> int:
+    """Let a job move RATE bytes per second (0: as fast as it can)."""
+    with connect(path) as client:
+        job(client, id)
+        client.call("block-job-set-speed", device=id, speed=rate)
+    return 0

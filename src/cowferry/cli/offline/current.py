@@ -1,0 +1,52 @@
+"""`cowferry current`: where a disk is now that once was in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import click
+
+from cowferry.block import moves
+from cowferry.errors import CowferryError, ImageError
+
+
+@click.command("current")
+@click.option("--json", "as_json", is_flag=True, help="The answer as JSON.")
+@click.argument("filename")
+def current_command(as_json: bool, filename: str) -> int:
+    """Print which image is current for the disk that once was in FILENAME.
+
+    Snapshots, copies and commits move a disk from one image to another, and leave a record of it
+    beside the image that they leave. This follows the records; no daemon need run. It warns of an
+    image that is of no use by itself, because a commit into it was not finished.
+
+    \b
+        cowferry serve vm=$(cowferry current /images/vm.qcow2)
+    """
+    try:
+        found = moves.follow(os.path.abspath(filename))
+        top = moves.half_committed(found.path)
+    except OSError as error:
+        raise CowferryError(str(error.strerror or error)) from error
+    if not os.path.exists(found.path):
+        came = "" if found.generation == 0 else f", where the disk of '{filename}' has moved"
+        raise ImageError(f"Could not open '{found.path}'{came}: No such file or directory")
+    if as_json:
+        out = {
+            "filename": found.path,
+            "format": found.format,
+            "generation": found.generation,
+            "half-committed": top,
+        }
+        click.echo(json.dumps(out, indent=4))
+    else:
+        click.echo(found.path)
+    if top is not None:
+        click.echo(
+            f"cowferry: '{found.path}' is of no use by itself: the commit of '{top}' into it was "
+            "not finished\n"
+            f"  serve '{top}', and commit again",
+            err=True,
+        )
+    return 0

@@ -1,0 +1,408 @@
+"""Waiting for a job, or for a group of them: progress, notes, Ctrl-C, and the exit status.
+
+A verb starts its job and calls `follow` with what is followed (`JobWork` or `GroupWork`) and with
+`Words`, which say what is intact after a cancel or a failure, for only the verb knows. Events say
+how it ends; how far it is comes from looking, a few times a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from typing import Any, Literal, NamedTuple
+
+import click
+
+from cowferry.cli.client import Client, QmpError
+from cowferry.cli.sizes import human
+from cowferry.errors import CowferryError
+
+INTERRUPTED = 130  # exit status, as shells have it
+LOOK = 0.2  # seconds between two looks at the progress
+PAUSED = "paused: "
+LAST = 60.0  # seconds that an interrupted job has to stop
+
+#: What is to happen when a job is ready: move over, end as a copy, or stay so and go home.
+AtReady = Literal["pivot", "finish", "stay"]
+
+
+class Words(NamedTuple):
+    """What a verb says about its job."""
+
+    title: str
+    cancelled: str  # how things stand after a cancel
+    failed: str  # the hint after a failure: what is intact, and what next
+    pivoted: str = ""  # how they stand after a pivot ...
+    finished: str = ""  # ... after a soft cancel of what was ready ...
+    ready: str = ""  # ... and while it is ready: how to go on
+
+
+class State(NamedTuple):
+    """How far it is. `more` are members of its JSON line."""
+
+    offset: int
+    length: int
+    status: str
+    notes: list[str]
+    more: dict[str, Any]
+
+
+class End(NamedTuple):
+    """How it ended: completed, cancelled or failed; `data` is what the event said."""
+
+    outcome: str
+    data: dict[str, Any]
+    error: str = ""
+    members: dict[str, str] | None = None  # of a group: job and outcome
+
+
+class Work:
+    """What is followed."""
+
+    ready_event = ""
+
+    def __init__(self, client: Client, id: str) -> None:
+        self.client = client
+        self.id = id
+
+    def look(self) -> State | None:
+        """How far it is; None: it is over, or nearly."""
+        raise NotImplementedError
+
+    def heard(self, event: dict[str, Any]) -> End | None:
+        """What an event says about the end of it."""
+        raise NotImplementedError
+
+    def is_ready(self, event: dict[str, Any]) -> bool:
+        """Whether an event says that it is ready."""
+        data = event.get("data", {})
+        return event["event"] == self.ready_event and self.id in (
+            data.get("device"), data.get("id")
+        )  # fmt: skip
+
+    def complete(self) -> None:
+        """It is ready: let it finish."""
+        raise NotImplementedError
+
+    def cancel(self, force: bool = True) -> None:
+        """Call it off; softly, what is ready ends as a copy."""
+        raise NotImplementedError
+
+    def name(self) -> dict[str, str]:
+        """Its member in JSON."""
+        raise NotImplementedError
+
+
+class JobWork(Work):
+    """One job."""
+
+    ready_event = "BLOCK_JOB_READY"
+
+    def look(self) -> State | None:
+        for entry in self.client.call("query-block-jobs"):
+            if entry["device"] == self.id:
+                more = {k[2:]: entry[k] for k in ("x-dirty-rate", "x-copy-rate") if k in entry}
+                return State(
+                    entry["offset"], entry["len"], entry["status"], notes_of(entry), more
+                )  # fmt: skip
+        return None
+
+    def heard(self, event: dict[str, Any]) -> End | None:
+        return job_end(event) if event.get("data", {}).get("device") == self.id else None
+
+    def complete(self) -> None:
+        self.client.call("job-complete", id=self.id)
+
+    def cancel(self, force: bool = True) -> None:
+        if force:
+            self.client.call("job-cancel", id=self.id)
+        else:
+            self.client.call("block-job-cancel", device=self.id, force=False)
+
+    def name(self) -> dict[str, str]:
+        return {"job": self.id}
+
+
+class GroupWork(Work):
+    """Jobs on several disks that end together."""
+
+    ready_event = "JOB_GROUP_READY"
+
+    def __init__(self, client: Client, id: str) -> None:
+        super().__init__(client, id)
+        self.ends: dict[str, str] = {}  # job and outcome, of members that have ended
+
+    def look(self) -> State | None:
+        for group in self.client.call("x-query-groups"):
+            if group["id"] == self.id:
+                notes = [f"{m['device']}: {n}" for m in group["members"] for n in notes_of(m)]
+                shown = ("device", "status", "offset", "len", "error")
+                members = [{k: m[k] for k in shown if k in m} for m in group["members"]]
+                return State(
+                    group["offset"], group["len"], group["status"], notes, {"members": members}
+                )  # fmt: skip
+        return None
+
+    def heard(self, event: dict[str, Any]) -> End | None:
+        data = event.get("data", {})
+        end = job_end(event)
+        if end is not None:
+            self.ends[data["device"]] = f"failed: {end.error}" if end.error else end.outcome
+        if event["event"] != "JOB_GROUP_COMPLETED" or data["id"] != self.id:
+            return None
+        members = {m: self.ends.get(m, "ended") for m in data["members"]}
+        outcome = "cancelled" if data.get("cancelled") else "completed"
+        if data.get("error"):
+            outcome = "failed"
+        return End(outcome, {"group": self.id}, data.get("error", ""), members)
+
+    def complete(self) -> None:
+        self.client.call("x-group-complete", id=self.id)
+
+    def cancel(self, force: bool = True) -> None:
+        self.client.call("x-group-cancel", id=self.id, force=force)
+
+    def name(self) -> dict[str, str]:
+        return {"group": self.id}
+
+
+def job_end(event: dict[str, Any]) -> End | None:
+    """The end that an event of a job tells of."""
+    data = event.get("data", {})
+    if event["event"] == "BLOCK_JOB_CANCELLED":
+        return End("cancelled", data)
+    if event["event"] == "BLOCK_JOB_COMPLETED":
+        return End("failed" if "error" in data else "completed", data, data.get("error", ""))
+    return None
+
+
+def notes_of(entry: dict[str, Any]) -> list[str]:
+    """What a person should know of a job that runs."""
+    notes = [entry["x-note"]] if entry.get("x-note") else []
+    if entry.get("paused") and entry.get("io-status", "ok") != "ok":
+        cause = "no space left" if entry["io-status"] == "nospace" else "an I/O error"
+        notes.append(f"{PAUSED}{cause}; then: cowferry job resume {entry['device']}")
+    return notes
+
+
+def in_kind(note: str) -> str:
+    """A note without its numbers, which change from one look to the next."""
+    return re.sub(r"\d+", "", note)
+
+
+def started(work: Work, as_json: bool) -> int:
+    """The answer of --async."""
+    ((kind, id),) = work.name().items()
+    where = "jobs" if kind == "job" else "group list"
+    click.echo(json.dumps(work.name()) if as_json else f"{kind} {id} runs: cowferry {where}")
+    return 0
+
+
+def follow(
+    work: Work,
+    words: Words,
+    as_json: bool,
+    at_ready: AtReady | None = None,
+    *,
+    asked_to_stop: bool = False,
+) -> int:
+    """Show progress until it is over, or ready and to stay so; the exit status.
+
+    `asked_to_stop`: a cancel is what was wanted, and no failure."""
+    show = progress(words.title, as_json)
+    try:
+        try:
+            return _until_over(work, words, show, at_ready, asked_to_stop)
+        except KeyboardInterrupt:
+            with contextlib.suppress(QmpError):  # it has just ended
+                work.cancel()
+            for event in work.client.wait_events(LAST):
+                end = work.heard(event)
+                if end is not None:
+                    return _finish(show, end, words, "", asked_to_stop) and INTERRUPTED
+            raise
+    finally:
+        show.close()
+
+
+def _until_over(
+    work: Work, words: Words, show: Progress, at_ready: AtReady | None, asked_to_stop: bool
+) -> int:
+    after = ""  # what to add to the last words
+    while True:
+        for event in work.client.wait_events(LOOK):
+            end = work.heard(event)
+            if end is not None:
+                return _finish(show, end, words, after, asked_to_stop)
+            if at_ready is not None and work.is_ready(event):
+                _look(work, show)
+                if at_ready == "stay":
+                    show.ready(work, words.ready)
+                    return 0
+                after = words.pivoted if at_ready == "pivot" else words.finished
+                _leave(work, at_ready)
+            elif event["event"] == "BLOCK_JOB_PENDING" and event["data"]["id"] == work.id:
+                show.note(f"pending; then: cowferry job finalize {work.id}")
+                return 0
+        _look(work, show)
+
+
+def _leave(work: Work, how: AtReady) -> None:
+    """It is ready: on to the end. One that has failed meanwhile tells so itself."""
+    try:
+        if how == "pivot":
+            work.complete()
+        else:
+            work.cancel(force=False)
+    except QmpError:
+        state = work.look()
+        if state is not None and state.status in ("ready", "standby"):
+            raise
+
+
+def _look(work: Work, show: Progress) -> None:
+    state = work.look()
+    if state is not None:
+        show.tell(state.notes)
+        show.update(state)
+
+
+def _finish(show: Progress, end: End, words: Words, after: str, asked_to_stop: bool) -> int:
+    """The last words, and the exit status."""
+    last = show.last
+    offset = end.data.get("offset", last.offset if last else 0)
+    length = end.data.get("len", last.length if last else 0)
+    show.update(State(offset, length, "concluded", [], {}))
+    show.close()
+    show.result(end, offset, after)
+    if end.outcome == "cancelled":
+        if asked_to_stop:
+            return 0
+        click.echo(f"{words.title}: cancelled; {words.cancelled}", err=True)
+        return 1
+    if end.error:
+        share = f" at {100 * offset // max(length, 1)}%" if end.members is None else ""
+        raise CowferryError(f"{words.title} failed{share}: {end.error}", words.failed)
+    return 0
+
+
+class Progress:
+    """Where progress goes: nowhere. Notes go to standard error, the result to standard output."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.last: State | None = None
+        self.notes: list[str] = []  # the newest of each kind
+
+    def update(self, state: State) -> None:
+        """So far."""
+        self.last = state
+
+    def tell(self, notes: list[str]) -> None:
+        """The job's notes of now. One that differs in its numbers only is told once; a pause, as
+        often as there is one."""
+        self.notes = [n for n in self.notes if not n.startswith(PAUSED) or n in notes]
+        for note in notes:
+            kind = in_kind(note)
+            known = next((i for i, n in enumerate(self.notes) if kind.startswith(in_kind(n))), None)
+            if known is None:
+                self.notes.append(note)
+                self.note(note)
+            elif in_kind(self.notes[known]) != kind:  # the same, and more
+                self.notes[known] = note
+                self.note(note)
+            else:
+                self.notes[known] = note
+
+    def note(self, text: str) -> None:
+        """Something that a person should know now."""
+        click.echo(f"{self.title}: {text}", err=True)
+
+    def ready(self, work: Work, text: str) -> None:
+        """It is ready, and stays so."""
+        self.close()
+        click.echo(f"{self.title}: ready\n{text}")
+
+    def result(self, end: End, offset: int, after: str) -> None:
+        """How it ended. A cancel or a failure of one job is told by standard error alone."""
+        if end.outcome == "completed":
+            click.echo(f"{self.title}: completed, {human(offset)}{after and '; '}{after}")
+        elif end.members is not None:
+            click.echo(f"{self.title}: {end.outcome}")
+        for member, outcome in (end.members or {}).items():
+            click.echo(f"    {member}: {outcome}")
+
+    def close(self) -> None:
+        """No more."""
+
+
+class JsonLines(Progress):
+    """One JSON object a line."""
+
+    def update(self, state: State) -> None:
+        before = self.last
+        super().update(state)
+        if before is None or state[:4] != before[:4]:
+            line = {"offset": state.offset, "len": state.length, "status": state.status}
+            notes = {"notes": state.notes} if state.notes else {}
+            click.echo(json.dumps({**line, **state.more, **notes}))
+
+    def note(self, text: str) -> None:
+        """In the line of the progress, and in the result's."""
+
+    def ready(self, work: Work, text: str) -> None:
+        state = self.last
+        done = {"offset": state.offset, "len": state.length} if state else {}
+        self._last_line({"result": "ready", **work.name(), **done})
+
+    def result(self, end: End, offset: int, after: str) -> None:
+        members = {"members": end.members} if end.members is not None else {}
+        error = {"error": end.error} if end.error else {}
+        self._last_line({"result": end.outcome, **end.data, **members, **error})
+
+    def _last_line(self, line: dict[str, Any]) -> None:
+        click.echo(json.dumps({**line, **({"notes": self.notes} if self.notes else {})}))
+
+
+class Bar(Progress):
+    """A bar on a terminal."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title)
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as Rich
+
+        self.rich = Rich(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+            TransferSpeedColumn(), TimeRemainingColumn(),
+        )  # fmt: skip
+        self.task = self.rich.add_task(title)
+        self.rich.start()
+
+    def update(self, state: State) -> None:
+        super().update(state)
+        paused = " (paused)" if state.status in ("paused", "standby") else ""
+        self.rich.update(
+            self.task, completed=state.offset, total=state.length, description=self.title + paused
+        )
+
+    def note(self, text: str) -> None:
+        self.rich.console.print(f"{self.title}: {text}", markup=False, highlight=False)
+
+    def close(self) -> None:
+        self.rich.stop()
+
+
+def progress(title: str, as_json: bool) -> Progress:
+    """What suits where the output goes."""
+    if as_json:
+        return JsonLines(title)
+    return Bar(title) if sys.stdout.isatty() else Progress(title)
