@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -31,6 +32,23 @@ def overlay(folder: Path, name: str, backing: str, format: str, size: int, **opt
         str(path), "qcow2", size, {"backing_file": backing, "backing_fmt": format, **options}
     )
     return path
+
+
+def chain_of_disks(folder: Path, names: list[str], size: int) -> bytearray:
+    """Images over each other, base first, each with bytes of its own; what the top reads as."""
+    oracle = make_base(folder, size)
+    assert names[0] == "base.raw"
+    rnd = random.Random(2)
+    for below, name in itertools.pairwise(names):
+        format = "raw" if below.endswith(".raw") else "qcow2"
+        node = opening.open_image(str(overlay(folder, name, below, format, size)))
+        for _ in range(8):
+            data = rnd.randbytes(rnd.choice([512, 30_000, 65_536]))
+            offset = rnd.randrange(size - len(data))
+            node.pwrite(memoryview(data), offset)
+            oracle[offset : offset + len(data)] = data
+        opening.close_chain(node)
+    return oracle
 
 
 def overlay_disk(folder: Path, size: int, **options: str) -> tuple[Disk, bytearray]:

@@ -115,7 +115,10 @@ def test_a_streaming_disk_refuses_a_second_stream_and_a_resize(tmp_path: Path) -
             stream.start(daemon, "vm", job_id="other")
         with pytest.raises(DeviceInUse) as error:
             daemon.resize("vm", 2 * SIZE)
-        assert error.value.desc.endswith("is busy: block device is in use by block job: stream")
+        assert error.value.desc.endswith(
+            f"is busy: block device is in use by block job: stream '{job.id}', "
+            "which excludes a resize"
+        )
         job.cancel()
         assert job.wait(PATIENCE)
         daemon.resize("vm", 2 * SIZE)

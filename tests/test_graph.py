@@ -126,7 +126,7 @@ def test_claims_are_all_or_nothing(graph: Graph, tmp_path: Path) -> None:
     graph.claim([b], why)
     with pytest.raises(DeviceInUse) as error:
         graph.claim([a, b], "resize")
-    assert error.value.desc == f"Node 'b' is busy: {why}"
+    assert error.value.desc == f"Node 'b' is busy: {why}, which excludes resize"
     graph.claim([a], "resize")  # the failed claim left nothing on it
     with pytest.raises(CowferryError, match="Node 'b' is busy"):
         graph.delete_node("b")

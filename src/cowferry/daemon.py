@@ -12,12 +12,13 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from cowferry.block.disk import Disk
 from cowferry.drivers import opening
-from cowferry.errors import CowferryError
+from cowferry.errors import CowferryError, DeviceInUse
 from cowferry.exports import Export
 from cowferry.exports.nbd import NbdExport, NbdServer
 from cowferry.graph import Graph
@@ -26,6 +27,7 @@ from cowferry.jobs.job import Job, Jobs
 log = logging.getLogger(__name__)
 
 FLUSH_EVERY = 5.0  # seconds
+STOPPING = 60.0  # seconds that a cancelled job may take
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -71,9 +73,10 @@ class Daemon:
         # Duty: commands that change the graph see each other whole. Never held while waiting
         # for a job, which may need a command to go on.
         self.commands = threading.RLock()
+        self._letting_go: list[Callable[[], None]] = []
         self.stopped = threading.Event()  # somebody asked the daemon to end
-        # The name of the disk that a job runs on.
-        self.devices: weakref.WeakKeyDictionary[Job, str] = weakref.WeakKeyDictionary()
+        # The disk that a job runs on.
+        self.works_on: weakref.WeakKeyDictionary[Job, Disk] = weakref.WeakKeyDictionary()
         self._closing = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="flush", daemon=True)
         self._ticker.start()
@@ -97,9 +100,31 @@ class Daemon:
         options = opening.image_options(path, format, read_only=read_only)
         return self.graph.open_disk(name, options, copy_on_read)
 
+    def remove_disk(self, device: str, force: bool = False) -> None:
+        """Close a named disk and withdraw its exports.
+
+        Raises `DeviceInUse` while a job works on it, or clients are connected; with `force` they
+        are called off and disconnected first."""
+        if force:
+            self.cancel_on(device)
+        with self.turn():
+            disk = self.graph.disk(device)
+            self.graph.check_free(disk.root, "its removal")
+            mine = [e for e in self.exports.values() if e.disk is disk]
+            clients = sum(e.users for e in mine)
+            if clients and not force:
+                raise DeviceInUse(
+                    f"Device '{device}' is in use by {clients} client(s)",
+                    "disconnect them, or use force",
+                )
+            for export in mine:
+                self.drop_export(export, wait=True)
+            self.graph.remove_disk(device)
+
     def resize(self, device: str, size: int) -> None:
         """Resize a disk. Raises `DeviceInUse` while a job depends on its size."""
         disk = self.graph.disk(device)
+        self.graph.check_free(disk.root, "a resize")
         self.graph.check_top(disk.root)  # its size is part of what the node above says
         if disk.read_only:
             raise CowferryError(f"Cannot resize '{device}': it is read-only")
@@ -165,8 +190,8 @@ class Daemon:
             self.graph.unhold(export.disk, export.writable)
             self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 
-    def drop_export(self, export: Export) -> None:
-        """Withdraw an export, in the background: its clients may take a moment to go."""
+    def drop_export(self, export: Export, wait: bool = False) -> None:
+        """Withdraw an export, in the background unless `wait`: its clients may take a moment."""
         export.shutting_down = True
 
         def drop() -> None:
@@ -176,7 +201,7 @@ class Daemon:
                 export.stop(force=True)
             self._export_gone(export)
 
-        if not export.users:
+        if wait or not export.users:
             drop()
         else:
             threading.Thread(target=drop, name="export stop", daemon=True).start()
@@ -197,7 +222,8 @@ class Daemon:
 
     def device_of(self, job: Job) -> str:
         """The name of the disk that a job runs on."""
-        return self.devices.get(job, job.id)
+        disk = self.works_on.get(job)
+        return disk.name if disk is not None else job.id
 
     def job_on(self, device: str) -> Job | None:
         """The job with that id, or else the one that runs on that disk or node."""
@@ -205,18 +231,24 @@ class Daemon:
         if found is not None:
             return found
         for job in self.jobs.all():
-            disk = getattr(job, "disk", None)
-            if disk is not None and device in (self.device_of(job), disk.root.name):
+            disk = self.works_on.get(job)
+            if disk is not None and device in (disk.name, disk.root.name):
                 return job
         return None
 
     def cancel_on(self, device: str) -> None:
-        """Call off the job on a disk, if there is one, and wait until it is over (`--force`)."""
+        """Call off the job on a disk, if there is one, and wait until it is over (`--force`).
+
+        Not to be called in one's turn. Raises `DeviceInUse` for a job that does not stop."""
         job = self.job_on(device)
         if job is not None:
             with contextlib.suppress(CowferryError):
                 job.cancel(force=True)
-            job.wait()
+            if not job.wait(STOPPING):
+                raise DeviceInUse(
+                    f"job '{job.id}' on '{device}' was cancelled and has not stopped yet",
+                    "some I/O of it hangs; it stops when that returns",
+                )
 
     # Monitors ----------------------------------------------------------------------------
 
@@ -224,12 +256,29 @@ class Daemon:
         """Run a QMP command. Raises `CowferryError`."""
         from cowferry.commands import execute
 
-        if name in UNLOCKED:
-            return execute(self, name, arguments)
-        with self.commands:
+        return execute(self, name, arguments)
+
+    @contextmanager
+    def turn(self, patience: float = -1.0) -> Iterator[None]:
+        """Alone among the commands that change the graph; at most `patience` seconds are spent
+        waiting for that, if it is not negative. Raises `CowferryError` then, and at the end."""
+        if not self.commands.acquire(timeout=patience):
+            raise CowferryError("other commands kept the daemon busy for too long", "try again")
+        try:
             if self._closed:
                 raise CowferryError("the daemon is stopping")
-            return execute(self, name, arguments)
+            yield
+        finally:
+            self.commands.release()
+
+    @contextmanager
+    def at_end(self, let_go: Callable[[], None]) -> Iterator[None]:
+        """If the daemon ends meanwhile, `let_go` is called before the exports are closed."""
+        self._letting_go.append(let_go)
+        try:
+            yield
+        finally:
+            self._letting_go.remove(let_go)
 
     def human(self, line: str) -> str:
         """Run a line of the human monitor; what it prints."""
@@ -265,18 +314,13 @@ class Daemon:
                 return
             self._closed = True
         self._closing.set()
+        for let_go in list(self._letting_go):
+            let_go()
         self.jobs.shutdown()
         self.stop_nbd()
         self._ticker.join()
         self.graph.close()
         self.events.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
-
-
-#: Commands that may wait for a job, or must work while another command does.
-UNLOCKED = frozenset(
-    {"block_stream_cancel", "quit", "query-jobs", "query-block-jobs", "query-block-stream",
-     "human-monitor-command", "query-version", "query-commands", "query-qmp-schema"}
-)  # fmt: skip
 
 
 def socket_address(addr: Mapping[str, Any]) -> tuple[str, dict[str, str]]:

@@ -25,11 +25,14 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}")
 
 
 class Held(NamedTuple):
-    """A node that is not to be changed by anybody else: why, and the job's id if it is a job."""
+    """A node that is not to be changed by anybody else: why, and the job's id if it is a job.
+
+    `served`: exports may be added over it meanwhile, one of them for writing."""
 
     node: Node
     why: str
     holder: str
+    served: bool
 
 
 class Graph:
@@ -144,6 +147,7 @@ class Graph:
         """blockdev-del. Raises `CowferryError` while anybody uses the node."""
         with self.lock:
             node = self.node(name)
+            self.check_free(node, "blockdev-del")
             self.check_top(node)
             for disk in self.disks.values():
                 if disk.root is node:
@@ -152,7 +156,6 @@ class Graph:
                 raise CowferryError(
                     f"Block device {name} is in use", "an export has it: block-export-del"
                 )
-            self.check_free(node)
             if name not in self.explicit:
                 raise CowferryError(f"Node {name} is not owned by the monitor")
             self.explicit.discard(name)
@@ -191,6 +194,20 @@ class Graph:
             root = self._open(options)
             disk = self.disks[name] = Disk(root, name, copy_on_read)
             return disk
+
+    def remove_disk(self, name: str) -> None:
+        """Forget a named disk; its node is closed unless somebody else uses it.
+
+        Raises `DeviceInUse` for one that is held, locked or exported, `DeviceNotFound`."""
+        with self.lock:
+            disk = self.disks.get(name)
+            if disk is None:
+                raise DeviceNotFound(f"Device '{name}' not found", "nodes go by blockdev-del")
+            self.check_free(disk.root, "its removal")
+            if self.users.get(id(disk)):
+                raise DeviceInUse(f"Device '{name}' is exported", "withdraw the export first")
+            del self.disks[name]
+            self._release(disk.root)
 
     def disk(self, device: str) -> Disk:
         """The disk of that name, or the one over the node of that name.
@@ -260,31 +277,37 @@ class Graph:
 
     # Who uses what -----------------------------------------------------------------------
 
-    def claim(self, nodes: list[Node], why: str, holder: str = "") -> None:
-        """Hold nodes for a job (or for a moment); all or none.
+    def claim(
+        self,
+        nodes: list[Node],
+        why: str,
+        holder: str = "",
+        *,
+        wanted: str = "",
+        served: Node | None = None,
+    ) -> None:
+        """Hold nodes for a job (or for a moment); all or none. Only `served` may be exported then.
 
-        Raises `DeviceInUse` naming who has one, or the lock that an administrator set."""
+        Raises `DeviceInUse` naming who has one, and what is `wanted`, or the lock that an
+        administrator set."""
         with self.lock:
             for node in nodes:
-                self.check_free(node)
+                self.check_free(node, wanted or why)
             for node in nodes:
-                self.claims[id(node)] = Held(node, why, holder)
+                self.claims[id(node)] = Held(node, why, holder, node is served)
 
-    def check_free(self, node: Node) -> None:
-        """Raise `DeviceInUse` if the node is held, or is the root of a locked disk."""
+    def check_free(self, node: Node, wanted: str) -> None:
+        """Raise `DeviceInUse` if the node is held, or belongs to a locked disk."""
         with self.lock:
             held = self.claims.get(id(node))
             if held is not None:
-                job = f"job '{held.holder}'" if held.holder else "it"
-                raise DeviceInUse(
-                    f"Node '{node.name}' is busy: {held.why}",
-                    f"wait for {job}, or cancel it",
-                )
+                raise _busy(held, wanted)
             for disk in self.all_disks():
                 reason = self.locks.get(id(disk))
-                if disk.root is node and reason is not None:
+                if reason is not None and any(n is node for n in chain(disk.root)):
                     raise DeviceInUse(
-                        f"Disk '{disk.name}' is locked: {reason}", f"cowferry unlock {disk.name}"
+                        f"Disk '{disk.name}' is locked, which excludes {wanted}: {reason}",
+                        f"cowferry unlock {disk.name}",
                     )
 
     def check_top(self, node: Node) -> None:
@@ -309,12 +332,21 @@ class Graph:
         """Undo `claim`. Nodes that somebody else holds by now are left alone."""
         with self.lock:
             for node in nodes:
-                if self.claims.get(id(node)) == Held(node, why, holder):
+                held = self.claims.get(id(node))
+                if held is not None and (held.why, held.holder) == (why, holder):
                     del self.claims[id(node)]
 
     def hold(self, disk: Disk, writable: bool) -> None:
-        """An export begins to use a disk. Raises `CowferryError` if it must not write there."""
+        """An export begins to use a disk. Raises `CowferryError` if it must not, or not write."""
         with self.lock:
+            held = self.claims.get(id(disk.root))
+            if held is not None:
+                # What a job fills has no gate of ours around it; and no second writer comes in
+                # while one works on the disk.
+                if not held.served:
+                    raise _busy(held, "an export")
+                if writable and any(self.users.get(id(disk), [])):
+                    raise _busy(held, "a second export for writing")
             if writable:
                 for other in self.nodes.values():
                     for role, child in children(other):
@@ -408,6 +440,14 @@ class Graph:
                     first = first or error
             if first is not None:
                 raise first
+
+
+def _busy(held: Held, wanted: str) -> DeviceInUse:
+    job = f" '{held.holder}'" if held.holder else ""
+    return DeviceInUse(
+        f"Node '{held.node.name}' is busy: {held.why}{job}, which excludes {wanted}",
+        f"wait for job{job}, or cancel it" if job else "wait for it",
+    )
 
 
 def children(node: Node) -> list[tuple[str, Node]]:

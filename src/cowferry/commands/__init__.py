@@ -8,6 +8,7 @@ Events are declared the same way, as structs.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import typing
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from cowferry.daemon import Daemon
 
 MODULES = (
-    "monitor", "block", "jobs", "stream", "commit", "mirror", "snapshot", "change", "groups",
-    "descriptors", "exports", "legacy",
+    "monitor", "block", "disks", "jobs", "stream", "commit", "mirror", "snapshot", "change",
+    "groups", "descriptors", "exports", "legacy",
 )  # fmt: skip
 
 
@@ -43,6 +44,7 @@ class Command(NamedTuple):
     args: type[Args]
     returns: Any  # a type, for the schema
     help: str
+    locked: bool  # runs alone among commands that change the graph
 
 
 COMMANDS: dict[str, Command] = {}
@@ -52,8 +54,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 E = TypeVar("E", bound=type[msgspec.Struct])
 
 
-def command(name: str) -> Callable[[F], F]:
-    """Register a function as a QMP command. Its second parameter's annotation gives the types."""
+def command(name: str, locked: bool = True) -> Callable[[F], F]:
+    """Register a function as a QMP command. Its second parameter's annotation gives the types.
+
+    One that is not `locked` must work while another runs, or waits: for a job, for an agent. It
+    takes its turn itself (`Daemon.turn`) for what changes the graph."""
 
     def keep(function: F) -> F:
         hints = typing.get_type_hints(function, localns={"Daemon": Any})
@@ -64,6 +69,7 @@ def command(name: str) -> Callable[[F], F]:
             kinds[0] if kinds else NoArgs,
             hints.get("return"),
             (function.__doc__ or "").strip().split("\n")[0],
+            locked,
         )
         return function
 
@@ -93,7 +99,8 @@ def execute(daemon: Daemon, name: str, arguments: Mapping[str, Any]) -> Any:
     if found is None:
         raise CommandNotFound(f"The command {name} has not been found")
     args = convert(found.args, arguments)
-    result = found.run(daemon, args)
+    with daemon.turn() if found.locked else contextlib.nullcontext():
+        result = found.run(daemon, args)
     return {} if result is None else msgspec.to_builtins(result)
 
 

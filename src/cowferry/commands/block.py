@@ -37,14 +37,18 @@ def blockdev_add(daemon: Daemon, args: dict[str, Any]) -> None:
     daemon.graph.add_node(args)
 
 
-class NodeName(Args):
+class BlockdevDel(Args):
     node_name: str
+    force: bool = False
 
 
-@command("blockdev-del")
-def blockdev_del(daemon: Daemon, args: NodeName) -> None:
-    """Close a node that nobody uses."""
-    daemon.graph.delete_node(args.node_name)
+@command("blockdev-del", locked=False)
+def blockdev_del(daemon: Daemon, args: BlockdevDel) -> None:
+    """Close a node that nobody uses; with force a job on it is cancelled first."""
+    if args.force:
+        daemon.cancel_on(args.node_name)
+    with daemon.turn():
+        daemon.graph.delete_node(args.node_name)
 
 
 class BlockdevCreate(Args):
@@ -111,17 +115,23 @@ class BlockResize(Args):
     size: int
     device: str | None = None
     node_name: str | None = None
+    force: bool = False
 
 
-@command("block_resize")
+@command("block_resize", locked=False)
 def block_resize(daemon: Daemon, args: BlockResize) -> None:
-    """Change a disk's size while it is in use. Guests learn of it as their transport allows."""
+    """Change a disk's size while it is in use. Guests learn of it as their transport allows.
+
+    With force a job on it is cancelled first."""
     name = args.device or args.node_name
     if name is None:
         raise CowferryError("Either 'device' or 'node-name' must be given")
     if args.size < 0:
         raise CowferryError("Parameter 'size' expects a >0 size")
-    daemon.resize(name, args.size)
+    if args.force:
+        daemon.cancel_on(name)
+    with daemon.turn():
+        daemon.resize(name, args.size)
 
 
 def image_info(node: Node, with_backing: bool = True) -> dict[str, Any]:

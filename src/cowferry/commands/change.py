@@ -23,7 +23,7 @@ class ChangeMedium(Args):
     force: bool = False
 
 
-@command("change")
+@command("change", locked=False)
 def change(daemon: Daemon, args: ChangeMedium) -> None:
     """Switch a disk to another image, under a drain (`format` may stand in `arg`, too).
 
@@ -33,17 +33,18 @@ def change(daemon: Daemon, args: ChangeMedium) -> None:
         raise NotSupported("there is no VNC here")
     if args.force:
         daemon.cancel_on(args.device)
-    part = Change(daemon, args.device, args.target, args.format or args.arg, not args.notify)
-    try:
-        finish([part])
-    except BaseException as error:
-        part.abort()
-        if isinstance(error, OSError):
-            raise CowferryError(
-                f"'{args.device}' could not be changed: {error.strerror or error}",
-                "it is as it was",
-            ) from error
-        raise
+    with daemon.turn():
+        part = Change(daemon, args.device, args.target, args.format or args.arg, not args.notify)
+        try:
+            finish([part])
+        except BaseException as error:
+            part.abort()
+            if isinstance(error, OSError):
+                raise CowferryError(
+                    f"'{args.device}' could not be changed: {error.strerror or error}",
+                    "it is as it was",
+                ) from error
+            raise
 
 
 class ChangeBackingFile(Args):

@@ -1,4 +1,4 @@
-"""Groups of jobs, and locks on disks: extensions, so their names begin with x-."""
+"""Groups of jobs: an extension, so the names begin with x-."""
 
 from __future__ import annotations
 
@@ -99,50 +99,6 @@ def group_cancel(daemon: Daemon, args: GroupCancel) -> None:
 def query_groups(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """Every group as one thing, with its members."""
     return [g.query() for g in list(daemon.jobs.groups.values())]
-
-
-class DiskLock(Args):
-    device: str
-    reason: str
-
-
-@command("x-disk-lock")
-def disk_lock(daemon: Daemon, args: DiskLock) -> None:
-    """Let nobody start an operation on a disk, remove it or resize it, until it is unlocked."""
-    graph = daemon.graph
-    disk = graph.disk(args.device)
-    with graph.lock:
-        held = graph.locks.get(id(disk))
-        if held is not None:
-            raise CowferryError(f"Disk '{args.device}' is locked already: {held}")
-        graph.check_free(disk.root)
-        graph.locks[id(disk)] = args.reason
-
-
-class DiskUnlock(Args):
-    device: str
-
-
-@command("x-disk-unlock")
-def disk_unlock(daemon: Daemon, args: DiskUnlock) -> None:
-    """Undo x-disk-lock."""
-    graph = daemon.graph
-    disk = graph.disk(args.device)
-    with graph.lock:
-        if graph.locks.pop(id(disk), None) is None:
-            raise CowferryError(f"Disk '{args.device}' is not locked")
-
-
-@command("x-query-locks")
-def query_locks(daemon: Daemon, args: NoArgs) -> list[dict[str, str]]:
-    """Every locked disk, and why."""
-    graph = daemon.graph
-    with graph.lock:
-        return [
-            {"device": d.name, "reason": graph.locks[id(d)]}
-            for d in graph.all_disks()
-            if id(d) in graph.locks
-        ]
 
 
 @event("JOB_GROUP_READY")

@@ -38,13 +38,13 @@ def block_job(daemon: Daemon, device: str) -> Job:
     return found
 
 
-@command("query-jobs")
+@command("query-jobs", locked=False)
 def query_jobs(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """Every job: id, type, status, progress, error."""
     return [j.query() for j in daemon.jobs.all()]
 
 
-@command("query-block-jobs")
+@command("query-block-jobs", locked=False)
 def query_block_jobs(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """Every job on a disk, in bytes."""
     return [j.query_block() for j in daemon.jobs.all() if j.is_block_job]

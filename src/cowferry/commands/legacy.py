@@ -30,7 +30,7 @@ def block_stream(daemon: Daemon, args: BlockStream2011) -> None:
     stream.start(daemon, args.device, base=args.base)
 
 
-@command("block_stream_cancel")
+@command("block_stream_cancel", locked=False)
 def block_stream_cancel(daemon: Daemon, args: Device) -> None:
     """Stop an active stream; returns once it has stopped. The image keeps its backing file."""
     found = daemon.job_on(args.device)
@@ -47,7 +47,7 @@ def block_stream_cancel(daemon: Daemon, args: Device) -> None:
     found.wait()
 
 
-@command("query-block-stream")
+@command("query-block-stream", locked=False)
 def query_block_stream(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """Every active stream: device, len and offset in bytes."""
     return [

@@ -25,7 +25,7 @@ def qmp_capabilities(daemon: Daemon, args: Capabilities) -> None:
     raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
 
 
-@command("query-version")
+@command("query-version", locked=False)
 def query_version(daemon: Daemon, args: NoArgs) -> dict[str, Any]:
     """The version of QMP that is spoken here, and of cowferry in `package`."""
     return VERSION
@@ -35,13 +35,13 @@ class CommandInfo(msgspec.Struct):
     name: str
 
 
-@command("query-commands")
+@command("query-commands", locked=False)
 def query_commands(daemon: Daemon, args: NoArgs) -> list[CommandInfo]:
     """The names of all commands."""
     return [CommandInfo(name) for name in sorted(COMMANDS)]
 
 
-@command("query-qmp-schema")
+@command("query-qmp-schema", locked=False)
 def query_qmp_schema(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """All commands, events and types, for clients that look before they ask."""
     return daemon.schema()
@@ -91,13 +91,13 @@ class HumanMonitor(Args):
     cpu_index: int | None = None
 
 
-@command("human-monitor-command")
+@command("human-monitor-command", locked=False)
 def human_monitor_command(daemon: Daemon, args: HumanMonitor) -> str:
     """Run a line of the human monitor, and return what it prints."""
     return daemon.human(args.command_line)
 
 
-@command("quit")
+@command("quit", locked=False)
 def quit_daemon(daemon: Daemon, args: NoArgs) -> None:
     """Stop cleanly: jobs are cancelled, everything is flushed."""
     daemon.quit()

@@ -29,25 +29,48 @@ def job_name(daemon: Daemon, device: str, job_id: str | None) -> str:
     return job_id
 
 
-def free(daemon: Daemon, device: str) -> None:
-    """Raise `DeviceInUse` if a job runs on the disk; its name is said."""
+def find(daemon: Daemon, name: str) -> Node:
+    """The node of that name, for an argument that names one. Raises `CowferryError`."""
+    with daemon.graph.lock:
+        found = daemon.graph.nodes.get(name)
+    if found is None:
+        raise CowferryError(f"Cannot find device='{name}' nor node-name='{name}'")
+    return found
+
+
+def root_disk(daemon: Daemon, device: str) -> Disk:
+    """The disk of that name, over which nothing else lies.
+
+    Raises `DeviceNotFound` before anything else: clients probe so. Else `CowferryError`."""
+    disk = daemon.graph.disk(device)
+    over = daemon.graph.stranger(disk.root, [])
+    if over is not None:
+        raise CowferryError("Need a root block node", f"'{device}' lies below '{over.name}'")
+    return disk
+
+
+def free(daemon: Daemon, device: str, wanted: str) -> None:
+    """Raise `DeviceInUse` if a job runs on the disk, naming it and what was `wanted`."""
     running = daemon.job_on(device)
     if running is not None and running.status.value not in ("concluded", "null"):
         raise DeviceInUse(
-            f"Device '{device}' is in use: a {running.type} job is active on it",
+            f"Device '{device}' is in use: job '{running.id}' ({running.type}) is active on it, "
+            f"which excludes {wanted}",
             f"wait for job '{running.id}', or cancel it",
         )
 
 
 class Claim:
-    """Nodes held for a job."""
+    """Nodes held for a job; guests may go on writing through `root`, and through no other."""
 
-    def __init__(self, daemon: Daemon, nodes: list[Node], job_type: str, job_id: str) -> None:
+    def __init__(
+        self, daemon: Daemon, nodes: list[Node], root: Node, job_type: str, job_id: str
+    ) -> None:
         self.daemon = daemon
         self.nodes = nodes
         self.why = f"block device is in use by block job: {job_type}"
         self.holder = job_id
-        daemon.graph.claim(nodes, self.why, job_id)
+        daemon.graph.claim(nodes, self.why, job_id, wanted=job_type, served=root)
 
     def release(self) -> None:
         """Give them back. May be called again."""
@@ -64,10 +87,10 @@ def begin(
     group: Group | None = None,
 ) -> Job:
     """Claim, make, start. Raises `CowferryError`; then nothing has begun."""
-    held = Claim(daemon, nodes, job_type, job_id)
+    held = Claim(daemon, nodes, disk.root, job_type, job_id)
     try:
         job = make(held)
-        daemon.devices[job] = disk.name
+        daemon.works_on[job] = disk
         if group is not None:
             group.add(job)
         return daemon.jobs.start(job, job_id)

@@ -9,7 +9,7 @@ from cowferry.block.node import Node, chain
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.commit import ActiveCommit, Commit, Into
 from cowferry.jobs.job import Job
-from cowferry.operations import Claim, begin, free, job_name
+from cowferry.operations import Claim, begin, free, job_name, root_disk
 
 if TYPE_CHECKING:
     from cowferry.block.disk import Disk
@@ -37,8 +37,8 @@ def start(
 
     An unknown device is `DeviceNotFound` before anything else is looked at: clients probe so."""
     graph = daemon.graph
-    disk = graph.disk(device)
-    free(daemon, device)
+    disk = root_disk(daemon, device)
+    free(daemon, device, "commit")
     job_id = job_name(daemon, device, job_id)
     root = disk.root
     layers = list(chain(root))

@@ -13,7 +13,8 @@ from cowferry.drivers import EXTENSIONS, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.job import POLICIES, Job
 from cowferry.jobs.mirror import MODES, Layer, Mirror
-from cowferry.operations import Claim, begin, check_mode, free, job_name
+from cowferry.jobs.states import Status
+from cowferry.operations import Claim, begin, check_mode, free, job_name, root_disk
 
 if TYPE_CHECKING:
     from cowferry.block.disk import Disk
@@ -22,13 +23,6 @@ if TYPE_CHECKING:
 
 SYNC = ("top", "full", "none", "incremental", "bitmap")
 MIN_GRANULARITY, MAX_GRANULARITY = 512, 64 << 20
-
-
-def _source(daemon: Daemon, device: str) -> Disk:
-    disk = daemon.graph.disk(device)
-    if daemon.graph.stranger(disk.root, []) is not None:
-        raise CowferryError("Need a root block node", f"'{device}' lies below another node")
-    return disk
 
 
 def _check(sync: str, granularity: int | None, more: dict[str, Any]) -> None:
@@ -47,6 +41,32 @@ def _check(sync: str, granularity: int | None, more: dict[str, Any]) -> None:
         raise CowferryError("Parameter 'converge-by' expects a non-negative number of seconds")
 
 
+def _check_replaces(daemon: Daemon, disk: Disk, replaces: str | None) -> None:
+    if replaces is not None and daemon.graph.node(replaces) is not disk.root:
+        raise NotSupported(
+            f"'{replaces}' cannot be replaced", f"only the root can be: '{disk.root.name}'"
+        )
+
+
+def _check_backing(target: Node, backing: Node | None) -> None:
+    """Raise unless the target can show what lies below it, now and when it is opened again."""
+    if backing is None or target.backing is not None:
+        return
+    if target.driver in ("raw", "file"):
+        raise NotSupported(
+            f"'{target.filename}' is a {target.driver} image, which has no backing file: what is "
+            "not copied would read as zeroes",
+            "use sync=full, or a qcow2 target",
+        )
+    if target.backing_spec is not None:
+        path = opening.backing_path(target.filename, target.backing_spec[0])
+        if not _is_file(backing, path):
+            raise CowferryError(
+                f"'{target.filename}' names another backing file: '{path}'",
+                f"make it over '{backing.filename}', which is not copied",
+            )
+
+
 def into_node(
     daemon: Daemon,
     device: str,
@@ -61,26 +81,29 @@ def into_node(
 ) -> Job:
     """blockdev-mirror. Raises `CowferryError`."""
     graph = daemon.graph
-    disk = _source(daemon, device)
+    disk = root_disk(daemon, device)
     node = graph.disk(target).root
-    if any(n is node for n in chain(disk.root)) or any(n is disk.root for n in chain(node)):
+    if node is disk.root:
         raise CowferryError("Can't mirror node into itself")
     if _same_image(disk.root, node):
         raise CowferryError("Can't mirror node into itself", "both are over one file")
     _check(sync, granularity, more)
-    if replaces is not None and replaces != disk.root.name:
-        raise NotSupported(f"'replaces' can only name the root, '{disk.root.name}'")
-    if node.read_only:
-        raise CowferryError(f"Block node is read-only: '{target}'", "open the target for writing")
+    _check_replaces(daemon, disk, replaces)
     users = graph.stranger(node, [])
     if users is not None:
-        raise DeviceInUse(f"Node '{node.name}' is busy: it is used by '{users.name}'")
+        raise DeviceInUse(
+            f"Node '{node.name}' is busy: node is used as backing hd of '{users.name}'",
+            "mirror into a node that nobody else uses",
+        )
+    if node.read_only:
+        raise CowferryError(f"Block node is read-only: '{target}'", "open the target for writing")
     if graph.exported(node) or any(d.root is node for d in graph.disks.values()):
         raise DeviceInUse(
             f"Node '{node.name}' is in use: it is a disk of its own, or exported",
             "mirror into a node that nobody else uses",
         )
     backing = {"full": None, "top": disk.root.backing, "none": disk.root}[sync]
+    _check_backing(node, backing)
     base = disk.root.backing if sync == "top" else None
     return _start(
         daemon, device, disk, node, job_id=job_id, base=base, everything=sync != "none",
@@ -96,12 +119,13 @@ def _start(
     *,
     job_id: str | None,
     layers: tuple[Layer, ...] = (),
-    abandoned: Callable[[], None] | None = None,
+    abandoned: Callable[[bool], None] | None = None,
     group: Group | None = None,
     **more: Any,
 ) -> Job:
+    """`abandoned` hears that the disk stays where it is, and whether the copy is no good."""
     graph = daemon.graph
-    free(daemon, device)
+    free(daemon, device, "mirror")
     job_id = job_name(daemon, device, job_id)
     old = disk.root
     nodes = [old, target, *(x.target for x in layers)]
@@ -112,7 +136,7 @@ def _start(
         def released() -> None:
             held.release()
             if disk.root is not target and abandoned is not None:
-                abandoned()
+                abandoned(job.status is Status.ABORTING)
 
         def detached() -> None:
             for layer in layers:
@@ -126,7 +150,7 @@ def _start(
             with contextlib.suppress(NotSupported):
                 old.reopen(True)  # source and target are never both writable (M5)
 
-        return Mirror(
+        job = Mirror(
             disk,
             target,
             layers=layers,
@@ -136,6 +160,7 @@ def _start(
             released=released,
             **more,
         )
+        return job
 
     return begin(daemon, disk, job_id, "mirror", nodes, make, group)
 
@@ -155,14 +180,15 @@ def into_file(
     group: Group | None = None,
     **more: Any,
 ) -> Job:
-    """drive-mirror: into a file that is made here, or exists. Raises `CowferryError`."""
+    """drive-mirror: into a file that is made here, or exists. Raises `CowferryError`.
+
+    What was made here goes again if the copy fails or is called off."""
     graph = daemon.graph
-    disk = _source(daemon, device)
+    disk = root_disk(daemon, device)
     _check(sync, granularity, more)
     check_mode("mode", mode, ("absolute-paths", "existing"))
-    if replaces is not None and replaces != disk.root.name:
-        raise NotSupported(f"'replaces' can only name the root, '{disk.root.name}'")
-    free(daemon, device)
+    _check_replaces(daemon, disk, replaces)
+    free(daemon, device, "mirror")
     root = disk.root
     if any(_is_file(n, target) for n in chain(root)):
         raise CowferryError("Can't mirror node into itself", f"'{target}' is in its chain")
@@ -177,11 +203,18 @@ def into_file(
         _create(target, format, disk.size, root, backing, made)
     node = _opened(daemon, target, format, backing, made, disk.size, node_name)
     base = root.backing if sync == "top" else None
+
+    def abandoned(failed: bool) -> None:
+        graph.let_go(node)
+        if failed:
+            _unmake(made)
+
     try:
+        _check_backing(node, backing)
         return _start(
             daemon, device, disk, node, job_id=job_id, base=base, everything=sync != "none",
             backing=backing, granularity=granularity, group=group,
-            abandoned=lambda: graph.let_go(node), **more,
+            abandoned=abandoned, **more,
         )  # fmt: skip
     except BaseException:
         graph.let_go(node)
@@ -205,11 +238,12 @@ def copy(
 
     `keep` names images below the disk that become images of their own beside `target`, under
     their own names; what lies between them is collapsed into the next one above. "*" keeps all.
-    `shallow` makes `target` an overlay on the disk's present backing file instead."""
+    `shallow` makes `target` an overlay on the disk's present backing file instead. What was made
+    here goes again if the copy fails or is called off."""
     graph = daemon.graph
-    disk = _source(daemon, device)
+    disk = root_disk(daemon, device)
     _check("full", more.get("granularity"), more)
-    free(daemon, device)
+    free(daemon, device, "mirror")
     root = disk.root
     below = list(chain(root))[1:]
     if shallow and keep:
@@ -249,9 +283,11 @@ def copy(
         node = _opened(daemon, target, format, under, made, disk.size)
         nodes.append(node)
 
-        def abandoned() -> None:
+        def abandoned(failed: bool) -> None:
             for n in reversed(nodes):
                 graph.let_go(n)
+            if failed:
+                _unmake(made)
 
         return _start(
             daemon, device, disk, node, job_id=job_id,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cowferry.block.node import Node, State, chain, read
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, NotSupported
+from cowferry.operations import find, root_disk
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -21,6 +22,7 @@ def reopen(daemon: Daemon, options: list[dict[str, Any]]) -> None:
     graph = daemon.graph
     plans = [_plan(daemon, given) for given in options]
     nodes = [node for node, _ in plans]
+    replaced = [c for node in nodes for c in (node.backing, node.file) if c is not None]
     why = "blockdev-reopen"
     graph.claim(nodes, why)
     undo: list[Callable[[], None]] = []
@@ -44,6 +46,8 @@ def reopen(daemon: Daemon, options: list[dict[str, Any]]) -> None:
         ) from error
     finally:
         graph.release(nodes, why)
+    for child in replaced:
+        graph.detached(child, None)  # closed, with what is below it, unless somebody uses it
 
 
 def _plan(
@@ -80,11 +84,11 @@ def _backing(
     if wanted is not None and not isinstance(wanted, str):
         raise NotSupported("'backing' can only be replaced by a node-name or null")
     old = node.backing
-    new = daemon.graph.node(wanted) if wanted is not None else None
+    new = find(daemon, wanted) if wanted is not None else None
     if new is old:
         return []
     if new is not None and any(n is node for n in chain(new)):
-        raise CowferryError(f"Making '{wanted}' a backing child of '{node.name}' would make a loop")
+        raise CowferryError(f"Making '{wanted}' a backing child of '{node.name}' would create a cycle")
     if node.driver in ("raw", "file", "nbd"):
         raise CowferryError(f"'{node.driver}' nodes have no backing")
 
@@ -106,7 +110,7 @@ def _file(
     old = node.file
     if wanted == old.name:
         return []
-    new = daemon.graph.node(wanted)
+    new = find(daemon, wanted)
     if node.driver != "raw" or getattr(node, "start", False) or new.size < node.size:
         raise NotSupported(
             f"'{node.name}': only a raw node's file can be replaced, by one as large",
@@ -125,12 +129,12 @@ def change_backing_file(
 ) -> None:
     """The header only. Unless `unsafe`, the name has to lead to the bytes that are there now."""
     graph = daemon.graph
-    disk = graph.disk(device)
-    node = graph.node(image)
-    if not any(n is node for n in chain(disk.root)):
-        raise CowferryError(f"'{image}' is not in the chain of '{device}'")
+    disk = root_disk(daemon, device)
+    node = find(daemon, image)
     if node.backing is None:
         raise CowferryError("not allowing backing file change on an image without a backing file")
+    if not any(n is node for n in chain(disk.root)):
+        raise CowferryError(f"'{device}' and image file are not in the same chain", f"'{image}'")
     format = node.backing.driver
     why = "change-backing-file"
     graph.claim([node], why)

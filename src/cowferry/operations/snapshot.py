@@ -10,16 +10,18 @@ before the switch (S1), and so is the record that says which image is current (S
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from cowferry.block import sysio
 from cowferry.block.disk import Disk
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
-from cowferry.drivers import opening
+from cowferry.drivers import driver, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
-from cowferry.operations import free
+from cowferry.operations import find, free
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -45,7 +47,7 @@ class Snapshot:
 
     def with_node(self, name: str) -> Snapshot:
         """An overlay that was opened with `"backing": null`. Raises `CowferryError`."""
-        overlay = self.graph.node(name)
+        overlay = find(self.daemon, name)
         if overlay.driver in ("raw", "file", "nbd"):
             raise CowferryError("The overlay does not support backing images")
         if overlay.backing is not None:
@@ -70,7 +72,8 @@ class Snapshot:
         node_name: str | None = None,
     ) -> Snapshot:
         """An overlay made here, or one that exists already. Raises `CowferryError`."""
-        free(self.daemon, self.device)
+        free(self.daemon, self.device, "snapshot")
+        driver(format)  # there is such a format
         if format != "qcow2":
             raise NotSupported(f"Format '{format}' does not support backing files", "use qcow2")
         if mode not in ("absolute-paths", "existing"):
@@ -117,7 +120,7 @@ class Snapshot:
                     "what it holds would hide the disk's own bytes; make a new one",
                 )
             nodes = [self.old, overlay]
-            self.graph.claim(nodes, self.why)
+            self.graph.claim(nodes, self.why, served=self.old)
             self.claimed = nodes
         except BaseException:
             self.abort()
@@ -165,6 +168,8 @@ class Snapshot:
     def abort(self) -> None:
         """Nothing has been switched: everything is as it was."""
         self.graph.release(self.claimed, self.why)
+        if self.disk.root is self.overlay:
+            return  # interrupted after the switch: that stands, or the guest's writes were lost
         if self.reopened:
             with self.disk.exclusive():
                 self.old.reopen(False)
@@ -193,7 +198,7 @@ class Change:
         self.was_read_only = self.old.read_only
         self.why = "change"
         self.claimed: list[Node] = []
-        self.graph.claim([self.old], self.why)
+        self.graph.claim([self.old], self.why, served=self.old)
         self.claimed = [self.old]
         try:
             if self.graph.stranger(self.old, []) is not None:
@@ -263,6 +268,19 @@ class Change:
                 self.old.reopen(self.was_read_only)
         self.graph.release(self.claimed, self.why)
         self.graph.let_go(self.new)
+
+
+def beside(image: str) -> str:
+    """A name for an overlay next to an image: vm.qcow2, vm.snap1.qcow2, vm.snap2.qcow2.
+
+    Raises `CowferryError` where no file can be put."""
+    if not os.path.isfile(image) or image.startswith(("/dev/", "/proc/")):
+        raise CowferryError(f"'{image}' is no plain file to put a snapshot beside", "name one")
+    stem = os.path.splitext(os.path.abspath(image))[0]
+    counted = re.fullmatch(r"(.+)\.snap([0-9]{1,9})", stem)
+    name, last = (counted[1], int(counted[2])) if counted else (stem, 0)
+    numbers = itertools.count(last + 1)
+    return next(p for n in numbers if not os.path.lexists(p := f"{name}.snap{n}.qcow2"))
 
 
 def _same(a: str, b: str) -> bool:

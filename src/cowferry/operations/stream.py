@@ -34,10 +34,12 @@ def start(
     graph = daemon.graph
     disk = graph.disk(device)
     top = disk.root
-    free(daemon, device)
+    free(daemon, device, "stream")
     job_id = job_name(daemon, device, job_id)
-    if sum(x is not None for x in (base, base_node, bottom)) > 1:
-        raise CowferryError("'base', 'base-node' and 'bottom' cannot be specified together")
+    given = {"base": base, "base-node": base_node, "bottom": bottom}
+    lowest = [f"'{name}'" for name, value in given.items() if value is not None]
+    if len(lowest) > 1:
+        raise CowferryError(f"{' and '.join(lowest)} cannot be specified at the same time")
     if backing_file is not None and base is None and base_node is None and bottom is None:
         raise CowferryError("backing file specified, but streaming the entire chain")
     if top.driver in ("raw", "file"):
