@@ -1,0 +1,232 @@
+"""Copies of a disk that is in use, side by side: mirror to raw and to qcow2, commit of both kinds.
+
+Each is run on a plain file system and on one that shares extents, once with nobody there and once
+under a guest: fio, which writes 4 KiB at random places at a fixed rate, so that both daemons have
+the same load to carry. It is given many requests at once, or a stall would be seen by a few of
+them only and the others never be sent. What counts is what it sees between the start of the job
+and its end: the requests served per second, and the 99th percentile of their latencies over the
+requests of all rounds together.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from bench_common import (
+    GIB,
+    OURS,
+    QSD,
+    Daemon,
+    Line,
+    median,
+    random_file,
+    reflink_folder,
+    run,
+    warm,
+)
+
+RATE = 2000  # requests per second that the guest asks for
+DEPTH = 64
+SETTLE = 1.0  # seconds that the guest runs before the job
+HOLE = 8 << 20  # bytes, in every
+STRIDE = 64 << 20  # bytes, of the source
+DATA = GIB * (STRIDE - HOLE) // STRIDE
+
+
+class Measured(NamedTuple):
+    """One job: seconds, seconds of processor time of the daemon, what its guest saw."""
+
+    took: float
+    cpu: float
+    iops: float
+    waits: list[float]  # seconds, of each request
+
+
+class Case(NamedTuple):
+    """A job to run on both daemons, over the files that `Files` has made."""
+
+    name: str
+    nodes: tuple[str, ...]  # --blockdev options; {f} is the folder
+    disk: str  # the node that the guest is on
+    command: str
+    arguments: dict[str, str]
+    fresh: str  # the file to be made anew each time
+    make: tuple[str, ...]  # the arguments of qemu-img create
+    same: tuple[str, str, str, str] | None = None  # format, file, format, file: equal afterwards
+
+
+SOURCE = "driver=raw,node-name=d,file.driver=file,file.filename={f}/source.raw"
+CHAIN = (
+    "driver=raw,node-name=b,read-only=on,file.driver=file,file.filename={f}/base.raw",
+    "driver=qcow2,node-name=m,backing=b,file.driver=file,file.filename={f}/middle.qcow2",
+)
+CASES = (
+    Case(
+        "mirror raw to raw",
+        (SOURCE, "driver=raw,node-name=t,file.driver=file,file.filename={f}/target.raw"),
+        "d", "blockdev-mirror", {"device": "d", "target": "t", "sync": "full"},
+        "target.raw", ("-f", "raw", "{f}/target.raw", "1G"),
+        ("raw", "source.raw", "raw", "target.raw"),
+    ),
+    Case(
+        "mirror raw to qcow2",
+        (SOURCE, "driver=qcow2,node-name=t,file.driver=file,file.filename={f}/target.qcow2"),
+        "d", "blockdev-mirror", {"device": "d", "target": "t", "sync": "full"},
+        "target.qcow2", ("-f", "qcow2", "{f}/target.qcow2", "1G"),
+        ("raw", "source.raw", "qcow2", "target.qcow2"),
+    ),
+    Case(
+        "commit of a layer",
+        (CHAIN[0], CHAIN[1].replace("backing=b", "backing=b,read-only=on"),
+         "driver=qcow2,node-name=t,backing=m,file.driver=file,file.filename={f}/top.qcow2"),
+        "t", "block-commit", {"device": "t", "top-node": "m", "base-node": "b"},
+        "top.qcow2",
+        ("-f", "qcow2", "-b", "{f}/middle.qcow2", "-F", "qcow2", "{f}/top.qcow2", "1G"),
+        ("qcow2", "middle.qcow2", "raw", "base.raw"),
+    ),
+    Case(
+        "commit of the active layer", CHAIN,
+        "m", "block-commit", {"device": "m", "base-node": "b"},
+        "", (),
+        ("qcow2", "middle.qcow2", "raw", "base.raw"),
+    ),
+)  # fmt: skip
+
+
+class Guest:
+    """fio on an export, from `__enter__` on; afterwards, what it saw in a span of time."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self.log = folder / "guest"
+        self.child = subprocess.Popen(
+            [
+                "fio", "--name=guest", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite",
+                "--bs=4k", f"--iodepth={DEPTH}", f"--rate_iops={RATE}", "--size=1g",
+                "--time_based", "--runtime=600", f"--write_lat_log={self.log}",
+                "--log_unix_epoch=1",
+            ],
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def __enter__(self) -> Guest:
+        time.sleep(SETTLE)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.send_signal(signal.SIGINT)
+        self.child.wait(30)
+
+    def seen(self, begin: float, end: float) -> tuple[float, list[float]]:
+        """(requests answered per second, latencies in seconds) from `begin` to `end`."""
+        answered, waits = 0, []
+        for line in Path(f"{self.log}_lat.1.log").read_text().splitlines():
+            at, took = (int(field) for field in line.split(",")[:2])
+            answered += begin <= at / 1e3 < end
+            if at / 1e3 - took / 1e9 < end and at / 1e3 >= begin:
+                waits.append(took / 1e9)
+        return answered / (end - begin), waits
+
+
+def p99(waits: list[float]) -> float:
+    return sorted(waits)[math.ceil(len(waits) * 0.99) - 1]
+
+
+def make_files(folder: Path) -> None:
+    """A raw disk with holes; and a base, all data, under a layer that is like that disk."""
+    source = folder / "source.raw"
+    random_file(source, GIB)
+    fd = os.open(source, os.O_RDWR)
+    for at in range(STRIDE - HOLE, GIB, STRIDE):
+        run("fallocate", "-p", "-o", str(at), "-l", str(HOLE), str(source))
+    os.fsync(fd)
+    os.close(fd)
+    random_file(folder / "base.raw", GIB)
+    middle = folder / "middle.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(source), str(middle))
+    run(
+        "qemu-img", "rebase", "-u", "-f", "qcow2", "-b", str(folder / "base.raw"), "-F", "raw",
+        str(middle),
+    )  # fmt: skip
+
+
+def once(name: str, folder: Path, case: Case, loaded: bool) -> Measured:
+    """Run one job to its end."""
+    if case.fresh:
+        (folder / case.fresh).unlink(missing_ok=True)
+        run("qemu-img", "create", "-q", *(a.format(f=folder) for a in case.make))
+    for record in (*folder.glob("*.moved"), *folder.glob("*.committing")):
+        record.unlink()  # the files are used again as if nothing had happened
+    os.sync()
+    warm(3 * GIB)
+    options = [o for n in case.nodes for o in ("--blockdev", n.format(f=folder))]
+    with ExitStack() as stack:
+        daemon = stack.enter_context(
+            Daemon(
+                name, folder, *options,
+                "--nbd-server", f"addr.type=unix,addr.path={folder / 'nbd.sock'}",
+                "--export", f"type=nbd,id=e,node-name={case.disk},name=d,writable=on",
+            )
+        )  # fmt: skip
+        guest = None
+        if loaded:
+            guest = stack.enter_context(Guest(f"nbd+unix:///d?socket={daemon.socket}", folder))
+        before, begin = daemon.cpu(), time.time()
+        took = daemon.job(case.command, **case.arguments)
+        cpu = daemon.cpu() - before
+    if guest is None:
+        return Measured(took, cpu, 0.0, [])
+    return Measured(took, cpu, *guest.seen(begin, begin + took))
+
+
+def check_same(folder: Path, case: Case) -> None:
+    """A fast copy that is wrong is none."""
+    if case.same is not None:
+        f, a, g, b = case.same
+        run("qemu-img", "compare", "-f", f, "-F", g, str(folder / a), str(folder / b))
+
+
+def bench_copies(folder: Path, rounds: int) -> Iterator[Line]:
+    """Mirror and commit of 1 GiB with some holes: idle and under a guest, plain and reflink."""
+    with ExitStack() as stack:
+        shared = stack.enter_context(reflink_folder(stack))
+        for place, kind, aim in ((folder, "plain", 1.3), (shared, "reflink", 20.0)):
+            if place is None:
+                continue
+            make_files(place)
+            for case in CASES:
+                for loaded in (False, True):
+                    found: dict[str, list[Measured]] = {OURS: [], QSD: []}
+                    for number in range(rounds):
+                        for name in found:
+                            found[name].append(once(name, place, case, loaded))
+                            if not number and not loaded:
+                                check_same(place, case)
+                    what = f"{case.name}, {kind}{', guest' if loaded else ''}"
+                    yield from lines(what, found[OURS], found[QSD], aim)
+                if case.fresh:
+                    (place / case.fresh).unlink()
+            for path in place.iterdir():
+                if path.is_file():
+                    path.unlink()
+
+
+def lines(what: str, ours: list[Measured], theirs: list[Measured], aim: float) -> Iterator[Line]:
+    a, b = (median([m.took for m in side]) for side in (ours, theirs))
+    gib = DATA / GIB
+    yield Line(what, "GiB/s", gib / a, gib / b, b / a, aim)
+    a, b = (median([m.cpu for m in side]) / gib for side in (ours, theirs))
+    yield Line(f"{what}: processor", "s/GiB", a, b, b / max(a, 0.01), 0)
+    if not ours[0].waits:
+        return
+    a, b = (median([m.iops for m in side]) for side in (ours, theirs))
+    yield Line(f"{what}: the guest's rate", "IOPS", a, b, a / b, 0)
+    a, b = (p99([w for m in side for w in m.waits]) * 1e3 for side in (ours, theirs))
+    yield Line(f"{what}: the guest's p99", "ms", a, b, b / a, 1.0)
