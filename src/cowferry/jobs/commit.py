@@ -45,11 +45,13 @@ class Into:
         self.was_read_only = base.read_only
 
     def begin(self) -> None:
-        """The base is writable, marked, and large enough, durably. Raises `OSError`."""
-        for node in (*self.between, self.base):
-            moves.committing(node.filename, self.top.filename)
+        """The base is writable, marked, and large enough, durably. Raises `OSError`.
+
+        A base that somebody else has open is no good target, and not marked."""
         if self.base.read_only:
             self.base.reopen(False)
+        for node in (*self.between, self.base):
+            moves.committing(node.filename, self.top.filename)
         if self.base.size < self.size:
             self.base.resize(self.size)
             self.base.flush()
@@ -197,8 +199,7 @@ class ActiveCommit(Mirror):
             self.into.was_read_only = False  # it is the disk now
 
     def parted(self) -> None:
-        if self.pivot:
-            self.into.end()
+        self.into.end()  # without a pivot, too: the base is then a copy of that moment
         super().parted()
 
     def clean(self) -> None:
