@@ -1,4 +1,4 @@
-"""snapshot, change, backing, add, remove, lock: what changes a disk at one moment, without a job."""
+"""snapshot, change, backing, add, remove, lock: what changes a disk at one moment, with no job."""
 
 from __future__ import annotations
 
