@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cowferry.cli.client import Client
 from cowferry.errors import CowferryError
@@ -105,7 +105,7 @@ class Daemon:
                 return int(line.split()[1]) / 1024
         raise LookupError("VmRSS")
 
-    def job(self, command: str, **arguments: object) -> float:
+    def job(self, command: str, **arguments: Any) -> float:
         """Run a block job to its end (a ready one is completed); the seconds it took."""
         begin = time.monotonic()
         self.qmp.call(command, job_id="j", **arguments)
