@@ -29,8 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitor": BELOW_GRAPH | {"graph", "commands"},
     "daemon": BELOW_GRAPH | {"graph", "commands", "monitor"},
     "cli": BELOW_GRAPH | {"graph", "commands", "monitor", "daemon", ""},
-    # The library itself, `import cowferry`: the facade over the layers.
-    "": BELOW_GRAPH | {"graph", "operations", "commands", "monitor", "daemon"},
+    # What `import cowferry` offers: a facade over the layers.
+    "library": BELOW_GRAPH | {"graph", "daemon"},
+    "": {"errors", "library"},
     "__main__": {"cli"},
 }
 # Typed commands name the daemon that they act on, and a front end its events: for the type checker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 
 import cowferry
 from chains import contents, make_base
-from cowferry.block.node import State
+from cowferry.block.disk import Disk
+from cowferry.block.node import State, chain
 from cowferry.drivers.nbd_client import NbdClient
+from cowferry.errors import CowferryError
 
 SIZE = 4 << 20
 
@@ -86,3 +89,95 @@ def test_importing_it_imports_almost_nothing() -> None:
     text = "import sys, cowferry; print(*[m for m in sys.modules if m.startswith('cowferry')])"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"cowferry", "cowferry.errors"}
+
+
+def drawn(disk: Disk) -> str:
+    """The chain as the 2011 discussion draws it."""
+    return " <- ".join(os.path.basename(n.filename) for n in reversed(list(chain(disk.root))))
+
+
+def test_a_chain_changes_under_a_client(tmp_path: Path) -> None:
+    """Snapshot, both commits, a copy and a move, with a guest's writes between all of them."""
+    oracle = images(tmp_path)
+    with (
+        cowferry.open(str(tmp_path / "vm.qcow2")) as disk,
+        cowferry.serve(vm=disk) as server,
+        NbdClient(server.uri("vm")) as client,
+    ):
+
+        def write(mark: bytes) -> None:
+            at = (mark[0] * 7919) % (SIZE - 9000)
+            client.pwrite(mark * 9000, at)
+            oracle[at : at + 9000] = mark * 9000
+
+        write(b"a")
+        assert cowferry.snapshot(disk, str(tmp_path / "sx.qcow2")) == [str(tmp_path / "sx.qcow2")]
+        write(b"b")
+        assert drawn(disk) == "base.raw <- sn1.qcow2 <- vm.qcow2 <- sx.qcow2"
+        cowferry.commit(disk, top="vm.qcow2", base="sn1.qcow2")
+        write(b"c")
+        assert drawn(disk) == "base.raw <- sn1.qcow2 <- sx.qcow2"
+        cowferry.commit(disk)
+        write(b"d")
+        assert drawn(disk) == "base.raw"
+        then = bytes(oracle)
+        cowferry.copy(disk, str(tmp_path / "copy.qcow2"))
+        write(b"e")
+        assert drawn(disk) == "base.raw"
+        cowferry.copy(disk, str(tmp_path / "new.qcow2"), pivot=True)
+        write(b"f")
+        assert drawn(disk) == "new.qcow2"
+        assert client.pread(SIZE, 0) == oracle
+    with cowferry.open(str(tmp_path / "copy.qcow2"), read_only=True) as disk:
+        assert contents(disk) == then
+    with cowferry.open(str(tmp_path / "vm.qcow2"), read_only=True) as disk:
+        assert drawn(disk) == "new.qcow2", "the first name leads to where the disk is now"
+        assert contents(disk) == oracle
+
+
+def test_two_disks_as_one(tmp_path: Path) -> None:
+    for n in "ab":
+        cowferry.create(str(tmp_path / f"{n}.qcow2"), SIZE)
+    with (
+        cowferry.open(str(tmp_path / "a.qcow2")) as a,
+        cowferry.open(str(tmp_path / "b.qcow2")) as b,
+    ):
+        a.pwrite(memoryview(b"a" * 512), 0)
+        b.pwrite(memoryview(b"b" * 512), 0)
+        done = cowferry.snapshot({a: str(tmp_path / "a1.qcow2"), b: str(tmp_path / "b1.qcow2")})
+        assert [os.path.basename(x) for x in done] == ["a1.qcow2", "b1.qcow2"]
+        with pytest.raises(CowferryError, match="in the chain"):  # none of them, if one cannot be
+            cowferry.snapshot({a: str(tmp_path / "a2.qcow2"), b: str(tmp_path / "b1.qcow2")})
+        assert not (tmp_path / "a2.qcow2").exists()
+        seen: list[tuple[int, int]] = []
+        cowferry.group("stream", [a, b], progress=lambda *x: seen.append(x))
+        assert drawn(a) == "a1.qcow2" and drawn(b) == "b1.qcow2"
+        cowferry.group("copy", {a: str(tmp_path / "ca.raw"), b: str(tmp_path / "cb.raw")})
+        assert drawn(a) == "ca.raw" and drawn(b) == "cb.raw"
+        with pytest.raises(CowferryError, match="exists"):
+            cowferry.group("copy", {a: str(tmp_path / "da.raw"), b: str(tmp_path / "cb.raw")})
+        assert drawn(a) == "ca.raw"
+
+
+def test_the_backing_name_is_changed_only_to_the_same_bytes(tmp_path: Path) -> None:
+    images(tmp_path)
+    (tmp_path / "moved.raw").write_bytes((tmp_path / "base.raw").read_bytes())
+    (tmp_path / "other.raw").write_bytes(bytes(SIZE))
+    with cowferry.open(str(tmp_path / "vm.qcow2")) as disk:
+        with pytest.raises(CowferryError, match="differs"):
+            cowferry.change_backing_file(disk, "sn1.qcow2", "other.raw")
+        cowferry.change_backing_file(disk, "sn1.qcow2", "moved.raw")
+    (tmp_path / "base.raw").unlink()
+    with cowferry.open(str(tmp_path / "vm.qcow2")) as disk:
+        assert drawn(disk) == "moved.raw <- sn1.qcow2 <- vm.qcow2"
+
+
+def test_a_disk_that_is_closed_is_refused_in_one_line(tmp_path: Path) -> None:
+    images(tmp_path)
+    with cowferry.open(str(tmp_path / "vm.qcow2")) as disk:
+        with pytest.raises(CowferryError, match="not in this backing file chain"):
+            cowferry.commit(disk, base="nowhere.raw")
+        with pytest.raises(CowferryError, match="mirror node into itself"):
+            cowferry.copy(disk, str(tmp_path / "vm.qcow2"))
+    with pytest.raises(CowferryError, match="has been closed"):
+        cowferry.commit(disk)

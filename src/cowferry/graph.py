@@ -162,18 +162,26 @@ class Graph:
             self._release(node)
 
     def _release(self, node: Node | None) -> None:
-        """Close a node that lost a user, and whatever only it used."""
+        """Close a node that lost a user, and whatever only it used.
+
+        The first error is raised after all were tried."""
+        first: Exception | None = None
         while node is not None:
             if node.name in self.explicit or self._used(node):
-                return
+                break
             below = node.backing
             self.nodes.pop(node.name, None)
             self.bare.pop(node.name, None)
             for key, child in children(node):
                 if key != "backing" and child.name not in self.explicit:
                     self.nodes.pop(child.name, None)
-            node.close()
+            try:
+                node.close()
+            except (OSError, CowferryError) as error:
+                first = first or error
             node = below
+        if first is not None:
+            raise first
 
     def _used(self, node: Node) -> bool:
         if any(d.root is node for d in self.disks.values()) or id(node) in self.claims:

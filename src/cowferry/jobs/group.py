@@ -92,7 +92,8 @@ class Group:
             self.completing = True
             jobs = list(self.live)
         for job in jobs:
-            job.complete()
+            if job not in self.arrived:  # those that have are on their way already
+                job.complete()
 
     def cancel(self, force: bool = True) -> None:
         """Call every member off."""
@@ -147,7 +148,10 @@ class Group:
         """A member has done its work; returns once all have. Raises `Cancelled`."""
         with self.changed:
             self.arrived.add(job)
+            self.readied.add(job)  # a stream has no other moment at which it is ready
             self.changed.notify_all()
+        self._check_ready()
+        with self.changed:
             while self.gathering or not self.live <= self.arrived:
                 if job.cancelling:
                     raise Cancelled

@@ -1,0 +1,371 @@
+"""What `import cowferry` offers: disks of this process, and every operation on them.
+
+The disks that a program has open live in one daemon without sockets, made when the first is opened
+and gone with the last, so that an operation over several of them is one operation, and whatever a
+monitor refuses is refused here in the same words. An operation runs as a job and blocks until it
+is over; guests of `serve` may write meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from cowferry.errors import CowferryError
+
+if TYPE_CHECKING:
+    from cowferry.block.disk import Disk
+    from cowferry.daemon import Daemon
+    from cowferry.exports.nbd import NbdServer
+    from cowferry.jobs.group import Group
+    from cowferry.jobs.job import Job
+
+Watcher = Callable[[int, int], None]  # called with (bytes done, bytes in all) from time to time
+
+TICK = 0.1  # seconds between calls of a watcher
+
+_lock = threading.Lock()  # guards the two below
+_house: Daemon | None = None
+_open: dict[int, str] = {}  # id of each open disk -> its name
+_numbers = itertools.count(1)
+
+
+# Disks ------------------------------------------------------------------------------------
+
+
+def create(path: str, size: int, format: str = "qcow2", **options: Any) -> None:
+    """Make a new image of `size` bytes. `options` are qemu-img's `-o` names.
+
+    Raises `CowferryError`."""
+    from cowferry.drivers import opening
+
+    opening.create_image(path, format, size, options)
+
+
+@contextmanager
+def open(
+    path: str, format: str | None = None, *, read_only: bool = False, copy_on_read: bool = False
+) -> Iterator[Disk]:
+    """The disk in the image at `path`, with its backing chain; flushed and closed at the end.
+
+    A disk that has moved to another image since (a snapshot, a copy) is opened there. Raises
+    `CowferryError` if the image, or one below it, cannot be opened, `OSError` if the last flush
+    fails."""
+    from cowferry.daemon import Daemon
+
+    global _house
+    with _lock:
+        if _house is None:
+            _house = Daemon()
+        daemon = _house
+        stem = os.path.basename(path).rsplit(".", 1)[0] or "disk"
+        taken = set(_open.values())
+        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        try:
+            disk = daemon.open_disk(
+                next(n for n in names if n not in taken),
+                path,
+                format,
+                copy_on_read=copy_on_read,
+                read_only=read_only,
+            )
+        except BaseException:
+            _leave()
+            raise
+        _open[id(disk)] = disk.name
+    try:
+        yield disk
+    finally:
+        try:
+            daemon.remove_disk(disk.name, force=True)
+        finally:
+            with _lock:
+                del _open[id(disk)]
+                _leave()
+
+
+def _leave() -> None:
+    """The last one closes the house. Caller holds `_lock`."""
+    global _house
+    if not _open and _house is not None:
+        daemon, _house = _house, None
+        daemon.close()
+
+
+@contextmanager
+def serve(*, socket: str | None = None, **disks: Disk) -> Iterator[NbdServer]:
+    """Serve disks by name over NBD on a unix socket (a temporary one by default).
+
+    `server.uri(name)` says where. Raises `CowferryError`."""
+    from cowferry.exports.nbd import NbdExport, NbdServer
+
+    with tempfile.TemporaryDirectory(prefix="cowferry-") as folder:
+        server = NbdServer()
+        try:
+            server.listen_unix(socket or os.path.join(folder, "nbd.sock"))
+            for name, disk in disks.items():
+                server.add(NbdExport(name, disk))
+            yield server
+        finally:
+            server.stop()
+
+
+# Operations -------------------------------------------------------------------------------
+
+
+def stream(
+    disk: Disk,
+    base: str | None = None,
+    *,
+    speed: int = 0,
+    progress: Watcher | None = None,
+) -> None:
+    """Fill the disk from its backing chain, down to `base` (a file in it) or all of it.
+
+    `speed` is bytes per second (0: no limit). Afterwards what was taken over is closed. Raises
+    `CowferryError`, with the disk as valid as before."""
+    _run(disk, "block-stream", progress, base=base, speed=speed)
+
+
+def snapshot(
+    disks: Mapping[Disk, str] | Disk,
+    file: str | None = None,
+    *,
+    quiesce: Sequence[str] = (),
+    timeout: float = 10,
+) -> list[str]:
+    """Put a new overlay on top of one disk (in `file`) or of several (disk -> file), at one moment.
+
+    `quiesce` names sockets of guest agents: the guests' file systems are frozen meanwhile, for
+    `timeout` seconds at most. Returns the overlays' files. Raises `CowferryError`; then every disk
+    is as it was."""
+    chosen = dict(disks) if isinstance(disks, Mapping) else {disks: file}
+    wanted = [
+        {"device": _name(d), **({"snapshot-file": os.path.abspath(f)} if f is not None else {})}
+        for d, f in chosen.items()
+    ]
+    arguments: dict[str, Any] = {"disks": wanted}
+    if quiesce:
+        arguments |= {"quiesce": list(quiesce), "quiesce-timeout": timeout}
+    done = _daemon().execute("x-disk-snapshot", arguments)
+    return [entry["snapshot-file"] for entry in done["disks"]]
+
+
+def commit(
+    disk: Disk,
+    *,
+    top: str | None = None,
+    base: str | None = None,
+    backing_file: str | None = None,
+    pivot: bool = True,
+    speed: int = 0,
+    progress: Watcher | None = None,
+) -> None:
+    """Put what the layers from `top` (the active one) down hold into `base` (the lowest).
+
+    After a commit of the active layer the base is the disk; without `pivot` it is a copy of that
+    moment, and the disk stays where it is. Raises `CowferryError`, with the disk as valid as
+    before."""
+    _run(
+        disk, "block-commit", progress, pivot,
+        top=top, base=base, backing_file=backing_file, speed=speed,
+    )  # fmt: skip
+
+
+def copy(
+    disk: Disk,
+    target: str,
+    *,
+    format: str | None = None,
+    shallow: bool = False,
+    keep: Sequence[str] = (),
+    pivot: bool = False,
+    copy_mode: str = "background",
+    granularity: int = 0,
+    speed: int = 0,
+    converge_by: float = 0,
+    progress: Watcher | None = None,
+) -> None:
+    """Copy the disk to a new image while its guests write; `pivot` moves the disk over to it.
+
+    Without `pivot` the copy is the disk of the moment at which this returns. `keep` names layers
+    that become images of their own beside `target` ("*": all), `shallow` makes it an overlay on
+    the present backing file. Raises `CowferryError`, with the disk untouched."""
+    _run(
+        disk, "x-disk-copy", progress, pivot,
+        target=os.path.abspath(target), format=format, shallow=shallow, keep=list(keep) or None,
+        copy_mode=copy_mode, granularity=granularity, speed=speed, converge_by=converge_by,
+    )  # fmt: skip
+
+
+def group(
+    operation: str,
+    disks: Mapping[Disk, str | None] | Sequence[Disk],
+    *,
+    policy: str = "all",
+    pivot: bool = True,
+    speed: int = 0,
+    progress: Watcher | None = None,
+) -> None:
+    """Stream, commit or copy several disks as one: they end together, at one point in time.
+
+    `disks` says of each disk its target (copy) or base (stream, commit; None: the whole chain).
+    With `policy` "all" one failure calls the others off, with "each" it does not. Raises
+    `CowferryError` that says which failed."""
+    daemon = _daemon()
+    pairs = dict(disks) if isinstance(disks, Mapping) else dict.fromkeys(disks)
+    role = "target" if operation == "copy" else "base"
+    members = []
+    for disk, value in pairs.items():
+        if value is not None and role == "target":
+            value = os.path.abspath(value)
+        members.append({"device": _name(disk), **({role: value} if value is not None else {})})
+    name = f"library-{next(_numbers)}"
+    over = threading.Event()
+    outcome: dict[str, Any] = {}
+
+    def hear(event: str, data: dict[str, Any]) -> None:
+        if event == "JOB_GROUP_COMPLETED" and data["id"] == name:
+            outcome.update(data)
+            over.set()
+
+    daemon.events.listen(hear)
+    try:
+        daemon.execute(
+            "x-group-start",
+            {"id": name, "type": operation, "members": members, "policy": policy, "speed": speed},
+        )
+        found = daemon.jobs.groups.get(name)
+        try:
+            _attend(found, over, pivot, progress)
+        except BaseException:
+            if found is not None:
+                found.cancel()
+                over.wait()
+            raise
+    finally:
+        daemon.events.forget(hear)
+    if outcome.get("error") or outcome.get("cancelled"):
+        raise CowferryError(
+            f"{operation} of {len(members)} disks failed: {outcome.get('error', 'cancelled')}",
+            "the disks that did not finish are as they were",
+        )
+
+
+def _attend(
+    group: Group | None, over: threading.Event, pivot: bool, progress: Watcher | None
+) -> None:
+    """Until the group is over; a ready one is told how to end."""
+    told = False
+    while not over.wait(TICK):
+        if group is None:
+            continue
+        state = group.query()
+        if progress is not None:
+            progress(state["offset"], state["len"])
+        if state["status"] == "ready" and not told:
+            told = True
+            with suppress(CowferryError):  # its members end by themselves (streams)
+                if pivot:
+                    group.complete()
+                else:
+                    group.cancel(force=False)
+
+
+def change_backing_file(disk: Disk, image: str, backing_file: str, *, unsafe: bool = False) -> None:
+    """Record another name for the backing file of `image`, a file in the disk's chain.
+
+    It has to lead to the same bytes, which is looked at unless `unsafe`. Raises
+    `CowferryError`."""
+    from cowferry.block.node import chain
+
+    daemon = _daemon()
+    named = [n for n in chain(disk.root) if daemon.graph.means(n, image)]
+    node = named[0] if named else daemon.graph.find_base(disk, image)
+    daemon.execute(
+        "change-backing-file",
+        {
+            "device": _name(disk), "image-node-name": node.name,
+            "backing-file": backing_file, "unsafe": unsafe,
+        },
+    )  # fmt: skip
+
+
+def change(disk: Disk, target: str, format: str | None = None, *, notify: bool = False) -> None:
+    """Switch the disk to another image, under a drain; it holds the same bytes unless `notify`.
+
+    Raises `CowferryError`, with the disk where it was."""
+    arguments: dict[str, Any] = {
+        "device": _name(disk), "target": os.path.abspath(target), "notify": notify,
+    }  # fmt: skip
+    if format is not None:
+        arguments["format"] = format
+    _daemon().execute("change", arguments)
+
+
+# Jobs -------------------------------------------------------------------------------------
+
+
+def _daemon() -> Daemon:
+    if _house is None:
+        raise CowferryError("no disk is open", "open one: with cowferry.open(...) as disk")
+    return _house
+
+
+def _name(disk: Disk) -> str:
+    name = _open.get(id(disk))
+    if name is None:
+        raise CowferryError(
+            f"disk '{disk.name}' is not one of cowferry.open, or has been closed",
+            "operations work on the disks that cowferry.open gives",
+        )
+    return name
+
+
+def _run(
+    disk: Disk, command: str, progress: Watcher | None, pivot: bool = True, **arguments: Any
+) -> None:
+    """Start a job and see it through to its end. An interrupted caller calls it off."""
+    name = _name(disk)
+    daemon = _daemon()
+    job_id = f"library-{next(_numbers)}"
+    given = {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
+    daemon.execute(command, {"device": name, "job-id": job_id, "auto-dismiss": False, **given})
+    job = daemon.jobs.get(job_id)
+    assert job is not None
+    try:
+        _see_through(job, pivot, progress)
+    except BaseException:
+        with suppress(CowferryError):
+            job.cancel()
+        job.wait()
+        raise
+    finally:
+        job.dismiss()
+    if job.error is not None:
+        raise CowferryError(
+            f"{job.type} of '{name}' failed: {job.error}",
+            "the disk is intact, and where it was",
+        )
+    if progress is not None:
+        progress(job.length, job.length)
+
+
+def _see_through(job: Job, pivot: bool, progress: Watcher | None) -> None:
+    from cowferry.jobs.states import Status
+
+    told = False
+    while not job.wait(TICK):
+        if progress is not None:
+            progress(job.offset, job.length)
+        if job.status is Status.READY and not told:
+            told = True
+            if pivot:
+                job.complete()
+            else:
+                job.cancel(force=False)
