@@ -16,6 +16,7 @@ from chains import contents, differs, make_base, overlay_disk
 from cowferry.block import sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
+from cowferry.block.lease import WRITABLE
 from cowferry.block.node import Extent, State
 from cowferry.drivers import opening
 from cowferry.jobs.stream import Fill
@@ -174,6 +175,25 @@ def test_leaving_exclusive_drops_the_leases_of_the_range(tmp_path: Path) -> None
     assert disk._leased(0, GRANULE, 0) is not None
     assert disk._leased(2 * GRANULE, SIZE, 0) is not None
     opening.close_chain(disk.root)
+
+
+def test_a_granule_written_in_part_in_a_sparse_file_is_leased_again_after_a_drain(
+    tmp_path: Path,
+) -> None:
+    """Its bytes lie in one place, whatever the file system has of them."""
+    path = tmp_path / "d.raw"
+    opening.create_image(str(path), "raw", SIZE, {})
+    disk = Disk(opening.open_image(str(path), "raw"))
+    disk.pwrite(memoryview(b"x" * 4096), GRANULE + 8192)
+    with disk.exclusive():
+        pass
+    disk.leases.fill(disk.root, 0, SIZE)
+    assert len({e.state for e in disk.root.extents(GRANULE, GRANULE)}) == 2, "a granule in parts"
+    assert disk._leased(0, SIZE, WRITABLE) is not None
+    oracle = bytearray(SIZE)
+    oracle[GRANULE + 8192 : GRANULE + 12288] = b"x" * 4096
+    assert contents(disk) == oracle
+    disk.root.close()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 from array import array
+from collections.abc import Iterator
 
 from cowferry.block.node import Extent, Node, State, resolve
 
@@ -87,11 +88,12 @@ class Leases:
     def _keep(self, key: int, runs: list[Extent]) -> None:
         table = array("q", EMPTY)
         granule = 1 << self.shift
+        whole = sum(r.length for r in runs)
         at = 0  # bytes from the start of the array
-        for e in runs:
+        for e in _joined(runs):
             first = -(-at // granule)
             stop = (at + e.length) // granule  # whole granules only
-            if at + e.length == sum(r.length for r in runs):
+            if at + e.length == whole:
                 stop = -(-(at + e.length) // granule)  # the disk's last, short granule is whole
             if first < stop and not e.compressed:
                 if e.state is State.ZERO and not e.writable:
@@ -118,3 +120,25 @@ class Leases:
             entry |= WRITABLE
         step = (granule >> 9) << 24
         table[first:stop] = array("q", range(entry, entry + step * (stop - first), step))
+
+
+def _joined(runs: list[Extent]) -> Iterator[Extent]:
+    """Runs that lie together in one file and may be written there as one, its holes included.
+
+    Or a granule that a guest has written in part, in a sparse file, would never get a lease."""
+    before: Extent | None = None
+    for e in runs:
+        if (
+            before is not None
+            and e.writable
+            and before.writable
+            and e.fd == before.fd >= 0
+            and e.host == before.host + before.length
+        ):
+            before = before._replace(length=before.length + e.length, state=State.DATA)
+        else:
+            if before is not None:
+                yield before
+            before = e
+    if before is not None:
+        yield before
