@@ -27,14 +27,17 @@ mapping must not change under a reader of the chain, so each chunk is copied exc
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.copy import Copier, Kind, spans
 from cowferry.block.disk import Disk
+from cowferry.block.gate import Gate
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain, read
 from cowferry.block.throttle import Throttle
@@ -116,6 +119,8 @@ class Mirror(Job):
         self._rates = Rates()
         self._tap_error: OSError | None = None
         self._attached = False
+        self._lent = False  # the target has its backing node from us
+        self._target_gate = Gate()  # the target's granules may be larger than the disk's
 
     # The work ------------------------------------------------------------------------------
 
@@ -164,6 +169,7 @@ class Mirror(Job):
         if self._backing is not None and self.target.backing is None:
             # From the start: a target that copies on write must find the right bytes below.
             self.target.backing = self._backing
+            self._lent = True
         with self.disk.exclusive():
             self.disk.bitmaps[f"#{self.id or 'mirror'}"] = self.dirty
             self._attached = True
@@ -254,13 +260,27 @@ class Mirror(Job):
         """Inside the gate. Aligned to the target's granules where it can be."""
         moved = 0
         try:
-            for span in spans(self.source, offset, length, self.granularity, self._shines()):
-                self.copier.place(self.source, self.target, span)
-                if span.kind is Kind.COPY:
-                    moved += span.length
+            with self._alone(offset, length):
+                for span in spans(self.source, offset, length, self.granularity, self._shines()):
+                    self.copier.place(self.source, self.target, span)
+                    if span.kind is Kind.COPY:
+                        moved += span.length
         except OSError as error:
             raise self._blame(error, offset, length) from error
         return moved
+
+    @contextmanager
+    def _alone(self, offset: int, length: int) -> Iterator[None]:
+        """The target's granules of the range are this thread's alone, inside the disk's own gate.
+
+        A guest's write and a chunk may be apart on the disk and in one granule of the target."""
+        granule = self.target.granule
+        start, stop = offset // granule * granule, -(-(offset + length) // granule) * granule
+        claim = self._target_gate.claim(start, stop)
+        try:
+            yield
+        finally:
+            self._target_gate.release(claim)
 
     def _shines(self) -> Node | None:
         """The node whose bytes the target shows by itself, where it has none of its own.
@@ -359,11 +379,12 @@ class Mirror(Job):
             self.dirty.set(offset, length)
             return
         try:
-            if data is not None:
-                self.target.pwrite(data, offset)
-            else:
-                for span in spans(self.source, offset, length, 1, self._shines()):
-                    self.copier.place(self.source, self.target, span)
+            with self._alone(offset, length):
+                if data is not None:
+                    self.target.pwrite(data, offset)
+                else:
+                    for span in spans(self.source, offset, length, 1, self._shines()):
+                        Copier().place(self.source, self.target, span)
         except OSError as error:
             self.dirty.set(offset, length)
             if self._tap_error is None:
@@ -493,13 +514,22 @@ class Mirror(Job):
 
     def settle(self) -> None:
         self._copy_all()
+        below = self._backing
+        if self._lent and self._lasts and below is not None and self.target.backing_spec is None:
+            self.target.set_backing(os.path.abspath(below.filename), below.driver)
         self._flush_target()
+
+    @property
+    def _lasts(self) -> bool:
+        """The target is something by itself: not what was written over a disk that goes on."""
+        return self.pivot or self._backing is not self.source
 
     def moves(self) -> list[Move]:
         return self._moving() if self.pivot else []
 
     def switch(self) -> None:
         self._detach()
+        self._lent = self._lent and not self._lasts
         if self.pivot:
             self.disk.root = self.target
             if self._switched is not None:
@@ -513,6 +543,8 @@ class Mirror(Job):
         if self._attached:
             with self.disk.exclusive():
                 self._detach()
+        if self._lent:
+            self.target.backing = None
         if self._released is not None:
             self._released()
 
