@@ -1,15 +1,20 @@
 """The write log: what a run changed on disk, and every state that a crash could have left of it.
 
-`Log` is put in front of `sysio` and records writes, flushes, truncates and renames of all files in
-one folder, in order, with marks of the test's own in between ("write 7 was answered"). `states`
-then says what could be found after a power cut at each moment:
+`Log` is put in front of `sysio` and records what happens to the files of some folders, in order:
+writes, flushes and truncates of files; names made, renamed and removed in folders, and flushes of
+folders; and marks of the test's own in between ("write 7 was answered"). `states` then says what
+could be found after a power cut at each moment:
 
 * each prefix of the log, as a kernel that writes everything at once would leave it;
 * of what was written to a file since its last flush, any subset: all of them if there are at most
-  `EXHAUSTIVE`, else samples; each file by itself, so files are permuted against each other;
-* the last write of a subset torn at a sector.
+  `EXHAUSTIVE` changes, else samples; each file by itself, so files are permuted against each other;
+* the last write of a subset torn at a sector;
+* all of one file and nothing of another;
+* of the names that changed in a folder since its last flush, any subset, too. A name points to a
+  file, so a durable name may lead to a file whose bytes are not, and durable bytes may have no name.
 
-What a flush has covered is always there, and what comes after the cut never is.
+What a flush has covered is always there, and what comes after the cut never is. A rename is one
+change: the old or the new name is there, never both and never neither.
 """
 
 from __future__ import annotations
@@ -24,27 +29,42 @@ from cowferry.block import sysio
 
 SECTOR = 512
 EXHAUSTIVE = 5
+AROUND = 2  # entries on each side of a change of names that are always looked at
+NAMES = ("create", "rename", "unlink")
 
 
 class Entry(NamedTuple):
-    """One thing that happened: kind is write, truncate, flush or mark."""
+    """One thing that happened to `of`, a file's number or a folder's path.
+
+    The kind is write, truncate, create, rename, unlink, flush or mark."""
 
     kind: str
-    path: str = ""
+    of: str = ""
     offset: int = 0
     data: bytes = b""
+    file: str = ""  # what a new name points to
+    name: str = ""  # the path made or removed
+    target: str = ""  # of a rename
     mark: Any = None
 
 
 class Log:
-    """Records what happens to the files of a folder; a context manager."""
+    """Records what happens to the files of folders; a context manager."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, *folders: Path) -> None:
+        self.folders = [os.path.realpath(f) for f in folders]
         self.entries: list[Entry] = []
-        self.start: dict[str, bytes] = {
-            str(p): p.read_bytes() for p in folder.iterdir() if p.is_file()
-        }
+        self.names: dict[str, str] = {}  # as they are now
+        self.start: dict[str, str] = {}  # as they were when the log began
+        self.bytes: dict[str, bytes] = {}  # of each file, when the log began
+        self._files: dict[tuple[int, int], str] = {}  # by device and inode
+        self._count = 0
+        for folder in self.folders:
+            for path in sorted(Path(folder).iterdir()):
+                if path.is_file():
+                    file = self._new(str(path))
+                    self.start[str(path)] = file
+                    self.bytes[file] = path.read_bytes()
 
     def __enter__(self) -> Log:
         assert sysio.recorder is None
@@ -58,35 +78,92 @@ class Log:
         """Something that the test has to know about each state."""
         self.entries.append(Entry("mark", mark=mark))
 
-    def _path(self, fd: int) -> str:
-        return os.readlink(f"/proc/self/fd/{fd}")
+    def _new(self, path: str) -> str:
+        self._count += 1
+        st = os.stat(path)
+        file = self._files[st.st_dev, st.st_ino] = self.names[path] = f"#{self._count}"
+        return file
+
+    def _file(self, fd: int) -> str | None:
+        """The file that a descriptor is of; None if it lies elsewhere, or has no name any more."""
+        st = os.fstat(fd)
+        found = self._files.get((st.st_dev, st.st_ino))
+        if found is None:
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            assert os.path.dirname(path) not in self.folders or path.endswith(" (deleted)"), (
+                f"'{path}' was not made by sysio.create"
+            )
+        return found
+
+    def _ours(self, path: str) -> str | None:
+        """The path as we know it, if it lies in one of the folders."""
+        path = os.path.abspath(path)
+        folder = os.path.realpath(os.path.dirname(path))
+        return os.path.join(folder, os.path.basename(path)) if folder in self.folders else None
+
+    def _forget(self, path: str) -> str | None:
+        """A name goes: its inode may be another file's soon."""
+        file = self.names.pop(path, None)
+        for key in [k for k, f in self._files.items() if f == file]:
+            del self._files[key]
+        return file
 
     # sysio.Recorder
+    def created(self, path: str) -> None:
+        name = self._ours(path)
+        if name is not None and name not in self.names:
+            file = self._new(name)
+            self.entries.append(Entry("create", os.path.dirname(name), file=file, name=name))
+
     def wrote(self, fd: int, offset: int, data: bytes) -> None:
+        file = self._file(fd)
+        if file is None:
+            return
         # A device writes whole sectors, with what the page cache has of the rest of them.
         start = offset // SECTOR * SECTOR
         length = -(-(offset + len(data)) // SECTOR) * SECTOR - start
-        whole = os.pread(fd, length, start)
-        self.entries.append(Entry("write", self._path(fd), start, whole))
+        reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)  # ours may be for writing only
+        try:
+            whole = os.pread(reader, length, start)
+        finally:
+            os.close(reader)
+        self.entries.append(Entry("write", file, start, whole))
 
     def flushed(self, fd: int) -> None:
-        self.entries.append(Entry("flush", self._path(fd)))
+        file = self._file(fd)
+        if file is not None:
+            self.entries.append(Entry("flush", file))
 
     def truncated(self, fd: int, size: int) -> None:
-        self.entries.append(Entry("truncate", self._path(fd), size))
+        file = self._file(fd)
+        if file is not None:
+            self.entries.append(Entry("truncate", file, size))
 
     def renamed(self, source: str, target: str) -> None:
-        raise AssertionError("nothing renames images yet; teach the log when something does")
+        name, new = self._ours(source), self._ours(target)
+        assert (name is None) == (new is None), "a file came from another folder"
+        if name is None or new is None:
+            return
+        folder = os.path.dirname(name)
+        assert folder == os.path.dirname(new)
+        self._forget(new)
+        file = self.names[new] = self.names.pop(name)
+        self.entries.append(Entry("rename", folder, file=file, name=name, target=new))
 
     def unlinked(self, path: str) -> None:
-        raise AssertionError("nothing unlinks images")
+        name = self._ours(path)
+        if name is not None:
+            self._forget(name)
+            self.entries.append(Entry("unlink", os.path.dirname(name), name=name))
 
     def directory_flushed(self, path: str) -> None:
-        """New names: the files of these tests exist from the start."""
+        folder = os.path.realpath(path)
+        if folder in self.folders:
+            self.entries.append(Entry("flush", folder))
 
 
 class State(NamedTuple):
-    """What a crash left: the bytes of each file, and the marks that had been passed."""
+    """What a crash left: the bytes of each file by its path, and the marks that had been passed."""
 
     files: dict[str, bytearray]
     marks: list[Any]
@@ -107,38 +184,81 @@ def apply(data: bytearray, e: Entry) -> None:
     data[e.offset : end] = e.data
 
 
-def states(log: Log, seed: int, samples: int, every: int = 1) -> Iterator[State]:
-    """Crash states, in the log's order. `every`: only at each so many-th entry."""
+def name(names: dict[str, str], e: Entry) -> None:
+    """One change on the names of a folder."""
+    if e.kind == "create":
+        names[e.name] = e.file
+    else:
+        names.pop(e.name, None)
+        if e.kind == "rename":
+            names[e.target] = e.file
+
+
+class Disks:
+    """What is durable, and what happened since: of every file and folder."""
+
+    def __init__(self, log: Log) -> None:
+        self.bytes = {file: bytearray(data) for file, data in log.bytes.items()}
+        self.names = dict(log.start)
+        self.pending: dict[str, list[Entry]] = {}
+
+    def happen(self, e: Entry) -> None:
+        """The next entry of the log."""
+        if e.kind == "flush":
+            for change in self.pending.pop(e.of, []):
+                if change.kind in NAMES:
+                    name(self.names, change)
+                else:
+                    apply(self.bytes[e.of], change)
+        elif e.kind != "mark":
+            self.pending.setdefault(e.of, []).append(e)
+            if e.kind == "create":
+                self.bytes[e.file] = bytearray()
+
+    def files(self, chosen: dict[str, list[Entry]]) -> dict[str, bytearray]:
+        """What is found if of all that is pending just `chosen` arrived."""
+        names = dict(self.names)
+        for changes in chosen.values():
+            for change in changes:
+                if change.kind in NAMES:
+                    name(names, change)
+        found = {}
+        for path, file in names.items():
+            data = bytearray(self.bytes[file])
+            for change in chosen.get(file, []):
+                apply(data, change)
+            found[path] = data
+        return found
+
+
+def states(
+    log: Log, seed: int, samples: int, every: int = 1, *, since: int = 0
+) -> Iterator[State]:
+    """Crash states, in the log's order, from entry `since` on.
+
+    `every`: at each so many-th entry, and at all around a change of names or the like."""
     rnd = random.Random(seed)
-    durable = {p: bytearray(b) for p, b in log.start.items()}
-    pending: dict[str, list[Entry]] = {p: [] for p in durable}
+    disks = Disks(log)
     marks: list[Any] = []
+    wanted = _wanted(log.entries, every)
     for number, e in enumerate(log.entries):
         if e.kind == "mark":
             marks.append(e.mark)
-        elif e.kind == "flush":
-            for change in pending.get(e.path, []):
-                apply(durable[e.path], change)
-            pending[e.path] = []
-        elif e.path in durable:
-            pending[e.path].append(e)
-        if number % every:
+        disks.happen(e)
+        if number < since or number not in wanted:
             continue
-        yield _state(durable, pending, marks, f"all of the first {number + 1}")
-        for picked in _subsets(pending, rnd, samples):
-            yield _state(durable, picked, marks, f"a subset at {number + 1}")
+        everything = f"all of the first {number + 1}"
+        yield State(disks.files(disks.pending), list(marks), everything)
+        for picked in _subsets(disks.pending, rnd, samples):
+            yield State(disks.files(picked), list(marks), f"a subset at {number + 1}")
 
 
-def _state(
-    durable: dict[str, bytearray], chosen: dict[str, list[Entry]], marks: list[Any], what: str
-) -> State:
-    files = {}
-    for path, data in durable.items():
-        copy = bytearray(data)
-        for change in chosen.get(path, []):
-            apply(copy, change)
-        files[path] = copy
-    return State(files, list(marks), what)
+def _wanted(entries: list[Entry], every: int) -> set[int]:
+    wanted = set(range(0, len(entries), every))
+    for number, e in enumerate(entries):
+        if e.kind in NAMES or (e.kind == "flush" and not e.of.startswith("#")):
+            wanted.update(range(number - AROUND, number + AROUND + 1))
+    return wanted
 
 
 def _subsets(
@@ -151,14 +271,17 @@ def _subsets(
         for bits in range((1 << total) - 1):
             picked: dict[str, list[Entry]] = {}
             n = 0
-            for path, changes in pending.items():
-                picked[path] = [c for i, c in enumerate(changes) if bits >> (n + i) & 1]
+            for of, changes in pending.items():
+                picked[of] = [c for i, c in enumerate(changes) if bits >> (n + i) & 1]
                 n += len(changes)
             yield picked
         return
     for _ in range(samples):
-        keep = rnd.random()
-        picked = {p: [c for c in cs if rnd.random() < keep] for p, cs in pending.items()}
+        common = rnd.random()
+        picked = {}
+        for of, changes in pending.items():
+            keep = rnd.choice([0.0, 1.0, common, common])
+            picked[of] = [c for c in changes if rnd.random() < keep]
         for changes in picked.values():
             if changes and changes[-1].kind == "write" and rnd.random() < 0.5:
                 last = changes[-1]
@@ -173,6 +296,12 @@ class Oracle:
     def __init__(self, flat: bytes | bytearray) -> None:
         self.flat = bytearray(flat)
         self.since: dict[int, list[bytes]] = {}
+        self.sizes = [len(flat)]
+
+    def grow(self, size: int) -> None:
+        """Made larger, by zeroes: until the next flush it may be either."""
+        self.flat.extend(bytes(size - len(self.flat)))
+        self.sizes.append(size)
 
     def write(self, offset: int, data: bytes) -> None:
         """Sent, or answered: both may be there or not."""
@@ -190,15 +319,17 @@ class Oracle:
         for sector, values in self.since.items():
             self.flat[sector * SECTOR : sector * SECTOR + len(values[-1])] = values[-1]
         self.since.clear()
+        del self.sizes[:-1]
 
     def value(self, sector: int) -> bytes:
         """The sector's last flushed value."""
         return bytes(self.flat[sector * SECTOR : (sector + 1) * SECTOR])
 
-    def wrong(self, got: bytearray) -> str:
+    def wrong(self, got: bytes | bytearray) -> str:
         """What no crash could have left, in words; empty if all is legal."""
-        if len(got) != len(self.flat):
-            return f"{len(got)} bytes, not {len(self.flat)}"
+        if len(got) not in self.sizes:
+            return f"{len(got)} bytes, not {self.sizes}"
+        got = bytes(got).ljust(len(self.flat), b"\0")  # what is not there yet holds nothing
         if got == self.flat:
             return ""
         for sector in range(len(self.flat) // SECTOR):

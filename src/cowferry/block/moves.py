@@ -242,7 +242,7 @@ def _store(path: str, body: dict[str, Any], undo: bool = True) -> None:
     if folder == state_folder():
         os.makedirs(folder, exist_ok=True)
     new = f"{path}.{secrets.token_hex(4)}"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    fd = sysio.create(new, os.O_WRONLY | os.O_EXCL | os.O_NOFOLLOW)
     renamed = False
     try:
         sysio.pwrite(fd, json.dumps(body, indent=1).encode() + b"\n", 0)
@@ -253,7 +253,7 @@ def _store(path: str, body: dict[str, Any], undo: bool = True) -> None:
     except BaseException:
         if not renamed:
             with contextlib.suppress(OSError):
-                os.unlink(new)
+                sysio.unlink(new)
         elif undo:
             _void(path)
         raise

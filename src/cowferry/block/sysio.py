@@ -31,6 +31,7 @@ FICLONERANGE = 0x4020940D
 class Recorder(Protocol):
     """What sees every change: called after the call succeeded, with its arguments."""
 
+    def created(self, path: str) -> None: ...
     def wrote(self, fd: int, offset: int, data: bytes) -> None: ...
     def flushed(self, fd: int) -> None: ...
     def truncated(self, fd: int, size: int) -> None: ...
@@ -40,6 +41,16 @@ class Recorder(Protocol):
 
 
 recorder: Recorder | None = None
+
+
+def create(path: str, flags: int) -> int:
+    """Open a file that is made if it is not there; a new name is durable after `flush_directory`.
+
+    `flags` say the access, and O_EXCL if it must be new."""
+    fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    if recorder is not None:
+        recorder.created(path)
+    return fd
 
 
 def pwrite(fd: int, buf: Any, offset: int) -> None:

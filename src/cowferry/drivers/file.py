@@ -100,8 +100,10 @@ class File(Node):
         if size < 0 or size >= 1 << 63:
             raise CowferryError(f"'{path}': an image cannot have {size} bytes")
         is_device = os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
-        flags = os.O_RDWR | os.O_CLOEXEC | (0 if is_device else os.O_CREAT)
-        fd = os.open(path, flags, 0o644)
+        if is_device:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        else:
+            fd = sysio.create(path, os.O_RDWR)
         try:
             lock = Lock.take(fd, path, read_only=False, force_share=False)
             if is_device:

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from cowferry.block import moves
+from cowferry.block import moves, sysio
 from cowferry.block.node import Node, chain
 from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of
 from cowferry.errors import CowferryError, ImageError
@@ -181,7 +181,7 @@ def create_image(path: str, format: str, size: int, options: Mapping[str, Any]) 
         driver(format).create(path, size, options)
     except BaseException as error:
         if not existed and os.path.lexists(path):
-            os.unlink(path)
+            sysio.unlink(path)
         if isinstance(error, OSError):
             raise ImageError(f"{path}: {error.strerror or error}") from error
         raise
