@@ -21,6 +21,7 @@ system call: a flush is answered by any fdatasync that *started* after the flush
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import threading
@@ -238,7 +239,7 @@ class File(Node):
         if read_only == self.read_only:
             return
         flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-        fresh = fdsets.open_fd(self.opened_as, flags)
+        fresh = self._again(flags)
         try:
             if self.lock is not None:
                 self.lock.drop()
@@ -254,6 +255,23 @@ class File(Node):
             lock.fd = self.fd
             self.lock = lock
         self.read_only = read_only
+
+    def _again(self, flags: int) -> int:
+        """Another descriptor of the file, with that access.
+
+        One that was handed over outlives its set: the set may be gone, and its number may be
+        another file's by now. Raises `OSError`."""
+        if self.opened_as.startswith(fdsets.PREFIX):
+            ours = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_ACCMODE
+            if ours in (flags & os.O_ACCMODE, os.O_RDWR):
+                return fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        fresh = fdsets.open_fd(self.opened_as, flags)
+        if not os.path.sameopenfile(fresh, self.fd):
+            os.close(fresh)
+            raise PermissionError(
+                errno.EACCES, "it was handed over read-only, and its set holds another file now"
+            )
+        return fresh
 
     @contextmanager
     def unlocked(self) -> Iterator[None]:
