@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -17,7 +18,6 @@ from cowferry.cli.options import (
     exclusive,
     image,
     in_background,
-    job_id,
     json_lines,
     json_output,
     pair,
@@ -34,7 +34,7 @@ CANCELLED = {
 }
 FAILED = "every disk is intact, and reads as before; once the cause is mended, run it again"
 
-name = click.option("--id", metavar="ID", help="The group's name [made of the disks' names].")
+name = click.option("--id", metavar="ID", help="The group's name [copy-group, and so on].")
 policy = click.option(
     "--policy", type=click.Choice(["all", "each"]), default="all", show_default=True,
     help="When one fails: call all of them off, or let each go on.",
@@ -138,8 +138,8 @@ def _start(
     kind: str, members: list[dict[str, Any]], at_ready: AtReady | None, in_background: bool,
     as_json: bool, path: str | None, *, id: str | None, **more: Any,
 ) -> int:  # fmt: skip
-    id = id or job_id(kind, "-".join(m["device"] for m in members))
     with connect(path) as client:
+        id = id or free_id(client, f"{kind}-group")
         work = GroupWork(client, id)
         plain = [{k: v for k, v in m.items() if v is not None} for m in members]
         client.call("x-group-start", id=id, type=kind, members=plain, **more)
@@ -154,6 +154,13 @@ def _start(
             f"    end with copies:   cowferry group cancel --soft {id}",
         )  # fmt: skip
         return follow(work, words, as_json, at_ready)
+
+
+def free_id(client: Client, wanted: str) -> str:
+    """`wanted`, or with a number behind it if a group has that name already."""
+    taken = {group["id"] for group in client.call("x-query-groups")}
+    names = itertools.chain([wanted], (f"{wanted}{n}" for n in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def find(client: Client, id: str) -> dict[str, Any]:
@@ -225,7 +232,9 @@ def complete_group(id: str, in_background: bool, as_json: bool, path: str | None
         work.complete()
         if in_background:
             return 0
-        words = Words(f"group {id}", "every disk is where it was", FAILED)
+        words = Words(
+            f"group {id}", "every disk stays where it is", FAILED, pivoted="every disk has moved"
+        )
         return follow(work, words, as_json)
 
 
@@ -244,5 +253,7 @@ def cancel_group(id: str, soft: bool, as_json: bool, path: str | None) -> int:
         work = GroupWork(client, id)
         work.cancel(force=not soft)
         cancelled = "it was not ready, so its targets are incomplete" if soft else ""
-        words = Words(f"group {id}", cancelled, FAILED)
+        words = Words(
+            f"group {id}", cancelled, FAILED, finished="there is a copy of each at one moment"
+        )
         return follow(work, words, as_json, asked_to_stop=True)

@@ -121,7 +121,10 @@ def complete_job(id: str, in_background: bool, as_json: bool, path: str | None) 
         work.complete()
         if in_background:
             return 0
-        words = Words(f"job {id}", "its disk is where it was", "its disk is intact")
+        words = Words(
+            f"job {id}", "its disk stays where it is", "its disk is intact and stays where it is",
+            pivoted="its disk has moved over",
+        )  # fmt: skip
         return follow(work, words, as_json)
 
 
@@ -145,7 +148,10 @@ def cancel_job(id: str, soft: bool, as_json: bool, path: str | None) -> int:
         work = JobWork(client, id)
         work.cancel(force=not soft)
         cancelled = "it was not ready, so its target is incomplete" if soft else ""
-        words = Words(f"job {id}", cancelled, "its disk is intact")
+        words = Words(
+            f"job {id}", cancelled, "its disk is intact and stays where it is",
+            finished="its target is a copy of that moment",
+        )  # fmt: skip
         return follow(work, words, as_json, asked_to_stop=True)
 
 

@@ -10,7 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import click
@@ -22,6 +27,7 @@ from cowferry.errors import CowferryError
 INTERRUPTED = 130  # exit status, as shells have it
 LOOK = 0.2  # seconds between two looks at the progress
 PAUSED = "paused: "
+IMPATIENT = 1.0  # seconds within which a second Ctrl-C is the same one
 LAST = 60.0  # seconds that an interrupted job has to stop
 
 #: What is to happen when a job is ready: move over, end as a copy, or stay so and go home.
@@ -132,7 +138,7 @@ class GroupWork(Work):
 
     def __init__(self, client: Client, id: str) -> None:
         super().__init__(client, id)
-        self.ends: dict[str, str] = {}  # job and outcome, of members that have ended
+        self.ends: dict[str, End] = {}  # by job, of members that have ended
 
     def look(self) -> State | None:
         for group in self.client.call("x-query-groups"):
@@ -149,14 +155,16 @@ class GroupWork(Work):
         data = event.get("data", {})
         end = job_end(event)
         if end is not None:
-            self.ends[data["device"]] = f"failed: {end.error}" if end.error else end.outcome
+            self.ends[data["device"]] = end
         if event["event"] != "JOB_GROUP_COMPLETED" or data["id"] != self.id:
             return None
-        members = {m: self.ends.get(m, "ended") for m in data["members"]}
+        ends = {m: self.ends[m] for m in data["members"] if m in self.ends}
+        members = {m: f"failed: {e.error}" if e.error else e.outcome for m, e in ends.items()}
+        sums = {k: sum(e.data[k] for e in ends.values()) for k in ("len", "offset")}
         outcome = "cancelled" if data.get("cancelled") else "completed"
         if data.get("error"):
             outcome = "failed"
-        return End(outcome, {"group": self.id}, data.get("error", ""), members)
+        return End(outcome, {"group": self.id, **sums}, data.get("error", ""), members)
 
     def complete(self) -> None:
         self.client.call("x-group-complete", id=self.id)
@@ -212,7 +220,7 @@ def follow(
 
     `asked_to_stop`: a cancel is what was wanted, and no failure."""
     show = progress(words.title, as_json)
-    try:
+    with interrupted_once(), contextlib.closing(show):
         try:
             return _until_over(work, words, show, at_ready, asked_to_stop)
         except KeyboardInterrupt:
@@ -221,16 +229,41 @@ def follow(
             for event in work.client.wait_events(LAST):
                 end = work.heard(event)
                 if end is not None:
-                    return _finish(show, end, words, "", asked_to_stop) and INTERRUPTED
+                    return _finish(show, end, words, words.finished, asked_to_stop) and INTERRUPTED
             raise
+
+
+@contextlib.contextmanager
+def interrupted_once() -> Iterator[None]:
+    """An impatient Ctrl-C Ctrl-C is one: the second must not end us before we have cancelled.
+
+    One that comes later does: then we go, and do not wait for the job to stop."""
+    last = float("-inf")
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > IMPATIENT:
+            last = now
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
     finally:
-        show.close()
+        signal.signal(signal.SIGINT, before)
 
 
 def _until_over(
     work: Work, words: Words, show: Progress, at_ready: AtReady | None, asked_to_stop: bool
 ) -> int:
-    after = ""  # what to add to the last words
+    # What to add to the last words; of a verb that knows how it ends, at once.
+    after = words.finished if asked_to_stop else "" if at_ready else words.pivoted
     while True:
         for event in work.client.wait_events(LOOK):
             end = work.heard(event)
@@ -271,14 +304,14 @@ def _look(work: Work, show: Progress) -> None:
 
 def _finish(show: Progress, end: End, words: Words, after: str, asked_to_stop: bool) -> int:
     """The last words, and the exit status."""
-    last = show.last
-    offset = end.data.get("offset", last.offset if last else 0)
-    length = end.data.get("len", last.length if last else 0)
+    offset, length = end.data["offset"], end.data["len"]
     show.update(State(offset, length, "concluded", [], {}))
     show.close()
     show.result(end, offset, after)
     if end.outcome == "cancelled":
         if asked_to_stop:
+            if end.members is None or words.cancelled:
+                show.note(f"cancelled{words.cancelled and '; '}{words.cancelled}")
             return 0
         click.echo(f"{words.title}: cancelled; {words.cancelled}", err=True)
         return 1
@@ -306,15 +339,12 @@ class Progress:
         self.notes = [n for n in self.notes if not n.startswith(PAUSED) or n in notes]
         for note in notes:
             kind = in_kind(note)
-            known = next((i for i, n in enumerate(self.notes) if kind.startswith(in_kind(n))), None)
-            if known is None:
-                self.notes.append(note)
+            told = next((n for n in self.notes if kind.startswith(in_kind(n))), None)
+            if told is not None:
+                self.notes.remove(told)
+            self.notes.append(note)
+            if told is None or in_kind(told) != kind:  # another, or the same and more
                 self.note(note)
-            elif in_kind(self.notes[known]) != kind:  # the same, and more
-                self.notes[known] = note
-                self.note(note)
-            else:
-                self.notes[known] = note
 
     def note(self, text: str) -> None:
         """Something that a person should know now."""

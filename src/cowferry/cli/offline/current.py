@@ -19,7 +19,8 @@ def current_command(as_json: bool, filename: str) -> int:
 
     Snapshots, copies and commits move a disk from one image to another, and leave a record of it
     beside the image that they leave. This follows the records; no daemon need run. It warns of an
-    image that is of no use by itself, because a commit into it was not finished.
+    image that is of no use by itself, because a commit went into it and was not finished, or went
+    past it.
 
     \b
         cowferry serve vm=$(cowferry current /images/vm.qcow2)
@@ -44,9 +45,16 @@ def current_command(as_json: bool, filename: str) -> int:
         click.echo(found.path)
     if top is not None:
         click.echo(
-            f"cowferry: '{found.path}' is of no use by itself: the commit of '{top}' into it was "
-            "not finished\n"
-            f"  serve '{top}', and commit again",
+            f"cowferry: '{found.path}' is of no use by itself: a commit of '{top}' went into it, "
+            f"or past it\n  {advice(top)}",
             err=True,
         )
     return 0
+
+
+def advice(top: str) -> str:
+    """What to do about an image that a commit of `top` has left unusable."""
+    now = moves.follow(top).path
+    if now != top:
+        return f"the disk of '{top}' is in '{now}' now"
+    return f"if that commit was not finished, serve '{top}' and commit again"
