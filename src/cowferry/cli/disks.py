@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from cowferry.cli.client import Client, connect
+from cowferry.cli.client import Client, QmpError, connect
 from cowferry.cli.options import absolute, control, json_output, pair
 from cowferry.cli.serve import disk_name
 from cowferry.cli.sizes import Seconds
@@ -65,12 +65,17 @@ def snapshot_command(
             if existing:
                 entry["mode"] = "existing"
             entries.append(entry)
-        result = client.call(
-            "x-disk-snapshot",
-            disks=entries,
-            quiesce=[absolute(socket) for socket in quiesce] or None,
-            quiesce_timeout=timeout,
-        )
+        try:
+            result = client.call(
+                "x-disk-snapshot",
+                disks=entries,
+                quiesce=[absolute(socket) for socket in quiesce] or None,
+                quiesce_timeout=timeout,
+            )
+        except QmpError as error:
+            if "Permission denied" in error.desc and not pass_fd:
+                error.hint = "the daemon lacks the right: make FILE yourself, and add --pass-fd"
+            raise
     if as_json:
         click.echo(json.dumps(result))
         return 0

@@ -411,8 +411,8 @@ class Bar(Progress):
         from rich.progress import Progress as Rich
 
         self.rich = Rich(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
-            TransferSpeedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(),
+            DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn(),
         )  # fmt: skip
         self.task = self.rich.add_task(title)
         self.rich.start()

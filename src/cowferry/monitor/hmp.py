@@ -1,7 +1,10 @@
 """The human monitor: lines in, words out, on top of the same commands as QMP.
 
 The words of the 2011 discussion are kept to the letter: `block_stream -a ide0-hd`,
-"Streaming device ide0-hd: Completed 512 of 34359738368 bytes", "No active stream".
+"Streaming device ide0-hd: Completed 512 of 34359738368 bytes", "No active stream",
+`snapshot_blkdev virtio-blk0 destination.$fmt $fmt`, `change -n virtio-blk0 /srv/images/vm_1.img`.
+
+File names are the daemon's: one that is not absolute is looked for in the daemon's own folder.
 """
 
 from __future__ import annotations
@@ -128,7 +131,11 @@ def block_job_set_speed(daemon: Daemon, words: list[str]) -> str:
     return ""
 
 
-@verb("block_job_cancel", "block_job_cancel [-f] DEVICE", "call a job off (-f: even a paused one)")
+@verb(
+    "block_job_cancel",
+    "block_job_cancel [-f] DEVICE",
+    "call a job off; a ready copy ends as a copy (-f: at once, even a paused one)",
+)
 def block_job_cancel(daemon: Daemon, words: list[str]) -> str:
     flags, rest = arguments(words, VERBS["block_job_cancel"].usage, 1, 1, "f")
     daemon.execute("block-job-cancel", {"device": rest[0], "force": "f" in flags})
@@ -143,9 +150,67 @@ def _simple(name: str, command: str, text: str) -> None:
         return ""
 
 
+@verb(
+    "snapshot_blkdev", "snapshot_blkdev [-n] DEVICE [FILE] [FORMAT]",
+    "put a new image on top of a disk (-n: one that exists)",
+)  # fmt: skip
+def snapshot_blkdev(daemon: Daemon, words: list[str]) -> str:
+    """Without FILE it was once meant to be taken inside the image; it never was, in QEMU either."""
+    usage = VERBS["snapshot_blkdev"].usage
+    flags, rest = arguments(words, usage, 1, 3, "n")
+    if len(rest) < 2:
+        raise CowferryError("Parameter 'snapshot_file' is missing", f"usage: {usage}")
+    given = {"device": rest[0], "snapshot-file": rest[1]}
+    given |= {"format": rest[2]} if len(rest) > 2 else {}
+    given["mode"] = "existing" if "n" in flags else "absolute-paths"
+    daemon.execute("blockdev-snapshot-sync", given)
+    return ""
+
+
+@verb(
+    "drive_mirror", "drive_mirror [-n] [-f] DEVICE TARGET [FORMAT]",
+    "copy a disk, then follow it (-n: TARGET exists, -f: all of it, not the top alone)",
+)  # fmt: skip
+def drive_mirror(daemon: Daemon, words: list[str]) -> str:
+    flags, rest = arguments(words, VERBS["drive_mirror"].usage, 2, 3, "nf")
+    given = {
+        "device": rest[0],
+        "target": rest[1],
+        "mode": "existing" if "n" in flags else "absolute-paths",
+        "sync": "full" if "f" in flags else "top",
+    }
+    given |= {"format": rest[2]} if len(rest) > 2 else {}
+    daemon.execute("drive-mirror", given)
+    return ""
+
+
+@verb(
+    "block_commit", "block_commit DEVICE [TOP [BASE]]",
+    "merge images of a disk's chain, from TOP down into BASE",
+)  # fmt: skip
+def block_commit(daemon: Daemon, words: list[str]) -> str:
+    """Not `commit`: that is QEMU's word for one that stops the guest's writes."""
+    _, rest = arguments(words, VERBS["block_commit"].usage, 1, 3)
+    given = dict(zip(("device", "top", "base"), rest, strict=False))
+    daemon.execute("block-commit", given)
+    return ""
+
+
+@verb(
+    "change", "change [-n] DEVICE TARGET [FORMAT]",
+    "switch a disk to another image (-n: the same disk elsewhere, do not tell the guest)",
+)  # fmt: skip
+def change(daemon: Daemon, words: list[str]) -> str:
+    flags, rest = arguments(words, VERBS["change"].usage, 2, 3, "n")
+    given: dict[str, Any] = {"device": rest[0], "target": rest[1], "notify": "n" not in flags}
+    given |= {"format": rest[2]} if len(rest) > 2 else {}
+    daemon.execute("change", given)
+    return ""
+
+
 _simple("block_job_pause", "block-job-pause", "pause a job")
 _simple("block_job_resume", "block-job-resume", "let a paused job go on")
-_simple("block_job_complete", "block-job-complete", "let a ready job finish")
+_simple("block_job_complete", "block-job-complete", "let a ready job finish: a disk moves over")
 
 
 @verb("block_resize", "block_resize DEVICE SIZE", "change a disk's size (MiB without a suffix)")
