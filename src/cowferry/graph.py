@@ -271,13 +271,16 @@ class Graph:
         return name in (node.filename, node.name) or _same_file(name, node.filename)
 
     def reroot(self, disk: Disk, node: Node) -> None:
-        """`node` has become the root of `disk`: a bare disk is known by its root's name."""
+        """`node` has become the root of `disk`: a bare disk is known by its root's name, and
+        whoever may close the old one may close the new one, for nobody else would."""
         with self.lock:
             for key, d in list(self.bare.items()):
                 if d is disk or d.root is node:
                     del self.bare[key]
                     if d is disk:
                         self.bare[node.name] = disk
+                        if key in self.explicit:
+                            self.explicit.add(node.name)
 
     def disks_above(self, node: Node) -> list[Disk]:
         """Every disk whose chain has `node` in it."""

@@ -9,6 +9,7 @@ import msgspec
 from cowferry.commands import Args, NoArgs, command, event
 from cowferry.errors import CowferryError, DeviceNotActive
 from cowferry.jobs.job import Job, check_speed
+from cowferry.jobs.states import allow
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -155,9 +156,14 @@ class BlockJobChange(Args):
 @command("block-job-change")
 def block_job_change(daemon: Daemon, args: BlockJobChange) -> None:
     """Change a running job's options."""
-    found = job(daemon, args.id)
+    found = block_job(daemon, args.id)
+    allow(found.id, found.status, "change")
     if found.type != args.type:
-        raise CowferryError(f"Job '{args.id}' is of type '{found.type}', not '{args.type}'")
+        raise CowferryError(
+            "Job type does not support change", f"job '{args.id}' is a {found.type}"
+        )
+    if args.copy_mode is None and found.type == "mirror":
+        raise CowferryError("Parameter 'copy-mode' is missing")
     found.change(args.copy_mode)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cowferry.commands import Args, command
 from cowferry.commands.stream import OnError
+from cowferry.errors import CowferryError
 from cowferry.operations import mirror
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class _Common(Args):
 
 def common(args: _Common) -> dict[str, Any]:
     """What every kind of mirror takes. `buf-size` is taken, and chunks are sized by their time."""
+    if args.buf_size is not None and args.buf_size < 0:
+        raise CowferryError("Invalid parameter 'buf-size'", "it is a number of bytes")
     return {
         "job_id": args.job_id,
         "speed": args.speed,

@@ -60,8 +60,8 @@ class Group:
         """Every member has been added and has started: they may end."""
         with self.changed:
             self.gathering = False
+            self._check_ready()  # told before any member goes on, or it could be told too late
             self.changed.notify_all()
-        self._check_ready()
 
     def call_off(self) -> None:
         """A member could not start: those that did are cancelled, and the group is gone."""

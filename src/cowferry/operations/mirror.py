@@ -340,7 +340,7 @@ def _opened(
     else:
         options["backing"] = backing.name if backing is not None else None
     try:
-        return daemon.graph.adopt(options)
+        return daemon.graph.adopt(options, explicit=node_name is not None)
     except BaseException:
         _unmake(made)
         raise
