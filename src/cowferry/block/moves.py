@@ -105,6 +105,9 @@ def _place(image: str, suffix: str) -> str:
 
 def record(moves: list[Move]) -> None:
     """All of the disks move, or none of them: on an error no record says that they did."""
+    for folder in sorted({os.path.dirname(os.path.abspath(m.current)) for m in moves}):
+        if os.access(folder, os.R_OK | os.X_OK):  # a name that may vanish is none to lead to
+            sysio.flush_directory(folder)
     images = [i for m in moves for i in (m.left, m.current)]
     generation = max((s.generation for i in images for s in _steps(i)), default=0) + 1
     bodies = {
@@ -240,7 +243,7 @@ def _store(path: str, body: dict[str, Any], undo: bool = True) -> None:
     Without `undo` it is the old or the new one."""
     folder = os.path.dirname(path)
     if folder == state_folder():
-        os.makedirs(folder, exist_ok=True)
+        _make_folder(folder)
     new = f"{path}.{secrets.token_hex(4)}"
     fd = sysio.create(new, os.O_WRONLY | os.O_EXCL | os.O_NOFOLLOW)
     renamed = False
@@ -259,6 +262,15 @@ def _store(path: str, body: dict[str, Any], undo: bool = True) -> None:
         raise
     finally:
         os.close(fd)
+
+
+def _make_folder(folder: str) -> None:
+    """With those above it, each durably in its own."""
+    if not os.path.isdir(folder):
+        above = os.path.dirname(os.path.abspath(folder))
+        _make_folder(above)
+        os.makedirs(folder, exist_ok=True)
+        sysio.flush_directory(above)
 
 
 def _void(path: str) -> None:

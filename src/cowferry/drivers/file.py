@@ -101,10 +101,7 @@ class File(Node):
         if size < 0 or size >= 1 << 63:
             raise CowferryError(f"'{path}': an image cannot have {size} bytes")
         is_device = os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
-        if is_device:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        else:
-            fd = sysio.create(path, os.O_RDWR)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if is_device else sysio.create(path, os.O_RDWR)
         try:
             lock = Lock.take(fd, path, read_only=False, force_share=False)
             if is_device:

@@ -70,10 +70,11 @@ class Raw(Node):
         self.file.flush()
 
     def resize(self, size: int) -> None:
-        """Truncate or extend the file; a window into a file cannot be resized."""
+        """Truncate or extend the file, durably; a window into a file cannot be resized."""
         if not self.whole:
             raise NotSupported(f"'{self.filename}' is a window into a file and has a fixed size")
         self.file.resize(size)
+        self.file.flush()  # whoever hears of the new size may rely on it
         self.size = size
 
     def reopen(self, read_only: bool) -> None:

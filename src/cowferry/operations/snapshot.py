@@ -219,6 +219,7 @@ class Change:
 
     def approach(self) -> None:
         self.old.flush()
+        self.new.flush()  # whoever made it may not have
 
     def drains(self) -> list[Disk]:
         return [self.disk]
