@@ -11,7 +11,7 @@ could be found after a power cut at each moment:
 * the last write of a subset torn at a sector;
 * all of one file and nothing of another;
 * of the names that changed in a folder since its last flush, any subset, too. A name points to a
-  file, so a durable name may lead to a file whose bytes are not, and durable bytes may have no name.
+  file: a durable name may lead to a file whose bytes are not, and durable bytes may have no name.
 
 What a flush has covered is always there, and what comes after the cut never is. A rename is one
 change: the old or the new name is there, never both and never neither.
@@ -231,9 +231,7 @@ class Disks:
         return found
 
 
-def states(
-    log: Log, seed: int, samples: int, every: int = 1, *, since: int = 0
-) -> Iterator[State]:
+def states(log: Log, seed: int, samples: int, every: int = 1, *, since: int = 0) -> Iterator[State]:
     """Crash states, in the log's order, from entry `since` on.
 
     `every`: at each so many-th entry, and at all around a change of names or the like."""

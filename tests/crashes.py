@@ -1,0 +1,349 @@
+"""A daemon whose jobs are stepped by hand, a guest that writes in between, and the judge of what
+each power cut leaves.
+
+`World` is a run: disks in two folders, under a write log, changed by real commands while `churn`
+writes through the gate. Three marks say how far an operation is:
+
+    finish     it begins to make its result true
+    switched   guests go on after it (and write at once, before anybody is told)
+    done       whoever asked has been told
+
+Until `finish` a disk's current image is the old one, from `switched` on it is the new one, and in
+between it is either; and whichever it is, its bytes are what the guest may have written.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chains import contents
+from cowferry import daemon as daemons
+from cowferry.block.disk import Disk
+from cowferry.block.node import chain
+from cowferry.daemon import Daemon
+from cowferry.drivers import opening
+from cowferry.drivers.qcow2.image import Qcow2
+from cowferry.jobs.commit import ActiveCommit, Commit
+from cowferry.jobs.job import Job, Jobs, finish
+from cowferry.jobs.mirror import Mirror
+from cowferry.jobs.states import Status
+from cowferry.jobs.stream import Stream
+from cowferry.operations.snapshot import Change, Snapshot
+from daemons import Told
+from writelog import Log, Oracle, State, states
+
+SOAK = os.environ.get("COWFERRY_SOAK") is not None
+SIZE = 256 << 10
+SPEED = 640 << 10  # a tenth of it is a chunk, and nobody waits between steps
+ENDINGS = (Snapshot, Change, Stream, Commit, ActiveCommit, Mirror)
+
+
+class Stepped(Jobs):
+    """Jobs without threads of their own: the test is their thread."""
+
+    def start(self, job: Job, job_id: str) -> Job:
+        self.check_id(job_id)
+        job.id = job_id
+        self.jobs[job_id] = job
+        job._emit, job._on_null = self.emit, self._forget
+        job._move(Status.CREATED)
+        job._move(Status.RUNNING)
+        return job
+
+
+class Drive:
+    """One disk of the world: where it was first, where it is, and where it is going."""
+
+    def __init__(self, name: str, disk: Disk, original: Path) -> None:
+        self.name = name
+        self.original = str(original)
+        self.old = disk.root.filename  # the image before the operation
+        self.new = self.old  # and after it
+        self.between: list[str] = []  # further images that it is in on its way
+        self.until = ""  # the mark from which on the guest writes to something else
+        self.flat = contents(disk)  # when the log began
+
+
+class World:
+    """A run of operations under a log. A context manager: inside, everything is recorded."""
+
+    def __init__(self, folder: Path, seed: int = 5) -> None:
+        self.here, self.there = folder / "here", folder / "there"
+        self.here.mkdir()
+        self.there.mkdir()
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(daemons, "FLUSH_EVERY", 1e6)  # flushes come when the test says so
+        self.daemon = Daemon()
+        self.daemon.jobs = Stepped(self.daemon._job_event)
+        self.rnd = random.Random(seed)
+        self.drives: dict[str, Drive] = {}
+        self.freezes: dict[str, str] = {}  # image -> disk that it is a copy of from `switched` on
+        self.frozen: dict[str, bytes] = {}  # and its bytes
+        self.within = False  # an operation is being finished
+        self.quiet = False  # the guest writes nothing
+
+    def open(self, name: str, path: Path, new: Path | None = None) -> Disk:
+        """A disk, and the image that it is to be in at the end."""
+        disk = self.daemon.open_disk(name, str(path))
+        drive = self.drives[name] = Drive(name, disk, path)
+        drive.new = str(new) if new is not None else drive.old
+        return disk
+
+    def disk(self, name: str = "vm") -> Disk:
+        return self.daemon.graph.disk(name)
+
+    def __enter__(self) -> World:
+        for drive in self.drives.values():
+            drive.flat = contents(self.disk(drive.name))
+        self.log = Log(self.here, self.there)
+        self.log.__enter__()
+        for ending in ENDINGS:
+            self._patch.setattr(ending, "parted", self._parting(ending.parted))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._patch.undo()
+        self.log.__exit__(*error)
+        for job in self.daemon.jobs.all():
+            job.clean()
+        self.daemon.close()
+
+    def _parting(self, plain: Callable[[Any], None]) -> Callable[[Any], None]:
+        """The first thing after the drain is a guest's write, and its flush."""
+
+        def parted(ending: Any) -> None:
+            if not self.within:
+                self.within = True
+                for path, name in self.freezes.items():
+                    self.frozen[path] = bytes(contents(self.disk(name)))
+                self.log.mark(("switched",))
+                self.churn(2)
+                self.flush()
+            plain(ending)
+
+        return parted
+
+    # The guest -----------------------------------------------------------------------------
+
+    def churn(self, steps: int, *names: str) -> None:
+        """Requests to each disk, marked before they are sent and after a flush is answered."""
+        if self.quiet:
+            return
+        for _ in range(steps):
+            for name in names or self.drives:
+                self._request(name)
+
+    def _request(self, name: str) -> None:
+        disk, rnd = self.disk(name), self.rnd
+        act = rnd.randrange(10)
+        offset = rnd.randrange(disk.size - 1)
+        length = min(rnd.choice([1, 512, 5000, 40_000]), disk.size - offset)
+        if act < 6:
+            data = rnd.randbytes(length)
+            self.log.mark(("write", name, offset, data))
+            disk.pwrite(memoryview(data), offset, fua=act == 5)
+            if act == 5:
+                self.log.mark(("flush", name))
+        elif act == 6:
+            self.log.mark(("write", name, offset, bytes(length)))
+            disk.zero(offset, length, unmap=rnd.random() < 0.5)
+        elif act == 7:
+            offset = offset // 65536 * 65536
+            length = min(65536, disk.size - offset)
+            self.log.mark(("write", name, offset, bytes(length)))
+            disk.discard(offset, length)
+            kept = bytearray(length)  # where nothing can be given back, the bytes stay
+            disk.pread(memoryview(kept), offset)
+            if any(kept):
+                self.log.mark(("write", name, offset, bytes(kept)))
+        else:
+            self.flush(name)
+
+    def flush(self, *names: str) -> None:
+        for name in names or self.drives:
+            self.disk(name).flush()
+            self.log.mark(("flush", name))
+
+    # Operations ----------------------------------------------------------------------------
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """A QMP command; underscores of the argument names are hyphens."""
+        return self.daemon.execute(command, {k.replace("_", "-"): v for k, v in arguments.items()})
+
+    def now(self, command: str, **arguments: Any) -> None:
+        """A command that does its work at once, such as a snapshot."""
+        self.log.mark(("finish",))
+        self.within = False
+        self.execute(command, **arguments)
+        self.log.mark(("done",))
+
+    def ready(self, *jobs: Job, writes: int = 1) -> list[Iterator[Any]]:
+        """Step jobs in turn, the guest writing in between, until each is ready or has no more."""
+        work = [iter(job.run()) for job in jobs]
+        waiting = list(zip(jobs, work, strict=True))
+        while waiting:
+            for pair in list(waiting):
+                job, steps = pair
+                step = next(steps, None)
+                if step is None or (step.ready and job.status is Status.RUNNING):
+                    waiting.remove(pair)
+                    if step is not None:
+                        job._ready()
+                    continue
+                assert step.error is None
+                self.churn(writes)
+        return work
+
+    def end(self, jobs: Sequence[Job], work: list[Iterator[Any]]) -> None:
+        """The last steps of jobs that were told to complete, and their result, together."""
+        for steps in work:
+            for step in steps:
+                assert step.error is None
+                self.churn(1)
+        self.churn(2)
+        self.log.mark(("finish",))
+        self.within = False
+        finish(jobs)
+        for job in jobs:
+            job.clean()
+            self.daemon.jobs._forget(job)
+        self.log.mark(("done",))
+
+    def call_off(self, job: Job, work: Iterator[Any]) -> None:
+        """Cancelled: the generator is closed at a yield, and the job lets go."""
+        work.close()  # type: ignore[attr-defined]
+        job.clean()
+        self.daemon.jobs._forget(job)
+        self.log.mark(("done",))
+
+
+class Judge:
+    """Puts states of a log back where they were recorded, and looks at them."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.folders = (world.here, world.there)
+        self.there: dict[str, bytearray] = {}  # what lies in the folders now
+        self.outcomes: set[bool] = set()  # moved or not, of the states between finish and switched
+
+    def put(self, state: State) -> None:
+        for folder in self.folders:
+            for left in folder.iterdir():
+                if str(left) not in state.files:
+                    left.unlink()
+        for path, data in state.files.items():
+            if self.there.get(path) != data:
+                Path(path).write_bytes(data)
+        self.there = state.files
+
+    def forget(self) -> None:
+        """Somebody changed the files."""
+        self.there = {}
+
+    def look(self, state: State) -> dict[str, bytearray]:
+        """Every rule that holds for every operation. Returns the bytes of each disk."""
+        self.put(state)
+        passed = {m[0] for m in state.marks}
+        moved = set()
+        found = {}
+        for drive in self.world.drives.values():
+            path, format = opening.current_image(drive.original)
+            allowed = (drive.old, drive.new, *drive.between)
+            assert path in allowed, f"{state.what}: '{path}' is current"
+            if drive.old != drive.new and not drive.between:
+                moved.add(path == drive.new)
+                if "switched" not in passed and "finish" not in passed:
+                    assert path == drive.old, f"{state.what}: moved before its time"
+                if "switched" in passed or "done" in passed:
+                    assert path == drive.new, f"{state.what}: the disk was left behind"
+            got = found[drive.name] = sound(path, format, state.what)
+            wrong = self.oracle(state, drive).wrong(got)
+            assert not wrong, f"{state.what}: disk '{drive.name}': {wrong}"
+        assert len(moved) < 2, f"{state.what}: one disk of the group moved, another did not"  # S4
+        if "finish" in passed and "switched" not in passed:
+            self.outcomes |= moved
+        if "switched" in passed:
+            for path, want in self.world.frozen.items():
+                assert sound(path, None, state.what) == want, f"{state.what}: '{path}' changed"
+        return found
+
+    def oracle(self, state: State, drive: Drive) -> Oracle:
+        """What the guest of a disk may find."""
+        oracle = Oracle(drive.flat)
+        for kind, *more in state.marks:
+            if kind == drive.until:
+                break
+            if more and more[0] == drive.name:
+                if kind == "write":
+                    oracle.write(more[1], more[2])
+                elif kind == "grow":
+                    oracle.grow(more[1])
+                elif kind == "grown":
+                    oracle.sizes = [more[1]]
+                else:
+                    oracle.flush()
+        return oracle
+
+    def each(
+        self,
+        seed: int,
+        samples: int = 3,
+        count: int = 60,
+        again: Callable[[Daemon, Told], None] | None = None,
+        also: Callable[[State], None] | None = None,
+    ) -> int:
+        """Judge about `count` moments of the log, and more where names change; how many states.
+
+        `also` has more to say of each state. `again` starts the operation once more, in a daemon
+        that was started after the crash, and waits for its end: that is tried now and then."""
+        if SOAK:
+            samples, count = samples * 10, count * 40
+        number = 0
+        for number, state in enumerate(
+            states(self.world.log, seed, samples, max(len(self.world.log.entries) // count, 1)), 1
+        ):
+            found = self.look(state)
+            if also is not None:
+                also(state)
+            if again is not None and number % 40 == 1:
+                self.start_again(state, found, again)
+        assert number
+        return number
+
+    def start_again(
+        self, state: State, found: dict[str, bytearray], again: Callable[[Daemon, Told], None]
+    ) -> None:
+        """By the name that the disk had first; at the end it has the bytes that it has now."""
+        daemon = Daemon()
+        try:
+            told = Told(daemon)
+            for drive in self.world.drives.values():
+                daemon.open_disk(drive.name, drive.original)
+            again(daemon, told)
+            for drive in self.world.drives.values():
+                assert contents(daemon.graph.disk(drive.name)) == found[drive.name], state.what
+        finally:
+            daemon.close()
+            self.forget()
+        for drive in self.world.drives.values():
+            got = sound(*opening.current_image(drive.original), f"{state.what}, again")
+            assert got == found[drive.name], f"{state.what}: started again, the bytes differ"
+
+
+def sound(path: str, format: str | None, what: str) -> bytearray:
+    """The bytes of an image and its chain; no layer of it has any corruption."""
+    node = opening.open_image(path, format, read_only=True)
+    try:
+        for layer in chain(node):
+            if isinstance(layer, Qcow2):
+                result = layer.check()
+                assert not result.corruptions, f"{what}: {layer.filename}: {result.messages[:3]}"
+        return contents(node)
+    finally:
+        opening.close_chain(node)
