@@ -34,7 +34,7 @@ COMMANDS = {
     "stream": ("moving", "Fill a disk from its backing chain."),
     "commit": ("moving", "Merge layers of a disk's chain downwards."),
     "copy": ("moving", "Copy a disk elsewhere, and move it there."),
-    "group": ("group", "Stream, copy or commit several disks as one."),
+    "group": ("groups", "Stream, copy or commit several disks as one."),
     "change": ("disks", "Switch a disk to another image."),
     "backing": ("disks", "Record another backing file name in a header."),
     "add": ("disks", "Open one more disk."),
@@ -89,7 +89,7 @@ def complain(error: CowferryError) -> None:
 def main(argv: list[str] | None = None) -> Any:
     """The entry point: never a traceback for a mistake of the user's."""
     try:
-        status = group.main(argv, standalone_mode=False)
+        status = group.main(argv, prog_name="cowferry", standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:

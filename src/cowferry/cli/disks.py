@@ -47,7 +47,7 @@ def snapshot_command(
         cowferry snapshot vm
         cowferry snapshot vda=/images/vda.1.qcow2 vdb=/images/vdb.1.qcow2
         cowferry snapshot vda vdb --quiesce /run/vm/qga.sock --timeout 5
-        cowferry create -f qcow2 vm.1.qcow2 20G && cowferry snapshot vm=vm.1.qcow2 --pass-fd
+        cowferry snapshot vm=/images/mine.qcow2 --pass-fd
     """
     existing = reuse_external or pass_fd
     if timeout is not None and not quiesce:

@@ -113,7 +113,8 @@ def complete_job(id: str, in_background: bool, as_json: bool, path: str | None) 
     """Let a ready job finish, and wait until it has: a copy or a commit moves its disk over.
 
     \b
-        cowferry copy vm /fast/vm.raw && cowferry job complete copy-vm
+        cowferry copy vm /fast/vm.raw
+        cowferry job complete copy-vm
     """
     with connect(path) as client:
         job(client, id)

@@ -99,9 +99,10 @@ def commit_command(
     What the images from --top down to --base hold goes into --base, and the chain gets shorter:
 
     \b
-        base <- sn1 <- sn2 <- vm     cowferry commit vm                  base
-        base <- sn1 <- sn2 <- vm     cowferry commit vm --top sn2        base <- vm
-        base <- sn1 <- sn2 <- vm     cowferry commit vm --base sn1       base <- sn1
+        of base <- sn1 <- sn2 <- vm        this leaves
+        cowferry commit vm                 base
+        cowferry commit vm --top sn2       base <- vm
+        cowferry commit vm --base sn1      base <- sn1
 
     Without --top the image that the guest writes is committed, too; DISK then moves to the base
     (--pivot) unless --finish is given. With --async such a job stays ready until it is told how to

@@ -23,7 +23,7 @@ def current_command(as_json: bool, filename: str) -> int:
     past it.
 
     \b
-        cowferry serve vm=$(cowferry current /images/vm.qcow2)
+        cowferry current /images/vm.qcow2
     """
     try:
         found = moves.follow(os.path.abspath(filename))
