@@ -46,6 +46,7 @@ class Map:
         self.l1_offset = h.l1_offset
         self.tables: OrderedDict[int, array[int]] = OrderedDict()  # by L1 index
         self.dirty: set[int] = set()  # tables to write
+        self.writing: set[int] = set()  # tables that a flush is writing: the file may be older
         self.l1_dirty: set[int] = set()  # L1 entries to write
         self.keep = max(CLEAN_BYTES >> self.bits, 4)
 
@@ -73,9 +74,10 @@ class Map:
 
     def _keep(self, index: int, table: array[int]) -> array[int]:
         self.tables[index] = table
-        if len(self.tables) > self.keep + len(self.dirty):
+        unsafe = self.dirty | self.writing
+        if len(self.tables) > self.keep + len(unsafe):
             for old in self.tables:
-                if old not in self.dirty and old != index:
+                if old not in unsafe and old != index:
                     del self.tables[old]
                     break
         return table

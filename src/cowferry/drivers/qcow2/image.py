@@ -503,6 +503,8 @@ class Qcow2(Node):
             gone, refs.pending = refs.pending, []
             was = (refs.dirty, refs.new, table_map.dirty, table_map.l1_dirty)
             refs.dirty, refs.new, table_map.dirty, table_map.l1_dirty = set(), set(), set(), set()
+            # Not to be thrown out and read again from the file before they are there.
+            refs.writing, table_map.writing = was[0], was[2]
             refs.moved = False
         try:
             for offset, data in blocks:
@@ -526,6 +528,7 @@ class Qcow2(Node):
                 self._barrier()
         except BaseException:
             with self.meta:  # nothing is forgotten: the next flush, if one can, writes it all
+                refs.writing, table_map.writing = set(), set()
                 refs.dirty |= was[0]
                 refs.new |= was[1]
                 table_map.dirty |= was[2]
@@ -534,6 +537,7 @@ class Qcow2(Node):
                 refs.pending = gone + refs.pending
             raise
         with self.meta:
+            refs.writing, table_map.writing = set(), set()
             free = refs.settle(gone)
         self._punch(free)
 
@@ -605,7 +609,7 @@ class Qcow2(Node):
         if size == self.size:
             return
         self.flush()
-        bits, old_size = self.header.cluster_bits, self.size
+        old_size = self.size
         self._zero_tail(old_size)
         need = -(-size // (self.cluster_size * self.map.per_table))
         if need * 8 > headers.MAX_L1:
@@ -613,31 +617,45 @@ class Qcow2(Node):
                 f"'{self.filename}': {size} bytes need too large an L1 table",
                 "use larger clusters (convert -o cluster_size=2M)",
             )
-        with self.meta:
-            if need > len(self.map.l1):
-                self.map.l1.extend(array("Q", bytes(8 * (need - len(self.map.l1)))))
-                clusters = (need * 8 + self.cluster_size - 1) >> bits
-                old = (self.map.l1_offset, -(-self.header.l1_size * 8 // self.cluster_size))
-                self.map.l1_offset = self.refcounts.contiguous(clusters) << bits
-                first = self.map.l1_offset >> bits
-                self.metadata.update(range(first, first + clusters))
-                self.map.l1_dirty.update(range(need))
-                self._write(self.map.l1_offset, bytes(clusters << bits))
-                self.refcounts.release(old[0] >> bits, old[1])
+        # No other flush comes between: it would give back the L1 table that the header still names.
+        h, table_map = self.header, self.map
+        was = (table_map.l1_offset, h.l1_size, h.size)
         with self.flushing:
+            try:
+                with self.meta:
+                    old = self._move_l1(need) if need > len(table_map.l1) else []
+                self._write_tables()
+                h.l1_offset, h.l1_size, h.size = table_map.l1_offset, len(table_map.l1), size
+                self.write_header()
+            except BaseException:
+                with self.meta:  # the header names the old table: what changes goes there
+                    table_map.l1_offset, h.l1_size, h.size = was
+                    h.l1_offset = was[0]
+                    del table_map.l1[h.l1_size :]
+                    table_map.l1_dirty = set(range(h.l1_size))
+                raise
             with self.meta:
-                gone, self.refcounts.pending = self.refcounts.pending, []
-            self._write_tables()
-            self.header.l1_offset, self.header.l1_size = self.map.l1_offset, len(self.map.l1)
-            self.header.size = size
-            self.write_header()
-            with self.meta:
-                self._punch(self.refcounts.settle(gone))
+                self._punch(self.refcounts.settle(old))
         self.size = size
         below = self.backing.size if self.backing is not None else 0
         if below > old_size:  # or the backing file's bytes would show in the new room
             self.zero(old_size, min(below, size) - old_size)
             self.flush()
+
+    def _move_l1(self, entries: int) -> list[tuple[int, int]]:
+        """A larger L1 table in another place; the header follows. Where the old one lies.
+
+        Under `flushing` and `meta`."""
+        bits = self.header.cluster_bits
+        clusters = (entries * 8 + self.cluster_size - 1) >> bits
+        old = (self.map.l1_offset >> bits, -(-self.header.l1_size * 8 // self.cluster_size))
+        self.map.l1_offset = self.refcounts.contiguous(clusters) << bits
+        first = self.map.l1_offset >> bits
+        self.metadata.update(range(first, first + clusters))
+        self.map.l1.extend(array("Q", bytes(8 * (entries - len(self.map.l1)))))
+        self.map.l1_dirty.update(range(entries))
+        self._write(self.map.l1_offset, bytes(clusters << bits))
+        return [old]
 
     def _zero_tail(self, size: int) -> None:
         """What a cluster holds beyond the old end becomes visible: it has to be zero."""

@@ -59,6 +59,7 @@ class Refcounts:
         self.table_offset = h.reftable_offset
         self.blocks: dict[int, array[int]] = {}
         self.dirty: set[int] = set()  # blocks to be written at the next flush
+        self.writing: set[int] = set()  # blocks that a flush is writing: the file may be older
         self.new: set[int] = set()  # blocks whose entry in the table is not on disk
         self.moved = False  # the table itself has another place than on disk
         self.pending: list[tuple[int, int]] = []  # (cluster, count) to let go of, see `settle`
@@ -94,9 +95,10 @@ class Refcounts:
             width, mask = 1 << self.order, (1 << (1 << self.order)) - 1
             for i in range(8 >> self.order):  # the lowest bits belong to the first cluster
                 found[i :: 8 >> self.order] = array("B", [b >> i * width & mask for b in data])
-        if len(self.blocks) >= CLEAN_BLOCKS + len(self.dirty):
+        unsafe = self.dirty | self.writing
+        if len(self.blocks) >= CLEAN_BLOCKS + len(unsafe):
             for old in list(self.blocks):
-                if old not in self.dirty:
+                if old not in unsafe:
                     del self.blocks[old]
                     break
         self.blocks[index] = found
