@@ -1,7 +1,8 @@
 """A real guest for tests and the demo: QEMU with `-accel tcg`, Debian's cloud kernel, busybox.
 
 The guest's root file system lies on the disk that is served; the initramfs only loads the virtio
-modules and switches to it. One talks to the guest through a shell on its serial console.
+modules and switches to it. One talks to the guest through a shell on its serial console, and to
+the guest agent, if there is one, through the socket of its virtio port.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pathlib import Path
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "guest"
 MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev",
-           "virtio_pci", "virtio_blk")  # fmt: skip
+           "virtio_pci", "virtio_blk", "virtio_console")  # fmt: skip
+AGENT = CACHE / "agent" / "usr" / "sbin" / "qemu-ga"  # unpacked by tools/setup.sh
+CHANNEL = "org.qemu.guest_agent.0"
 BOOT_SECONDS = 120.0  # a noisy machine; usually 4
 
 INITRAMFS = """#!/bin/busybox sh
@@ -33,19 +36,39 @@ exec switch_root /root /sbin/init
 
 INIT = """#!/bin/sh
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+mount -t tmpfs run /run
+# Its own files lie in memory: while the file systems are frozen it must not wait for one of them.
+for port in /sys/class/virtio-ports/*; do
+    [ "$(cat $port/name 2>/dev/null)" = {channel} ] &&
+        qemu-ga -d -m virtio-serial -p /dev/${{port##*/}} -t /run -f /run/qemu-ga.pid \
+            -l /run/qemu-ga.log
+done
 echo GUEST-READY
 while true; do setsid cttyhack sh -c 'stty -echo; PS1= exec sh' ; done
 """
 
 
-def missing() -> str:
-    """Why a guest cannot run on this machine; empty if it can."""
+def missing(agent: bool = False) -> str:
+    """Why a guest (with its agent) cannot run on this machine; empty if it can."""
     lacking = [p for p in ("qemu-system-x86_64", "busybox", "cpio", "mke2fs") if not _find(p)]
     if lacking:
         return f"not installed: {', '.join(lacking)}"
     if not (CACHE / "vmlinuz").exists():
         return "no guest kernel in .cache/guest (tools/setup.sh test)"
+    if agent:
+        if not AGENT.exists():
+            return "no qemu-ga in .cache/guest (tools/setup.sh test)"
+        lacking = [str(path) for path in libraries(AGENT) if not path.exists()]
+        if lacking:
+            return f"qemu-ga needs {', '.join(lacking)}"
     return ""
+
+
+def libraries(program: Path) -> list[Path]:
+    """The shared libraries that a program needs; one that is not here by its mere name."""
+    done = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True)
+    found = re.findall(r"(\S+) => not found|(/\S+) \(0x", done.stdout)
+    return [Path(name or path) for name, path in found]
 
 
 def _find(program: str) -> str | None:
@@ -78,10 +101,10 @@ def initramfs(folder: Path) -> Path:
     return out
 
 
-def root_image(path: Path, folder: Path, size: int = 48 << 20) -> None:
+def root_image(path: Path, folder: Path, size: int = 48 << 20, agent: bool = False) -> None:
     """A raw image at `path` with an ext4 root file system on it. Needs no root rights."""
     tree = folder / "rootfs"
-    for name in ("bin", "sbin", "proc", "sys", "dev", "tmp", "data", "etc"):
+    for name in ("bin", "sbin", "proc", "sys", "dev", "tmp", "data", "etc", "run"):
         (tree / name).mkdir(parents=True, exist_ok=True)
     shutil.copy(_find("busybox") or "", tree / "bin" / "busybox")
     applets = subprocess.run(
@@ -92,8 +115,14 @@ def root_image(path: Path, folder: Path, size: int = 48 << 20) -> None:
         if applet != "busybox" and not link.exists():
             link.symlink_to("busybox")
     init = tree / "sbin" / "init"
-    init.write_text(INIT)
+    init.write_text(INIT.format(channel=CHANNEL))
     init.chmod(0o755)
+    if agent:
+        shutil.copy(AGENT, tree / "sbin" / "qemu-ga")
+        for library in libraries(AGENT):
+            place = tree / library.relative_to("/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, place)
     with open(path, "wb") as f:
         f.truncate(size)
     subprocess.run(
@@ -107,9 +136,13 @@ class GuestError(Exception):
 
 
 class Guest:
-    """A running guest. Its disks are NBD URIs, in order vda, vdb, ..."""
+    """A running guest. Its disks are NBD URIs, in order vda, vdb, ...
 
-    def __init__(self, disks: list[str], folder: Path, memory: int = 256) -> None:
+    With `agent` its root is to hold one, which then answers on the unix socket of that path."""
+
+    def __init__(
+        self, disks: list[str], folder: Path, memory: int = 256, agent: Path | None = None
+    ) -> None:
         command = [
             "qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", str(memory),
             "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
@@ -119,6 +152,13 @@ class Guest:
         for disk in disks:
             # a comma in an option is doubled
             command += ["-drive", f"file={disk.replace(',', ',,')},format=raw,if=virtio"]
+        if agent is not None:
+            where = str(agent).replace(",", ",,")
+            command += [
+                "-chardev", f"socket,id=agent,path={where},server=on,wait=off",
+                "-device", "virtio-serial-pci",
+                "-device", f"virtserialport,chardev=agent,name={CHANNEL}",
+            ]  # fmt: skip
         self.console = bytearray()
         self.heard = threading.Condition()  # guards `console` and `ended`
         self.ended = False

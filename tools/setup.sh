@@ -54,6 +54,19 @@ if [ ! -e "$cache/vmlinuz" ] && command -v apt-get >/dev/null && command -v dpkg
     rm -rf "$cache/deb"
 fi
 
+# The guest agent likewise: installed, it would be a service of this machine.
+if [ "$what" = test ] && [ ! -e "$cache/agent/usr/sbin/qemu-ga" ] &&
+    command -v apt-get >/dev/null && command -v dpkg >/dev/null; then
+    mkdir -p "$cache/agent/deb"
+    [ "${root[0]:-}" = no ] || "${root[@]}" apt-get update -qq >/dev/null || true
+    if (cd "$cache/agent/deb" && apt-get download -qq qemu-guest-agent >/dev/null 2>&1); then
+        dpkg -x "$cache"/agent/deb/qemu-guest-agent_*.deb "$cache/agent"
+    else
+        echo "setup: no guest agent to be had; quiesced snapshots cannot be tested" >&2
+    fi
+    rm -rf "$cache/agent/deb"
+fi
+
 python=${PYTHON:-python3}
 if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv "$venv"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
@@ -10,7 +12,8 @@ import msgspec
 from cowferry.commands import Args, command, convert
 from cowferry.errors import CowferryError
 from cowferry.jobs.job import finish
-from cowferry.operations.snapshot import Snapshot
+from cowferry.operations.quiesce import Guests
+from cowferry.operations.snapshot import Snapshot, beside
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -56,13 +59,15 @@ def by_abort(daemon: Daemon, args: Abort) -> Snapshot:
     raise CowferryError("Transaction aborted using Abort action")
 
 
-def together(parts: list[Snapshot]) -> None:
-    """All of them or none. Raises `CowferryError`."""
+@contextmanager
+def all_or_none(daemon: Daemon, parts: list[Snapshot]) -> Iterator[None]:
+    """What fails inside is undone on every disk. Raises `CowferryError`."""
     try:
-        finish(parts)
+        yield
     except BaseException as error:
-        for part in reversed(parts):
-            part.abort()
+        with daemon.commands:
+            for part in reversed(parts):
+                part.abort()
         if isinstance(error, OSError):
             raise CowferryError(
                 f"the snapshot failed: {error.strerror or error}", "every disk is as it was"
@@ -70,16 +75,22 @@ def together(parts: list[Snapshot]) -> None:
         raise
 
 
+def together(daemon: Daemon, parts: list[Snapshot]) -> None:
+    """All of them or none. Raises `CowferryError`."""
+    with all_or_none(daemon, parts):
+        finish(parts)
+
+
 @command("blockdev-snapshot")
 def blockdev_snapshot(daemon: Daemon, args: BlockdevSnapshot) -> None:
     """Put an overlay, opened with "backing": null, on top of a disk."""
-    together([by_node(daemon, args)])
+    together(daemon, [by_node(daemon, args)])
 
 
 @command("blockdev-snapshot-sync")
 def blockdev_snapshot_sync(daemon: Daemon, args: BlockdevSnapshotSync) -> None:
     """Make an overlay file, or take one that exists, and put it on top of a disk."""
-    together([by_file(daemon, args)])
+    together(daemon, [by_file(daemon, args)])
 
 
 class SnapshotBlkdev(Args):
@@ -91,7 +102,7 @@ class SnapshotBlkdev(Args):
 @command("snapshot_blkdev")
 def snapshot_blkdev(daemon: Daemon, args: SnapshotBlkdev) -> None:
     """The same under the name of 2011."""
-    together([Snapshot(daemon, args.device).with_file(args.snapshot_file, args.format)])
+    together(daemon, [Snapshot(daemon, args.device).with_file(args.snapshot_file, args.format)])
 
 
 class Action(NamedTuple):
@@ -131,8 +142,8 @@ def transaction(daemon: Daemon, args: Transaction) -> None:
         known = ACTIONS.get(action.type)
         if known is None:
             raise CowferryError(
-                f"Parameter 'actions[{n}].type' does not accept value '{action.type}'",
-                f"there are: {', '.join(ACTIONS)}",
+                f"Parameter 'type' does not accept value '{action.type}'",
+                f"in action {n}; there are: {', '.join(ACTIONS)}",
             )
         if grouped:
             raise CowferryError(
@@ -141,12 +152,78 @@ def transaction(daemon: Daemon, args: Transaction) -> None:
             )
         chosen.append((known, convert(known.args, action.data)))
     parts: list[Snapshot] = []
-    try:
+    with all_or_none(daemon, parts):
         for known, given in chosen:
             parts.append(known.prepare(daemon, given))
-    except BaseException:
-        for part in reversed(parts):
-            part.abort()
-        raise
-    if parts:
-        together(parts)
+        finish(parts)
+
+
+class DiskToSnapshot(Args):
+    device: str
+    snapshot_file: str | None = None
+    format: str = "qcow2"
+    mode: Literal["absolute-paths", "existing"] = "absolute-paths"
+    node_name: str | None = None
+
+
+class DiskSnapshot(Args):
+    disks: list[DiskToSnapshot]
+    quiesce: list[str] | None = None
+    quiesce_timeout: float = 10.0
+
+
+class NewTop(msgspec.Struct, rename="kebab"):
+    device: str
+    snapshot_file: str
+    node_name: str
+
+
+class DiskSnapshotTaken(msgspec.Struct, rename="kebab", omit_defaults=True):
+    disks: list[NewTop]
+    filesystems: int
+    frozen_seconds: float | None = None
+
+
+@command("x-disk-snapshot", locked=False)
+def disk_snapshot(daemon: Daemon, args: DiskSnapshot) -> DiskSnapshotTaken:
+    """Snapshot several disks at one point in time, their guests' file systems frozen meanwhile.
+
+    `quiesce` names the unix sockets of the guests' agents. Nobody else's command waits for them."""
+    if not args.disks:
+        raise CowferryError("Parameter 'disks' names no disk")
+    with Guests(args.quiesce or [], args.quiesce_timeout) as guests, daemon.at_end(guests.call_off):
+        guests.greet()
+        parts: list[Snapshot] = []
+        with all_or_none(daemon, parts):
+            with daemon.turn(guests.patience):
+                for wanted in args.disks:
+                    parts.append(by_name(daemon, wanted, parts))
+            for part in parts:
+                part.approach()  # once while the guests run: most of the flush is done then
+            with guests.frozen(), daemon.turn(guests.patience):
+                finish([*parts, guests])
+    guests.check()
+    tops = [p.overlay for p in parts if p.overlay is not None]
+    return DiskSnapshotTaken(
+        [
+            NewTop(p.device, os.path.abspath(top.filename), top.name)
+            for p, top in zip(parts, tops, strict=True)
+        ],
+        guests.filesystems,
+        guests.seconds if args.quiesce else None,
+    )
+
+
+def by_name(daemon: Daemon, args: DiskToSnapshot, parts: list[Snapshot]) -> Snapshot:
+    """An overlay for a disk; without a file name one beside the image that the disk is on."""
+    part = Snapshot(daemon, args.device)
+    if any(p.disk is part.disk for p in parts):
+        raise CowferryError(f"'{args.device}' is named twice")
+    path = args.snapshot_file
+    if path is None:
+        if args.mode == "existing":
+            raise CowferryError(
+                "Parameter 'snapshot-file' is missing", "mode=existing names a file that is there"
+            )
+        path = beside(part.old.filename)
+    return part.with_file(path, args.format, args.mode, args.node_name)
