@@ -150,7 +150,14 @@ class Commit(Job):
 
     def settle(self) -> None:
         self.into.base.flush()
-        self.above.set_backing(*self.backing)
+        was_read_only = self.above.read_only  # a layer, or the root of a read-only disk
+        if was_read_only:
+            self.above.reopen(False)
+        try:
+            self.above.set_backing(*self.backing)
+        finally:
+            if was_read_only:
+                self.above.reopen(True)
 
     def switch(self) -> None:
         self.above.backing = self.into.base
