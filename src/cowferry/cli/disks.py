@@ -25,7 +25,7 @@ from cowferry.errors import CowferryError
 )  # fmt: skip
 @click.option(
     "--timeout", type=Seconds(), metavar="SECONDS",
-    help="For how long the guest may be frozen at most; then it is thawed, and this fails.",
+    help="For how long a guest may be frozen at most; then it is thawed, and this fails [10].",
 )  # fmt: skip
 @click.option("--reuse-external", is_flag=True, help="FILE exists: an empty qcow2 overlay.")
 @click.option(

@@ -20,6 +20,7 @@ from cowferry.cli.options import (
     in_background,
     json_lines,
     json_output,
+    no_waiting,
     pair,
     speed,
 )
@@ -34,7 +35,7 @@ CANCELLED = {
 }
 FAILED = "every disk is intact, and reads as before; once the cause is mended, run it again"
 
-name = click.option("--id", metavar="ID", help="The group's name [copy-group, and so on].")
+name = click.option("--id", metavar="ID", help="The group's name [its type, as in copy-group].")
 policy = click.option(
     "--policy", type=click.Choice(["all", "each"]), default="all", show_default=True,
     help="When one fails: call all of them off, or let each go on.",
@@ -53,7 +54,7 @@ def group_command() -> None:
     """
 
 
-@group_command.command("stream")
+@group_command.command("stream", short_help="Fill several disks from their backing chains.")
 @click.argument("disks", metavar="DISK[=BASE]...", nargs=-1, required=True)
 @name
 @policy
@@ -66,6 +67,8 @@ def group_stream(
 ) -> int:
     """Fill every DISK from its backing chain, down to BASE if one is named.
 
+    The disks let go of what is below at one point in time: all of them, or none.
+
     \b
         cowferry group stream vda vdb=base.raw --policy each
     """
@@ -73,7 +76,7 @@ def group_stream(
     return _start("stream", members, None, in_background, as_json, path, **more)
 
 
-@group_command.command("copy")
+@group_command.command("copy", short_help="Copy several disks, and move them at one point in time.")
 @click.argument("disks", metavar="DISK=DEST...", nargs=-1, required=True)
 @name
 @policy
@@ -108,7 +111,7 @@ def group_copy(
     return _start("copy", members, at_ready, in_background, as_json, path, **more)
 
 
-@group_command.command("commit")
+@group_command.command("commit", short_help="Merge several disks into images of their chains.")
 @click.argument("disks", metavar="DISK[=BASE]...", nargs=-1, required=True)
 @name
 @policy
@@ -191,7 +194,7 @@ def draw(group: dict[str, Any]) -> list[str]:
     return lines
 
 
-@group_command.command("list")
+@group_command.command("list", short_help="List the groups.")
 @json_output
 @control
 def list_groups(as_json: bool, path: str | None) -> int:
@@ -208,7 +211,7 @@ def list_groups(as_json: bool, path: str | None) -> int:
     return 0
 
 
-@group_command.command("show")
+@group_command.command("show", short_help="Show one group.")
 @click.argument("id")
 @json_output
 @control
@@ -220,9 +223,9 @@ def show_group(id: str, as_json: bool, path: str | None) -> int:
     return 0
 
 
-@group_command.command("complete")
+@group_command.command("complete", short_help="Let a ready group finish: all disks move.")
 @click.argument("id")
-@in_background
+@no_waiting
 @json_lines
 @control
 def complete_group(id: str, in_background: bool, as_json: bool, path: str | None) -> int:
@@ -238,7 +241,7 @@ def complete_group(id: str, in_background: bool, as_json: bool, path: str | None
         return follow(work, words, as_json)
 
 
-@group_command.command("cancel")
+@group_command.command("cancel", short_help="Call a group off.")
 @click.argument("id")
 @click.option("--soft", is_flag=True, help="Ready copies end as copies of one moment.")
 @json_lines

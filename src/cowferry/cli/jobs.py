@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cowferry.cli.client import Client, QmpError, connect
-from cowferry.cli.options import control, in_background, json_lines, json_output
+from cowferry.cli.options import control, json_lines, json_output, no_waiting
 from cowferry.cli.sizes import Size, human
 from cowferry.cli.waiting import JobWork, Words, follow, notes_of
 from cowferry.errors import CowferryError
@@ -104,9 +104,9 @@ _verb("finalize", "job-finalize", "Make a pending job's result true.")
 _verb("dismiss", "job-dismiss", "Forget a concluded job.")
 
 
-@job_command.command("complete")
+@job_command.command("complete", short_help="Let a ready job finish: its disk moves.")
 @click.argument("id")
-@in_background
+@no_waiting
 @json_lines
 @control
 def complete_job(id: str, in_background: bool, as_json: bool, path: str | None) -> int:
@@ -129,7 +129,7 @@ def complete_job(id: str, in_background: bool, as_json: bool, path: str | None) 
         return follow(work, words, as_json)
 
 
-@job_command.command("cancel")
+@job_command.command("cancel", short_help="Call a job off, softly or not.")
 @click.argument("id")
 @click.option("--soft", is_flag=True, help="A ready copy ends as a copy of this moment.")
 @json_lines
@@ -156,7 +156,7 @@ def cancel_job(id: str, soft: bool, as_json: bool, path: str | None) -> int:
         return follow(work, words, as_json, asked_to_stop=True)
 
 
-@job_command.command("mode")
+@job_command.command("mode", short_help="Copy behind the guest's writes, or hold them.")
 @click.argument("id")
 @click.argument("mode", type=click.Choice(["background", "write-blocking"]))
 @control
@@ -173,7 +173,7 @@ def job_mode(id: str, mode: str, path: str | None) -> int:
     return 0
 
 
-@job_command.command("speed")
+@job_command.command("speed", short_help="Let a job move so many bytes per second.")
 @click.argument("id")
 @click.argument("rate", type=Size())
 @control

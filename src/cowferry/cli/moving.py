@@ -108,7 +108,8 @@ def commit_command(
     (--pivot) unless --finish is given. With --async such a job stays ready until it is told how to
     end: cowferry job complete ID, or cowferry job cancel --soft ID.
 
-    A base that is smaller grows first. Ctrl-C cancels: DISK reads as before, but the base holds a
+    An IMAGE is a file, the name that a header records, or a node-name. A base that is smaller
+    grows first. Ctrl-C cancels: DISK reads as before, but the base holds a
     part of what was above it, and is of no use by itself until the commit has been run again.
     Never commit into an image that other disks stand on, too: the daemon refuses the disks that
     it knows, and cannot know those of others.
@@ -152,8 +153,18 @@ def commit_command(
     "--converge-by", type=Seconds(), metavar="SECONDS",
     help="Be ready by then: block, then slow the guest's writes if it comes to that.",
 )  # fmt: skip
-@click.option("--granularity", type=Size(), metavar="SIZE", help="Copy in pieces of this size.")
-@click.option("--buf-size", type=Size(), metavar="SIZE", help="Taken as a hint.")
+@click.option(
+    "--granularity",
+    type=Size(),
+    metavar="SIZE",
+    help="Look after changes in pieces of this size, a power of two.",
+)
+@click.option(
+    "--buf-size",
+    type=Size(),
+    metavar="SIZE",
+    help="Taken for compatibility: pieces are sized by the time that they take.",
+)
 @speed
 @on_error("--on-source-error", "a read")
 @on_error("--on-target-error", "a write")

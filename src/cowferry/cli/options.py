@@ -24,6 +24,7 @@ json_lines = click.option(
 in_background = click.option(
     "--async", "in_background", is_flag=True, help="Return as soon as it runs."
 )
+no_waiting = click.option("--async", "in_background", is_flag=True, help="Do not wait for the end.")
 speed = click.option(
     "--speed", type=Size(), default=0, metavar="RATE", help="Bytes per second, e.g. 50M."
 )

@@ -27,6 +27,7 @@ from cowferry.errors import CowferryError
 INTERRUPTED = 130  # exit status, as shells have it
 LOOK = 0.2  # seconds between two looks at the progress
 PAUSED = "paused: "
+MOMENT = 0.01  # seconds
 IMPATIENT = 1.0  # seconds within which a second Ctrl-C is the same one
 LAST = 60.0  # seconds that an interrupted job has to stop
 
@@ -88,6 +89,9 @@ class Work:
             data.get("device"), data.get("id")
         )  # fmt: skip
 
+    def settle(self) -> None:
+        """It has ended: wait until its name may be used again."""
+
     def complete(self) -> None:
         """It is ready: let it finish."""
         raise NotImplementedError
@@ -117,6 +121,14 @@ class JobWork(Work):
 
     def heard(self, event: dict[str, Any]) -> End | None:
         return job_end(event) if event.get("data", {}).get("device") == self.id else None
+
+    def settle(self) -> None:
+        # The end of a job is told a moment before it is gone; one may have to be dismissed.
+        while any(
+            job["id"] == self.id and job["status"] not in ("concluded", "null")
+            for job in self.client.call("query-jobs")
+        ):
+            next(self.client.wait_events(MOMENT), None)
 
     def complete(self) -> None:
         self.client.call("job-complete", id=self.id)
@@ -268,6 +280,7 @@ def _until_over(
         for event in work.client.wait_events(LOOK):
             end = work.heard(event)
             if end is not None:
+                work.settle()
                 return _finish(show, end, words, after, asked_to_stop)
             if at_ready is not None and work.is_ready(event):
                 _look(work, show)
