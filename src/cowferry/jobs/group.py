@@ -216,5 +216,5 @@ class Group:
                 data["error"] = "; ".join(errors)
             elif self.culprit is not None:
                 data["cancelled"] = True
+            self._gone(self)  # first: whoever hears of the end may use the id again
             self._emit("JOB_GROUP_COMPLETED", data)
-            self._gone(self)

@@ -222,8 +222,7 @@ class Job:
         """A concluded job is to be forgotten."""
         with self.changed:
             allow(self.id, self.status, "dismiss")
-            self._move(Status.NULL)
-        self._on_null(self)
+            self._go()
 
     def set_speed(self, speed: int) -> None:
         """Bytes per second from now on; 0 is unlimited."""
@@ -424,13 +423,15 @@ class Job:
             self._event("BLOCK_JOB_COMPLETED")
         with self.changed:
             self._move(Status.CONCLUDED)
-            gone = self.auto_dismiss
-            if gone:
-                self._move(Status.NULL)
+            if self.auto_dismiss:
+                self._go()
         if self.group is not None:
             self.group.over(self)
-        if gone:
-            self._on_null(self)
+
+    def _go(self) -> None:
+        """Caller holds `changed`. The id is free before anybody hears that the job is gone."""
+        self._on_null(self)
+        self._move(Status.NULL)
 
     def _event(self, name: str) -> None:
         if not self.is_block_job:
