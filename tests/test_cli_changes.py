@@ -335,6 +335,8 @@ def test_copy_keeps_the_chain_or_a_part_of_it(scene: Scene) -> None:
     (tree,) = json.loads(scene.good("tree", "vda", "--json"))
     assert {os.path.dirname(x["filename"]) for x in tree["chain"]} == {str(scene.folder / "dst")}
     scene.check()
+    status, _, err = scene.run("copy", "vda", "vda/disk.qcow2", "--chain")
+    assert status == 1 and "base.raw' exists\n  remove it, or copy to another folder\n" in err
     scene.good("copy", "vdb", "two.qcow2", "--keep", "vdb/sn1.qcow2", "--finish")
     assert (scene.folder / "sn1.qcow2").exists() and not (scene.folder / "base.raw").exists()
     assert bytes_of(scene.folder / "two.qcow2") == scene.oracles["vdb"]
@@ -422,7 +424,7 @@ def test_ctrl_c_even_twice_cancels_the_copy_and_says_what_is_left(scene: Scene) 
         child.wait()
     assert child.returncode == 130
     assert lines(out)[-1]["result"] == "cancelled"
-    assert "vda stays where it is" in err and "c.raw' is incomplete" in err
+    assert "vda stays where it is" in err and f"removed: '{scene.folder}/c.raw'" in err
     assert scene.good("jobs") == "No active jobs\n"
     assert scene.chain() == LAYERS
 

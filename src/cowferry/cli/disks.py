@@ -76,6 +76,9 @@ def snapshot_command(
             if "Permission denied" in error.desc and not pass_fd:
                 error.hint = "the daemon lacks the right: make FILE yourself, and add --pass-fd"
             raise
+        except KeyboardInterrupt:
+            click.echo("snapshot: whether it has been taken says: cowferry tree", err=True)
+            raise
     if as_json:
         click.echo(json.dumps(result))
         return 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cowferry.cli.client import connect
+from cowferry.cli.client import QmpError, connect
 from cowferry.cli.options import (
     absolute,
     control,
@@ -199,13 +199,20 @@ def copy_command(
     with connect(path) as client:
         work = JobWork(client, job_id("copy", disk))
         command, arguments = copy_arguments(**more)
-        client.call(command, job_id=work.id, device=disk, target=dest, **arguments)
+        several = bool(arguments.get("keep"))
+        try:
+            client.call(command, job_id=work.id, device=disk, target=dest, **arguments)
+        except QmpError as error:
+            if several and "--reuse-external" in error.hint:  # which is for one image
+                error.hint = "remove it, or copy to another folder"
+            raise
         if in_background:
             return started(work, as_json)
+        written = f"'{dest}'{' and what was copied beside it' if several else ''}"
         words = Words(
             f"copy {disk}",
-            f"{disk} stays where it is; '{dest}' is incomplete: remove it",
-            f"{disk} is intact and stays where it is; '{dest}' is incomplete and of no use",
+            f"{disk} stays where it is; of no use, and to be removed: {written}",
+            f"{disk} is intact and stays where it is; of no use, and to be removed: {written}",
             pivoted=f"{disk} is on '{dest}' now",
             finished=f"'{dest}' is a copy of that moment",
             ready=f"    '{dest}' follows what {disk} writes. To go on:\n"
