@@ -76,6 +76,13 @@ class Graph:
             if self.nodes.get(node.name) is node:
                 self._release(node)
 
+    def tidy(self, nodes: list[Node]) -> None:
+        """Close those of the nodes that nobody uses any more, and what only they used."""
+        with self.lock:
+            for node in nodes:
+                if self.nodes.get(node.name) is node:
+                    self._release(node)
+
     def _open(self, options: Mapping[str, Any]) -> Node:
         """Open under `lock`: two opens at once could take one name."""
         self._check_names(options, set())

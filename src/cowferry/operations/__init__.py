@@ -77,6 +77,11 @@ class Claim:
         """Give them back. May be called again."""
         self.daemon.graph.release(self.nodes, self.why, self.holder)
 
+    def end(self) -> None:
+        """The job is over: give them back, and close those that the disk has left meanwhile."""
+        self.release()
+        self.daemon.graph.tidy(self.nodes)
+
 
 def begin(
     daemon: Daemon,

@@ -125,7 +125,7 @@ def start(
             into,
             backing=record,
             detached=detached,
-            released=held.release,
+            released=held.end,
             **common,
         )
 
@@ -146,6 +146,6 @@ def _active(daemon: Daemon, disk: Disk, into: Into, held: Claim, common: dict[st
         move=lambda: [Move(disk.name, old.filename, into.base.filename, into.base.driver)],
         switched=lambda: graph.reroot(disk, into.base),
         detached=detached,
-        released=held.release,
+        released=held.end,
         **common,
     )

@@ -134,7 +134,7 @@ def _start(
 
     def make(held: Claim) -> Job:
         def released() -> None:
-            held.release()
+            held.end()
             if disk.root is not target and abandoned is not None:
                 abandoned(job.status is Status.ABORTING)
 

@@ -73,7 +73,7 @@ def start(
             above=lambda: graph.disks_above(top) or [disk],
             backing=record,
             detached=detached,
-            released=held.release,
+            released=held.end,
             speed=speed,
             on_error=on_error,
             auto_finalize=auto_finalize,
