@@ -50,7 +50,7 @@ while true; do setsid cttyhack sh -c 'stty -echo; PS1= exec sh' ; done
 
 def missing(agent: bool = False) -> str:
     """Why a guest (with its agent) cannot run on this machine; empty if it can."""
-    lacking = [p for p in ("qemu-system-x86_64", "busybox", "cpio", "mke2fs") if not _find(p)]
+    lacking = [p for p in ("qemu-system-x86_64", "busybox", "cpio", "mke2fs") if not find(p)]
     if lacking:
         return f"not installed: {', '.join(lacking)}"
     if not (CACHE / "vmlinuz").exists():
@@ -71,7 +71,8 @@ def libraries(program: Path) -> list[Path]:
     return [Path(name or path) for name, path in found]
 
 
-def _find(program: str) -> str | None:
+def find(program: str) -> str | None:
+    """Where a program lies; those for file systems may not be on the path."""
     return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
@@ -83,7 +84,7 @@ def initramfs(folder: Path) -> Path:
     tree = folder / "initramfs"
     for name in ("bin", "proc", "sys", "dev", "root", "modules"):
         (tree / name).mkdir(parents=True, exist_ok=True)
-    shutil.copy(_find("busybox") or "", tree / "bin" / "busybox")
+    shutil.copy(find("busybox") or "", tree / "bin" / "busybox")
     for module in MODULES:
         source = next((CACHE / "root").rglob(f"{module}.ko"))
         shutil.copy(source, tree / "modules")
@@ -106,7 +107,7 @@ def root_image(path: Path, folder: Path, size: int = 48 << 20, agent: bool = Fal
     tree = folder / "rootfs"
     for name in ("bin", "sbin", "proc", "sys", "dev", "tmp", "data", "etc", "run"):
         (tree / name).mkdir(parents=True, exist_ok=True)
-    shutil.copy(_find("busybox") or "", tree / "bin" / "busybox")
+    shutil.copy(find("busybox") or "", tree / "bin" / "busybox")
     applets = subprocess.run(
         ["busybox", "--list"], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -126,7 +127,7 @@ def root_image(path: Path, folder: Path, size: int = 48 << 20, agent: bool = Fal
     with open(path, "wb") as f:
         f.truncate(size)
     subprocess.run(
-        [_find("mke2fs") or "mke2fs", "-q", "-F", "-t", "ext4", "-d", str(tree), str(path)],
+        [find("mke2fs") or "mke2fs", "-q", "-F", "-t", "ext4", "-d", str(tree), str(path)],
         check=True, capture_output=True,
     )  # fmt: skip
 
