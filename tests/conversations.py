@@ -267,6 +267,12 @@ class Scene:
         under = {"backing_file": f"{backing}.qcow2", "backing_fmt": "qcow2"} if backing else {}
         opening.create_image(str(self.folder / f"{name}.qcow2"), "qcow2", size, under)
 
+    def fill(self, name: str) -> None:
+        """Write something into `name.qcow2`."""
+        node = opening.open_image(str(self.folder / f"{name}.qcow2"))
+        node.pwrite(memoryview(name.encode() * 1000), 0)
+        opening.close_chain(node)
+
     def look(self, *names: str) -> None:
         """Note of each node whether it may be written, and what it lies over."""
         nodes = {n["node-name"]: n for n in self.talk.quietly("query-named-block-nodes")}

@@ -385,9 +385,6 @@ DIFFERENCES: dict[str, tuple[Differs, ...]] = {
     "active_excludes_others": BUSY_ROOT,
     "mirror_excludes_others": BUSY_ROOT,
     "commit_excludes_others": BUSY,
-    "transaction_rolled_back": (
-        Differs("transaction: GenericError", "transaction: DeviceInUse", IN_USE),
-    ),
 }
 
 

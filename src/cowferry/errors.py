@@ -18,9 +18,14 @@ class CowferryError(Exception):
     klass: ClassVar[str] = "GenericError"  # the QMP error class
 
     def __init__(self, desc: str, hint: str = "") -> None:
-        super().__init__(desc)
-        self.desc = desc
-        self.hint = hint
+        super().__init__(one_line(desc))
+        self.desc = one_line(desc)
+        self.hint = one_line(hint)
+
+
+def one_line(text: str) -> str:
+    """What a name out of an image or off a socket may hold moves no cursor and ends no line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class ImageError(CowferryError):

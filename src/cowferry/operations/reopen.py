@@ -88,9 +88,19 @@ def _backing(
     if new is old:
         return []
     if new is not None and any(n is node for n in chain(new)):
-        raise CowferryError(f"Making '{wanted}' a backing child of '{node.name}' would create a cycle")
+        raise CowferryError(
+            f"Making '{wanted}' a backing child of '{node.name}' would create a cycle"
+        )
     if node.driver in ("raw", "file", "nbd"):
         raise CowferryError(f"'{node.driver}' nodes have no backing")
+    if new is not None:
+        graph = daemon.graph
+        graph.check_free(new, "blockdev-reopen")
+        if any(w for d in graph.all_disks() if d.root is new for w in graph.users.get(id(d), [])):
+            raise CowferryError(
+                f"Node '{wanted}' is in use by a writable export",
+                "what lies below another node must not change",
+            )
 
     def put(to: Node | None) -> None:
         node.backing = to
