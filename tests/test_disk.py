@@ -196,6 +196,32 @@ def test_a_granule_written_in_part_in_a_sparse_file_is_leased_again_after_a_drai
     disk.root.close()
 
 
+def test_after_an_allocating_write_only_what_it_changed_is_resolved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, oracle = overlay_disk(tmp_path, SIZE)
+    data = memoryview(b"g" * 512)
+    disk.pread(memoryview(bytearray(512)), 0)
+    asked: list[tuple[int, int]] = []
+    extents = disk.root.extents
+
+    def counted(offset: int, length: int) -> Iterator[Extent]:
+        asked.append((offset, length))
+        return extents(offset, length)
+
+    monkeypatch.setattr(disk.root, "extents", counted)
+    for granule in (3, 9, 10):
+        at = granule * GRANULE + 1024
+        disk.pwrite(data, at)  # allocates: the leases say that it cannot be written in place
+        disk.pwrite(data, at + 512)  # in place
+        oracle[at : at + 1024] = b"g" * 1024
+        beyond = [a for a in asked if a[0] // GRANULE != granule or a[1] > GRANULE]
+        assert asked and not beyond, beyond
+        asked.clear()
+    assert not differs(contents(disk), oracle)
+    disk.root.close()
+
+
 @pytest.mark.parametrize(
     ("offset", "length", "code"),
     [

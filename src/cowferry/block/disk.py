@@ -171,7 +171,7 @@ class Disk:
         with self.shared(offset, length):
             self.check(offset, length, write=True)
             runs = self._leased(offset, offset + length, WRITABLE)
-            if runs is None and not self.taps:
+            if runs is None and not self.taps and self._leased(offset, offset + length, 0) is None:
                 self.leases.fill(self.root, offset, length)
                 runs = self._leased(offset, offset + length, WRITABLE)
             if runs is not None:

@@ -75,21 +75,37 @@ class Leases:
             self.shift = granule.bit_length() - 1
 
     def fill(self, root: Node, offset: int, length: int) -> None:
-        """Resolve the array around `offset, length` (which the caller has entered) and keep it."""
-        span = SPAN << self.shift
-        for key in range(offset // span, (offset + length - 1) // span + 1):
+        """Resolve what is not known around `offset, length` (which the caller has entered), an
+        array's worth at the most, and keep it."""
+        shift = self.shift
+        first, stop = offset >> shift, -(-(offset + length) >> shift)
+        for key in range(first >> SPAN_BITS, ((stop - 1) >> SPAN_BITS) + 1):
             epoch = self.epoch
-            base = key * span
-            runs = list(resolve(root, base, min(span, root.size - base)))
+            base = key << SPAN_BITS
+            a, b = self._gap(key, max(first - base, 0), min(stop - base, SPAN))
+            start, end = (base + a) << shift, min((base + b) << shift, root.size)
+            runs = list(resolve(root, start, end - start))
             with self.filling:
                 if self.epoch == epoch:
-                    self._keep(key, runs)
+                    self._keep(key, a, b, runs)
 
-    def _keep(self, key: int, runs: list[Extent]) -> None:
-        table = array("q", EMPTY)
+    def _gap(self, key: int, a: int, b: int) -> tuple[int, int]:
+        """Granules `a` to `b` of an array, and what lies around them and is not known either."""
+        table = self.tables.get(key)
+        if table is None:
+            return 0, SPAN
+        while a and not table[a - 1]:
+            a -= 1
+        while b < SPAN and not table[b]:
+            b += 1
+        return a, b
+
+    def _keep(self, key: int, a: int, b: int, runs: list[Extent]) -> None:
+        """Note the runs of granules `a` to `b` of an array."""
+        part = array("q", EMPTY[a:b])
         granule = 1 << self.shift
         whole = sum(r.length for r in runs)
-        at = 0  # bytes from the start of the array
+        at = 0  # bytes from granule `a`
         for e in _joined(runs):
             first = -(-at // granule)
             stop = (at + e.length) // granule  # whole granules only
@@ -97,12 +113,18 @@ class Leases:
                 stop = -(-(at + e.length) // granule)  # the disk's last, short granule is whole
             if first < stop and not e.compressed:
                 if e.state is State.ZERO and not e.writable:
-                    table[first:stop] = array("q", [ZERO]) * (stop - first)
+                    part[first:stop] = array("q", [ZERO]) * (stop - first)
                 elif e.fd >= 0:
-                    self._lay(table, first, stop, e.host + first * granule - at, e)
+                    self._lay(part, first, stop, e.host + first * granule - at, e)
             at += e.length
+        table = self.tables.get(key)
+        if table is not None:
+            table[a:b] = part
+            return
         if len(self.tables) >= TABLES:
             del self.tables[next(iter(self.tables))]
+        table = array("q", EMPTY)
+        table[a:b] = part
         self.tables[key] = table
 
     def _lay(self, table: array[int], first: int, stop: int, host: int, e: Extent) -> None:
