@@ -178,7 +178,8 @@ class Agent:
         if status != "thawed":
             raise CowferryError(
                 f"the guest of {self} is frozen already (it says {status!r:.80})",
-                "somebody else has frozen it; when they are done: guest-fsfreeze-thaw",
+                "somebody else has frozen it, or was killed while it was; when they are done: "
+                "guest-fsfreeze-thaw",
             )
 
     def freeze(self, until: Until) -> None:
@@ -377,12 +378,17 @@ class Guests:
         return []
 
     def settle(self) -> None:
-        """All disks are drained, and nothing has been switched."""
-        if self.agents and not self.until.left:
+        """All disks are drained, and nothing has been switched: is every guest frozen still?
+
+        Thawed from here on they do no harm: what they write waits for the end of the drain."""
+        if self.agents and (self.thawing or not self.until.left):
             raise CowferryError(
                 f"the disks could not be switched within {self.until.seconds:g} s",
                 "something kept them busy; raise quiesce-timeout",
             )
+
+    def unsettle(self) -> None:
+        """Nothing: whoever froze them thaws them."""
 
     def moves(self) -> list[Move]:
         return []
