@@ -272,6 +272,19 @@ def test_commit_pivots_unless_it_is_told_to_finish(scene: Scene) -> None:
     assert bytes_of(base) == scene.oracles["vda"]
 
 
+def test_C2_commit_into_a_base_of_another_disk_fails_and_marks_nothing(scene: Scene) -> None:
+    scene.good("create", "-q", "-f", "qcow2", "-b", "vda/base.raw", "-F", "raw", "other.qcow2")
+    scene.good("add", "other=other.qcow2")
+    try:
+        status, _, err = scene.run("commit", "vda")
+    finally:
+        scene.good("remove", "other")
+    assert status == 1 and 'base.raw\': failed to get "write" lock' in err
+    assert list(scene.folder.rglob("*.committing")) == []
+    assert scene.chain() == LAYERS
+    scene.check()
+
+
 def test_commit_in_the_background_is_completed_by_its_job(scene: Scene) -> None:
     job = json.loads(scene.good("commit", "vda", "--async", "--json"))["job"]
     until_ready(scene, job)

@@ -35,7 +35,7 @@ COMMIT_CANCELLED = (
 )
 COMMIT_FAILED = (
     "the disk is intact and reads as before; once the cause is mended, run it again: until then "
-    "its base is of no use by itself"
+    "its base may be of no use by itself"
 )
 
 
