@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -26,10 +25,9 @@ from cowferry.block.bitmap import Bitmap
 from cowferry.block.gate import END, Gate, Slot
 from cowferry.block.lease import DATA, SPAN, SPAN_BITS, WRITABLE, ZERO, Leases
 from cowferry.block.node import Extent, Node, State, clear, read, read_fully, with_holes
-from cowferry.block.throttle import Throttle
+from cowferry.block.throttle import Brake
 
 COPY_ON_READ_MAX = 1 << 20
-BRAKE_MAX = 0.25  # seconds that one write may be held back
 
 
 class Tap(Protocol):
@@ -43,6 +41,9 @@ class Tap(Protocol):
 
     def after(self, offset: int, length: int, data: memoryview | None) -> None:
         """It has changed, to `data` if that is given; read the root otherwise."""
+
+    def failed(self, offset: int, length: int) -> None:
+        """The change failed, and some of the range may have changed."""
 
 
 class _Place:
@@ -66,7 +67,7 @@ class Disk:
         self.leases = Leases(root.granule)
         self.bitmaps: dict[str, Bitmap] = {}  # changed only inside a drain
         self.taps: tuple[Tap, ...] = ()  # changed only inside a drain
-        self.brake: Throttle | None = None  # slows writes down, a little each, while it is there
+        self.brake: Brake | None = None  # slows writes down, a little each, while it is held
         self.copy_on_read = copy_on_read and not root.read_only
         self._local = threading.local()  # .place: this thread's place in the gate
 
@@ -92,13 +93,16 @@ class Disk:
         """The range, rounded out to granules, is this thread's alone; None: the whole disk.
 
         Inside, talk to nodes. Leaving drops the leases of the range. Not reentrant."""
-        if length is None:
-            start, end = 0, END
-        else:
-            granule = 1 << self.leases.shift
-            start = offset // granule * granule
-            end = -(-(offset + length) // granule) * granule
-        claim = self.gate.claim(start, end)
+        start, end = 0, END
+        while True:
+            shift = self.leases.shift
+            if length is not None:
+                start = offset >> shift << shift
+                end = -(-(offset + length) >> shift) << shift
+            claim = self.gate.claim(start, end)
+            if length is None or shift == self.leases.shift:
+                break
+            self.gate.release(claim)  # another root, with other granules, came while we waited
         try:
             yield
         finally:
@@ -176,23 +180,20 @@ class Disk:
                 runs = self._leased(offset, offset + length, WRITABLE)
             if runs is not None:
                 rest = buf
-                for fd, host, run in runs:
-                    sysio.pwrite(fd, rest[:run], host)
-                    rest = rest[run:]
-                self.mark(offset, length)
+                try:
+                    for fd, host, run in runs:
+                        sysio.pwrite(fd, rest[:run], host)
+                        rest = rest[run:]
+                finally:  # a write that failed may have changed some of it
+                    self.mark(offset, length)
         if runs is None:
-            with self.exclusive(offset, length):
-                self.check(offset, length, write=True)
-                self.mark(offset, length)
-                for tap in self.taps:
-                    tap.before(offset, length)
+            with self._changing(offset, length, buf):
                 self.root.pwrite(buf, offset)
-                for tap in self.taps:
-                    tap.after(offset, length, buf)
         if fua:
             self.flush()
-        if self.brake is not None:
-            self._brake(length)
+        brake = self.brake
+        if brake is not None:
+            brake.wait(length)
 
     def zero(
         self, offset: int, length: int, unmap: bool = False, fua: bool = False, fast: bool = False
@@ -200,14 +201,8 @@ class Disk:
         """Make the range read as zeroes. `fast`: EOPNOTSUPP rather than a slow way."""
         if not length:
             return
-        with self.exclusive(offset, length):
-            self.check(offset, length, write=True)
-            self.mark(offset, length)
-            for tap in self.taps:
-                tap.before(offset, length)
+        with self._changing(offset, length):
             self.root.zero(offset, length, unmap, fast)
-            for tap in self.taps:
-                tap.after(offset, length, None)
         if fua:
             self.flush()
 
@@ -215,20 +210,18 @@ class Disk:
         """The range is needed no more; it never reads as an older layer again (ST4)."""
         if not length:
             return
-        with self.exclusive(offset, length):
-            self.check(offset, length, write=True)
-            self.mark(offset, length)
-            for tap in self.taps:
-                tap.before(offset, length)
+        with self._changing(offset, length):
             self.root.discard(offset, length)
-            for tap in self.taps:
-                tap.after(offset, length, None)
         if fua:
             self.flush()
 
     def flush(self) -> None:
-        """Every write that returned before the call is durable on return (N1, N3)."""
-        self.root.flush()
+        """Every write that returned before the call is durable on return (N1, N3).
+
+        Inside like any other request, but overlapping with drains only: the root that it flushes
+        is not closed under it."""
+        with self.shared(END - 1, 1):
+            self.root.flush()
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """The resolved runs of the range, with depth, as they are at one moment."""
@@ -243,10 +236,22 @@ class Disk:
             for bitmap in self.bitmaps.values():
                 bitmap.resize(size)
 
-    def _brake(self, length: int) -> None:
-        brake = self.brake
-        if brake is not None:
-            time.sleep(min(brake.charge(length), BRAKE_MAX))
+    @contextmanager
+    def _changing(self, offset: int, length: int, data: memoryview | None = None) -> Iterator[None]:
+        """A change of the root's range, alone in it, with bitmaps and taps there."""
+        with self.exclusive(offset, length):
+            self.check(offset, length, write=True)
+            self.mark(offset, length)
+            for tap in self.taps:
+                tap.before(offset, length)
+            try:
+                yield
+            except BaseException:
+                for tap in self.taps:
+                    tap.failed(offset, length)
+                raise
+            for tap in self.taps:
+                tap.after(offset, length, data)
 
     def mark(self, offset: int, length: int) -> None:
         """A write of the range is about to be visible: tell the bitmaps. Caller is inside."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from cowferry.operations.snapshot import Snapshot, beside
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
+
+
+log = logging.getLogger(__name__)
 
 
 class BlockdevSnapshot(Args):
@@ -67,7 +71,10 @@ def all_or_none(daemon: Daemon, parts: list[Snapshot]) -> Iterator[None]:
     except BaseException as error:
         with daemon.commands:
             for part in reversed(parts):
-                part.abort()
+                try:
+                    part.abort()
+                except (OSError, CowferryError):
+                    log.exception("'%s' could not be put back", part.device)
         if isinstance(error, OSError):
             raise CowferryError(
                 f"the snapshot failed: {error.strerror or error}", "every disk is as it was"

@@ -199,7 +199,7 @@ class Connection:
             return False
         try:
             if self.lane.write(data, offset, len(data)) == SLOW:
-                if self.disk.gate.contended:
+                if self.disk.gate.contended or self.disk.brake is not None:
                     return False
                 self.disk.pwrite(data, offset)  # allocate now: cheaper than waking a worker
         except OSError:

@@ -80,6 +80,7 @@ class Commit(Job):
         super().__init__(length=into.top.size, **common)
         self.disks = disks
         self.above = above
+        self.was = above.backing_spec  # what its header records until the end
         self.into = into
         self.backing = backing
         self.copier = Copier()
@@ -150,11 +151,19 @@ class Commit(Job):
 
     def settle(self) -> None:
         self.into.base.flush()
-        was_read_only = self.above.read_only  # a layer, or the root of a read-only disk
+        self._name(self.backing)
+
+    def unsettle(self) -> None:
+        if self.was is not None and self.above.backing_spec != self.was:
+            self._name(self.was)
+
+    def _name(self, spec: tuple[str, str | None]) -> None:
+        """Record a backing file in the header above: a layer, or a disk's root."""
+        was_read_only = self.above.read_only
         if was_read_only:
             self.above.reopen(False)
         try:
-            self.above.set_backing(*self.backing)
+            self.above.set_backing(*spec)
         finally:
             if was_read_only:
                 self.above.reopen(True)
@@ -163,16 +172,20 @@ class Commit(Job):
         self.above.backing = self.into.base
 
     def parted(self) -> None:
-        self.into.end()
-        if self._detached is not None:
-            self._detached(self.into.top, self.into.base)
+        try:
+            self.into.end()
+        finally:
+            if self._detached is not None:
+                self._detached(self.into.top, self.into.base)
 
     def clean(self) -> None:
-        if self.into.was_read_only and not self.into.base.read_only:
-            with self._exclusive(0, None):
-                self.into.base.reopen(True)
-        if self._released is not None:
-            self._released()
+        try:
+            if self.into.was_read_only and not self.into.base.read_only:
+                with self._exclusive(0, None):
+                    self.into.base.reopen(True)
+        finally:
+            if self._released is not None:
+                self._released()
 
 
 class ActiveCommit(Mirror):
@@ -206,11 +219,15 @@ class ActiveCommit(Mirror):
             self.into.was_read_only = False  # it is the disk now
 
     def parted(self) -> None:
-        self.into.end()  # without a pivot, too: the base is then a copy of that moment
-        super().parted()
+        try:
+            self.into.end()  # without a pivot, too: the base is then a copy of that moment
+        finally:
+            super().parted()
 
     def clean(self) -> None:
-        if self.into.was_read_only and not self.into.base.read_only:
-            with self.disk.exclusive():
-                self.into.base.reopen(True)
-        super().clean()
+        try:
+            if self.into.was_read_only and not self.into.base.read_only:
+                with self.disk.exclusive():
+                    self.into.base.reopen(True)
+        finally:
+            super().clean()

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from cowferry.errors import CowferryError
-from cowferry.jobs.job import Cancelled, Emit, Job, finish
+from cowferry.jobs.job import Cancelled, Emit, Ending, Job, finish
 from cowferry.jobs.states import Status
 
 POLICIES = ("all", "each")
@@ -46,7 +47,10 @@ class Group:
         self.gathering = True  # members are still being added: none may end before all have begun
         self.completing = False
         self.culprit: Job | None = None
-        self.outcome: BaseException | str | None = None
+        self.called_off = False  # policy `all`, and one did not make it: nobody does
+        self.told_off = False  # whoever was the first has told the others
+        # None, "begun", an error of all, or the errors of each
+        self.outcome: BaseException | dict[Ending, Exception] | str | None = None
         self.ended = 0
 
     def add(self, job: Job) -> None:
@@ -66,15 +70,15 @@ class Group:
     def call_off(self) -> None:
         """A member could not start: those that did are cancelled, and the group is gone."""
         with self.changed:
-            self.gathering = False
             jobs = [j for j in self.members if j.thread is not None]
             self.members = jobs
             self.live &= set(jobs)
         for job in jobs:
-            try:
+            with suppress(CowferryError):
                 job.cancel()
-            except CowferryError:
-                continue
+        with self.changed:
+            self.gathering = False
+            self.changed.notify_all()
         for job in jobs:
             job.wait(LAST)
         self._gone(self)
@@ -90,9 +94,9 @@ class Group:
                     f"Group '{self.id}' is not ready", f"still busy: {', '.join(missing) or 'none'}"
                 )
             self.completing = True
-            jobs = list(self.live)
+            jobs = [j for j in self.live if j not in self.arrived]  # those are on their way
         for job in jobs:
-            if job not in self.arrived:  # those that have are on their way already
+            with suppress(CowferryError):  # it has just failed, and the group will say so
                 job.complete()
 
     def cancel(self, force: bool = True) -> None:
@@ -100,10 +104,8 @@ class Group:
         with self.changed:
             jobs = list(self.live)
         for job in jobs:
-            try:
+            with suppress(CowferryError):  # it has just ended
                 job.cancel(force)
-            except CowferryError:
-                continue  # it has just ended
 
     def query(self) -> dict[str, Any]:
         """The group as one thing, with its members."""
@@ -130,6 +132,13 @@ class Group:
 
     # What members tell ---------------------------------------------------------------------
 
+    def begin(self, job: Job) -> None:
+        """A member has started; returns once all have, so that none has done anything if one
+        could not."""
+        with self.changed:
+            while self.gathering and not job.cancelling:
+                self.changed.wait(TICK)
+
     def ready(self, job: Job) -> None:
         """A member has converged."""
         with self.changed:
@@ -152,28 +161,44 @@ class Group:
             self.changed.notify_all()
         self._check_ready()
         with self.changed:
+            self._stay(job)
             while self.gathering or not self.live <= self.arrived:
-                if job.cancelling:
-                    raise Cancelled
                 self.changed.wait(TICK)
+                self._stay(job)
+
+    def _stay(self, job: Job) -> None:
+        """Caller holds `changed`. Raises `Cancelled` for one that is called off.
+
+        In one step with that it is out of `live`: nobody finishes it, or without it by mistake."""
+        if job.cancelling or self.called_off:
+            self._drop(job)
+            raise Cancelled
+
+    def _drop(self, job: Job) -> None:
+        """Caller holds `changed`."""
+        self.live.discard(job)
+        self.culprit = self.culprit or job
+        self.called_off = self.called_off or self.policy == "all"
+        self.changed.notify_all()
 
     def finish(self, job: Job) -> None:
         """A member is to make its result true: the last to come does it for all of them."""
         with self.changed:
             self.finishing.add(job)
             self.changed.notify_all()
-            while self.outcome is None and not self.live <= self.finishing:
-                if job.cancelling:
-                    raise Cancelled
+            while self.outcome is None:
+                self._stay(job)
+                if self.live <= self.finishing:
+                    break
                 self.changed.wait(TICK)
             mine = self.outcome is None
             if mine:
                 self.outcome = "begun"
             together = [j for j in self.members if j in self.live]
         if mine:
-            outcome: BaseException | str = "done"
+            outcome: BaseException | dict[Ending, Exception]
             try:
-                finish(together)
+                outcome = finish(together, each=self.policy == "each")
             except BaseException as error:
                 outcome = error
             with self.changed:
@@ -181,23 +206,22 @@ class Group:
                 self.changed.notify_all()
         with self.changed:
             self.changed.wait_for(lambda: self.outcome != "begun")
-            if isinstance(self.outcome, BaseException):
-                raise CowferryError(f"group '{self.id}' could not finish: {self.outcome}")
+            result = self.outcome
+        if isinstance(result, dict):
+            if job in result:
+                raise result[job]
+        elif isinstance(result, BaseException):
+            raise CowferryError(f"group '{self.id}' could not finish: {result}")
 
     def failed(self, job: Job, failure: BaseException | None) -> None:
         """A member failed or was cancelled. With policy `all` the others are called off first."""
         with self.changed:
-            self.live.discard(job)
-            first = self.culprit is None
-            if first:
-                self.culprit = job
-            others = list(self.live) if first and self.policy == "all" else []
-            self.changed.notify_all()
+            self._drop(job)
+            others = list(self.live) if self.called_off and not self.told_off else []
+            self.told_off = self.called_off
         for other in others:
-            try:
+            with suppress(CowferryError):
                 other.cancel()
-            except CowferryError:
-                continue
         for other in others:
             other.wait(LAST)
 

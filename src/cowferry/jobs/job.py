@@ -10,8 +10,9 @@ A new kind of job is one new file with one subclass of `Job` that says
 * `type`, the name that QMP gives it;
 * `run()`, the work, as a generator;
 * the end, in steps that make the result true: `approach` (outside any drain), `drains` (which
-  disks stand still), `settle` (the last work that may fail), `moves` (which image a disk leaves
-  for which: recorded durably), `switch` (in memory; cannot fail), then `parted`, outside again.
+  disks stand still), `settle` (the last work that may fail; `unsettle` undoes it), `moves` (which
+  image a disk leaves for which: recorded durably), `switch` (in memory; cannot fail, and waits for
+  nobody), then `parted`, outside again.
   They run when the job is finalised, so with `auto_finalize` off the graph changes only then.
   The members of a group take each step together, under one drain: all end so, or none does;
 * `clean()`, run last, whatever happened.
@@ -118,6 +119,9 @@ class Job:
     def settle(self) -> None:
         """Inside the drain: the last work that may fail. Raising leaves everything as it was."""
 
+    def unsettle(self) -> None:
+        """Inside the drain, after a `settle` that failed or stays without effect: as it was."""
+
     def moves(self) -> list[Move]:
         """Which disks are about to leave which image, to be recorded."""
         return []
@@ -142,9 +146,10 @@ class Job:
         return self.on_error
 
     def attempt(
-        self, operation: str, work: Callable[[], int]
+        self, operation: str, work: Callable[[], int | None]
     ) -> Generator[Progress, None, int | None]:
-        """Do `work`, as the error policy says. None: the error was ignored and noted.
+        """Do `work`, as the error policy says. None: the error was ignored and noted, or `work`
+        says None itself.
 
         Use: `copied = yield from self.attempt("read", lambda: ...)`. Work that both reads and
         writes may raise an `OSError` with the attribute `operation`."""
@@ -308,6 +313,8 @@ class Job:
         self._conclude(succeeded, failure)
 
     def _work(self) -> None:
+        if self.group is not None:
+            self.group.begin(self)
         work = self.run()
         try:
             while True:
@@ -413,7 +420,7 @@ class Job:
                 self.group.failed(self, failure)
         try:
             self.clean()
-        except (OSError, CowferryError):
+        except Exception:
             log.exception("job %s: clean-up failed", self.id)
         if self.cancelled:
             self._event("BLOCK_JOB_CANCELLED")
@@ -465,34 +472,64 @@ class Ending(Protocol):
     def approach(self) -> None: ...
     def drains(self) -> list[Disk]: ...
     def settle(self) -> None: ...
+    def unsettle(self) -> None: ...
     def moves(self) -> list[Move]: ...
     def switch(self) -> None: ...
     def parted(self) -> None: ...
 
 
-def finish(jobs: Sequence[Ending]) -> None:
-    """Make the results of `jobs` true together, under one drain. Raises before any is changed.
+def finish(endings: Sequence[Ending], each: bool = False) -> dict[Ending, Exception]:
+    """Make the results of `endings` true together, under one drain. Raises before any is changed.
 
-    The order is the one that keeps a pivot decidable: drain, last bytes, flush (all in `settle`),
-    the durable record, the switch, and the guests go on."""
-    for job in jobs:
-        job.approach()
-    disks = {id(d): d for job in jobs for d in job.drains()}
+    With `each`, those that cannot are left out, and returned with the reason. The order is the
+    one that keeps a pivot decidable: drain, last bytes, flush (all in `settle`), the durable
+    record, the switch, and the guests go on."""
+    failed: dict[Ending, Exception] = {}
+
+    def step(ending: Ending, do: Callable[[], None]) -> None:
+        try:
+            if ending not in failed:
+                do()
+        except Exception as error:
+            if not each:
+                raise
+            failed[ending] = error
+
+    for ending in endings:
+        step(ending, ending.approach)
+    disks = {id(d): d for e in endings if e not in failed for d in e.drains()}
     with ExitStack() as drained:
         for key in sorted(disks):
             drained.enter_context(disks[key].exclusive())
-        for job in jobs:
-            job.settle()
-        moving = [m for job in jobs for m in job.moves()]
-        if moving:
-            moves.record(moving)
-        for job in jobs:
-            job.switch()
-    for job in jobs:
+        begun: list[Ending] = []
         try:
-            job.parted()
-        except (OSError, CowferryError):
-            log.exception("what %s left behind could not be closed", job)
+            for ending in [e for e in endings if e not in failed]:
+                begun.append(ending)
+                step(ending, ending.settle)
+                if ending in failed:
+                    _undo(begun.pop())
+            moving = [m for e in begun for m in e.moves()]
+            if moving:
+                moves.record(moving)
+        except BaseException:
+            for ending in reversed(begun):
+                _undo(ending)
+            raise
+        for ending in begun:
+            ending.switch()
+    for ending in begun:
+        try:
+            ending.parted()
+        except Exception:
+            log.exception("what %s left behind could not be closed", ending)
+    return failed
+
+
+def _undo(ending: Ending) -> None:
+    try:
+        ending.unsettle()
+    except Exception:
+        log.exception("%s could not be put back", ending)
 
 
 class Jobs:

@@ -40,7 +40,8 @@ from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain, read
-from cowferry.block.throttle import Throttle
+from cowferry.block.rates import WINDOW, Rates
+from cowferry.block.throttle import Brake
 from cowferry.errors import CowferryError
 from cowferry.jobs.job import Job, Progress
 from cowferry.jobs.states import Status, allow
@@ -51,9 +52,10 @@ STEP = 0.02  # seconds a chunk should take: a guest's allocating write waits for
 SCAN = 64 << 20  # bytes looked at between yields when the first bits are set
 IDLE = 0.05  # seconds between looks at the bitmap when nothing is dirty
 CLOSE = 4 << 20  # dirty bytes that are copied under a short drain rather than chased
-WINDOW = 0.5  # seconds over which rates are measured
-PATIENCE = 30.0  # seconds to chase a guest before the last drain
 SLOWEST = 1 << 20  # bytes per second that a braked guest may write at least
+SAFE = 0.8  # of the time that is left is what a prediction may take
+EVEN = 0.9  # of the copy rate is what a guest may undo before the copy gets nowhere
+TRIAL = 3 * WINDOW  # seconds that a gentler measure costs if it does not help
 MODES = ("background", "write-blocking")
 
 
@@ -88,6 +90,7 @@ class Mirror(Job):
         switched: Callable[[], None] | None = None,
         detached: Callable[[], None] | None = None,
         released: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
         **common: Any,
     ) -> None:
         super().__init__(length=disk.size, on_error=on_source_error, **common)
@@ -104,19 +107,25 @@ class Mirror(Job):
         self.inside = any(n is target for n in chain(disk.root))
         self.pivot = True  # False: a soft cancel; the target is left as a copy of that moment
         self.dirty = Bitmap("", disk.size, self.granularity)
-        self.copied = Bitmap("", disk.size, self.granularity)
+        # Both only with a deadline: what was copied so far, and what of that was written since.
+        known = disk.size if converge_by else 0
+        self.copied = Bitmap("", known, self.granularity)
+        self.again = Bitmap("", known, self.granularity)
         self.hot: Bitmap | None = None  # write-blocking only there; None: everywhere
         self.copier = Copier()
         self.chunk = MIN_CHUNK
         self.cursor = 0
         self.did: list[str] = []  # what was done to converge
+        self.limited = False  # it is the job's own speed limit that misses the deadline
         self._moving = move
         self._backing = backing
         self._switched = switched
         self._detached = detached
         self._released = released
-        self._began = time.monotonic()
-        self._rates = Rates()
+        self._clock = clock
+        self._began = clock()
+        self._rates = Rates(clock)
+        self._first = 0  # bytes to copy when it began
         self._tap_error: OSError | None = None
         self._attached = False
         self._lent = False  # the target has its backing node from us
@@ -130,9 +139,10 @@ class Mirror(Job):
         for layer in self.layers:
             yield from self._copy_layer(layer)
         self._attach()
-        self._began = time.monotonic()
+        self._began = self._clock()
         if self.everything:
             yield from self._first_bits()
+        self._first = self.dirty.count()
         told = False
         while True:
             self._steer()
@@ -144,17 +154,18 @@ class Mirror(Job):
                 if self.completing and not self._blocking:
                     self._block()  # or a busy guest would never let it end
                 offset, length = at
-                begin = time.monotonic()
+                begin = self._clock()
                 copied = yield from self.attempt("write", partial(self.copy, offset, length))
-                self._rates.copied += length
-                self._adapt(time.monotonic() - begin, length)
+                self._adapt(self._clock() - begin, length)
                 # an error that is ignored would be met again at once
                 idle = 0.0 if copied is not None else IDLE
                 done = length if copied is not None else 0
+                self._rates.copied(done)
                 yield self._progress(done, copied or 0)._replace(idle=idle)
             elif chasing or (yield from self.attempt("write", self._catch_up)) is None:
                 yield self._progress(0, 0)._replace(idle=IDLE)
             elif self.completing:
+                self.ignored = None  # what was passed over is there by now
                 return
             else:
                 told = True
@@ -309,10 +320,12 @@ class Mirror(Job):
         """Little enough is left for a drain."""
         return self.dirty.count() <= min(CLOSE, self._rates.copy_rate / 20 + self.granularity)
 
-    def _catch_up(self) -> int:
+    def _catch_up(self) -> int | None:
         """No bit is set, and the target is flushed (M2): under a short drain, if bits are left."""
         if self.dirty.count():
             self._flush_target()
+            if self.dirty.count() > CLOSE:
+                return None  # the flush took its time, and the guest has gone on writing
             with self.disk.exclusive():
                 self._copy_all()
         self._flush_target()
@@ -390,6 +403,10 @@ class Mirror(Job):
             if self._tap_error is None:
                 self._tap_error = error
 
+    def failed(self, offset: int, length: int) -> None:
+        """The source may have changed in part: the target is to get whatever is there now."""
+        self.dirty.set(offset, length)
+
     def _tell_tap_error(self) -> Iterator[Progress]:
         error, self._tap_error = self._tap_error, None
         assert error is not None
@@ -410,47 +427,77 @@ class Mirror(Job):
 
     def _note_hot(self, offset: int, length: int) -> None:
         """What is copied for the second time is hot."""
-        if self.hot is not None:
+        if self.converge_by:
             for at, run in self.copied.runs(offset, length):
-                self.hot.set(at, run)
-        self.copied.set(offset, length)
+                self.again.set(at, run)
+            self.copied.set(offset, length)
 
     def _steer(self) -> None:
-        """Look at the rates; with a deadline, escalate while the prediction misses it."""
-        if not self._rates.look(self.dirty.count()) or not self.converge_by:
-            return
+        """Look at the rates; with a deadline, escalate while the prediction misses it.
+
+        Each measure is given time to show what it does before the next. A brake is held down
+        while the job runs, and comes off once it is ready: nothing that a guest then writes can
+        put the copy behind, for it goes to both sides."""
+        rates = self._rates
+        new = rates.look(self.dirty.count(), self.dirty.written)
         if self.status in (Status.READY, Status.STANDBY):
+            self.disk.brake = None
             return
-        left = self.converge_by - (time.monotonic() - self._began)
+        if self.disk.brake is not None:
+            self.disk.brake.hold()
+        if not new or not self.converge_by:
+            return
+        speed = self.throttle.speed
+        left = (self._began + self.converge_by - self._clock()) * SAFE
+        late = rates.predict() > left and not self._near()
         everywhere = self._blocking and self.hot is None
-        if self._rates.predict(everywhere) <= left * 0.8:
+        self.limited = late and everywhere and bool(speed) and rates.copy_rate > speed * SAFE
+        if not late:
             return
-        if not self._blocking:
-            self.did.append("write-blocking on the ranges that are written again and again")
-            self._block(Bitmap("", self.disk.size, self.granularity))
-        elif not everywhere:
-            self.did.append("write-blocking everywhere")
-            self._block()
-        elif self.disk.brake is None:
-            rate = max(int(self._rates.copy_rate / 2), SLOWEST)
-            self.did.append(f"the guest's writes held to {rate / 1e6:.0f} MB/s or less")
-            self.disk.brake = Throttle(rate)
+        if not everywhere:
+            spare = left - rates.left / max(rates.copy_rate, 1.0)  # if nothing more were undone
+            if not self._blocking and spare > TRIAL:
+                self._say("write-blocking on the ranges that are written again and again")
+                self._block(self.again)
+            elif spare < max(TRIAL, left / 3):
+                self._say("write-blocking everywhere")
+                self._block()
+        elif not self.limited:
+            self._brake()
+
+    def _brake(self) -> None:
+        """Slow the guest's writes down, or slow them down further; a guest that hardly writes is
+        not what keeps the copy back."""
+        brake, rates = self.disk.brake, self._rates
+        if brake is not None:
+            brake.speed = max(brake.speed // 2, SLOWEST)
+            self.did.pop()
+        elif rates.write_rate > SLOWEST:
+            speed = max(int(min(rates.write_rate, rates.copy_rate) / 2), SLOWEST)
+            brake = self.disk.brake = Brake(speed, self._clock)
         else:
-            self.disk.brake.speed = max(int(self.disk.brake.speed * 0.7), SLOWEST)
+            return
+        self._say(f"braking the guest's writes towards {brake.speed / 1e6:.0f} MB/s")
+
+    def _say(self, what: str) -> None:
+        self.did.append(f"{what} (after {self._clock() - self._began:.0f} s)")
         self._rates.restart()
 
     def _block(self, hot: Bitmap | None = None) -> None:
         with self.disk.exclusive():
+            if hot is not None:
+                hot.bits |= self.copied.bits & self.dirty.bits
             self.hot = hot
             self._mode("write-blocking")
 
     def details(self) -> dict[str, Any]:
+        r = self._rates
         out: dict[str, Any] = {
             "actively-synced": self._blocking and self.hot is None and not self.dirty.count(),
             "copy-mode": self.copy_mode,
             "x-remaining": self.dirty.count(),
-            "x-dirty-rate": int(self._rates.dirty_rate),
-            "x-copy-rate": int(self._rates.copy_rate),
+            "x-dirty-rate": int(r.dirty_rate if self._blocking else r.demand),
+            "x-copy-rate": int(r.copy_rate),
         }
         note = self._note()
         if note:
@@ -458,19 +505,28 @@ class Mirror(Job):
         return out
 
     def _note(self) -> str:
-        if self.did:
-            return "to converge: " + ", then ".join(self.did)
         r = self._rates
-        chasing = self.copied.count() > 0 and self.status is Status.RUNNING
-        if chasing and not self._blocking and 0 < r.copy_rate <= r.dirty_rate:
+        waiting = self.status not in (Status.READY, Status.STANDBY)
+        if self.did:
+            done = "to converge: " + ", then ".join(self.did)
+            speed = self.throttle.speed
+            if waiting and self.limited and speed:
+                done += f"; its speed limit of {speed / 1e6:.0f} MB/s is too low"
+            return done
+        chasing = waiting and r.total > self._first  # all was copied once, and some of it again
+        if chasing and not self._blocking and r.known and r.demand >= r.copy_rate * EVEN:
             return (
-                f"does not converge: the guest writes {r.dirty_rate / 1e6:.0f} MB/s and "
+                f"does not converge: the guest writes {r.demand / 1e6:.0f} MB/s and "
                 f"{r.copy_rate / 1e6:.0f} MB/s are copied; use copy-mode write-blocking, "
                 "a higher speed, or converge-by"
             )
         return ""
 
     # Verbs -----------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        self._rates.restart()  # it has stood still
+        super().resume()
 
     def cancel(self, force: bool = True) -> None:
         """Softly, a ready mirror ends as a consistent copy; anything else is called off."""
@@ -491,21 +547,20 @@ class Mirror(Job):
             raise CowferryError(f"Parameter 'copy-mode' does not accept value '{copy_mode}'")
         if copy_mode == self.copy_mode:
             return
-        if self._attached:
-            with self.disk.exclusive():
+        with self.disk.exclusive():
+            if self._attached:
                 self.hot = None
                 self._mode(copy_mode)
-        else:
-            self.copy_mode = copy_mode
+            else:  # not begun, or over meanwhile
+                self.copy_mode = copy_mode
 
     # The end ---------------------------------------------------------------------------------
 
     def approach(self) -> None:
         """What was dirtied while the job was pending, and most of the flush, before the drain."""
-        end = time.monotonic() + PATIENCE
+        if not self._blocking or self.hot is not None:
+            self._block()  # nothing is added to what is left
         while self.dirty.count() > CLOSE and (at := self._next()) is not None:
-            if time.monotonic() > end:
-                break
             self.copy(*at)
         self.target.flush()
 
@@ -532,65 +587,25 @@ class Mirror(Job):
         self._lent = self._lent and not self._lasts
         if self.pivot:
             self.disk.root = self.target
-            if self._switched is not None:
-                self._switched()
 
     def parted(self) -> None:
+        if self.pivot and self._switched is not None:
+            self._switched()
         if self.pivot and self._detached is not None:
             self._detached()
 
     def clean(self) -> None:
-        if self._attached:
-            with self.disk.exclusive():
-                self._detach()
-        if self._lent:
-            self.target.backing = None
-        if self._released is not None:
-            self._released()
+        try:
+            if self._attached:
+                with self.disk.exclusive():
+                    self._detach()
+            if self._lent:
+                self.target.backing = None
+        finally:
+            if self._released is not None:
+                self._released()
 
 
 def _flushed(node: Node) -> int:
     node.flush()
     return 0
-
-
-class Rates:
-    """How fast the guest dirties and how fast we copy, in bytes per second."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self.copied = 0  # bytes since the last look
-        self.dirty_rate = 0.0
-        self.copy_rate = 0.0
-        self.left = 0
-        self._at = clock()
-        self._before: int | None = None
-
-    def look(self, left: int) -> bool:
-        """Note what is left to copy; whether the rates are new."""
-        now = self.clock()
-        self.left = left
-        if self._before is None:
-            self._before, self._at, self.copied = left, now, 0
-            return False
-        took = now - self._at
-        if took < WINDOW:
-            return False
-        dirtied = max(left - self._before + self.copied, 0) / took
-        copied = self.copied / took
-        if copied or left:
-            self.copy_rate = copied if not self.copy_rate else (self.copy_rate + copied) / 2
-        self.dirty_rate = (self.dirty_rate + dirtied) / 2
-        self._before, self._at, self.copied = left, now, 0
-        return True
-
-    def restart(self) -> None:
-        """Something was changed: measure anew."""
-        self._before = None
-
-    def predict(self, blocking: bool) -> float:
-        """Seconds until nothing is left, if all goes on so."""
-        if not self.left:
-            return 0.0
-        gain = self.copy_rate - (0.0 if blocking else self.dirty_rate)
-        return self.left / gain if gain > 0 else float("inf")

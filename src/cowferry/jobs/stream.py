@@ -205,6 +205,7 @@ class Stream(Job):
         self.top = top
         self.base = base
         self.old: Node | None = None  # what is let go at the end
+        self.was: tuple[str, str | None] | None = None  # what the header recorded for it
         self.backing = backing
         self.work = Fill(disk, top, base)
         self.fixed = chunk
@@ -251,7 +252,12 @@ class Stream(Job):
         if self.old is not None and self.old is not self.base:
             name, format = self.backing or (None, None)
             self.top.flush()
+            self.was = self.top.backing_spec
             self.top.set_backing(name, format)
+
+    def unsettle(self) -> None:
+        if self.was is not None and self.top.backing_spec != self.was:
+            self.top.set_backing(*self.was)
 
     def switch(self) -> None:
         self.top.backing = self.base
@@ -268,7 +274,9 @@ class Stream(Job):
         return 0
 
     def clean(self) -> None:
-        if self.was_read_only and not self.top.read_only:
-            self._reopen(True)
-        if self._released is not None:
-            self._released()
+        try:
+            if self.was_read_only and not self.top.read_only:
+                self._reopen(True)
+        finally:
+            if self._released is not None:
+                self._released()

@@ -21,7 +21,7 @@ from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
 from cowferry.drivers import driver, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
-from cowferry.operations import find, free
+from cowferry.operations import find, free, root_disk
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -34,7 +34,7 @@ class Snapshot:
         self.daemon = daemon
         self.graph = daemon.graph
         self.device = device
-        self.disk: Disk = self.graph.disk(device)
+        self.disk: Disk = root_disk(daemon, device)
         self.old: Node = self.disk.root
         self.overlay: Node | None = None
         self.adopted = False  # the overlay was opened here
@@ -85,13 +85,15 @@ class Snapshot:
                 raise CowferryError(
                     f"'{path}' exists", "remove it, or use mode=existing if it is an empty overlay"
                 )
+            existed = os.path.lexists(path)
             opening.create_image(
                 path,
                 format,
                 self.old.size,
                 {"backing_file": self._old_name(), "backing_fmt": self.old.driver},
+                goal=True,
             )
-            self.made = path
+            self.made = None if existed else path
         options = {**opening.image_options(path, format), "backing": None}
         if node_name is not None:
             options["node-name"] = node_name
@@ -113,6 +115,15 @@ class Snapshot:
                 raise CowferryError(
                     f"The overlay has {overlay.size} bytes and '{self.device}' {self.old.size}",
                     "make it as large as the disk",
+                )
+            spec = overlay.backing_spec
+            if spec is not None and not _same(
+                opening.backing_path(overlay.filename, spec[0]), self.old.filename
+            ):
+                raise CowferryError(
+                    f"the header of the overlay '{overlay.filename}' names '{spec[0]}', and "
+                    f"'{self.device}' is in '{self.old.filename}'",
+                    "make it with that backing file, or with none",
                 )
             if any(overlay.extents_with_data()):
                 raise CowferryError(
@@ -152,6 +163,11 @@ class Snapshot:
             except NotSupported:
                 self.old.flush()
 
+    def unsettle(self) -> None:
+        if self.reopened:
+            self.old.reopen(False)
+            self.reopened = False
+
     def moves(self) -> list[Move]:
         assert self.overlay is not None
         return [Move(self.disk.name, self.old.filename, self.overlay.filename, self.overlay.driver)]
@@ -160,9 +176,10 @@ class Snapshot:
         assert self.overlay is not None
         self.overlay.backing = self.old
         self.disk.root = self.overlay
-        self.graph.reroot(self.disk, self.overlay)
 
     def parted(self) -> None:
+        assert self.overlay is not None
+        self.graph.reroot(self.disk, self.overlay)
         self.graph.release(self.claimed, self.why)
 
     def abort(self) -> None:
@@ -170,10 +187,6 @@ class Snapshot:
         self.graph.release(self.claimed, self.why)
         if self.disk.root is self.overlay:
             return  # interrupted after the switch: that stands, or the guest's writes were lost
-        if self.reopened:
-            with self.disk.exclusive():
-                self.old.reopen(False)
-            self.reopened = False
         if self.adopted and self.overlay is not None:
             self.graph.let_go(self.overlay)
         self._unmake()
@@ -247,6 +260,10 @@ class Change:
         if self.under is self.old and not self.old.read_only:
             self.old.reopen(True)
 
+    def unsettle(self) -> None:
+        if self.old.read_only != self.was_read_only:
+            self.old.reopen(self.was_read_only)
+
     def moves(self) -> list[Move]:
         if not self.quietly:
             return []
@@ -256,17 +273,14 @@ class Change:
         if self.under is not None:
             self.new.backing = self.under
         self.disk.root = self.new
-        self.graph.reroot(self.disk, self.new)
 
     def parted(self) -> None:
+        self.graph.reroot(self.disk, self.new)
         self.graph.release(self.claimed, self.why)
         self.graph.detached(self.old, None)
 
     def abort(self) -> None:
         """As it was."""
-        if self.under is self.old and self.old.read_only != self.was_read_only:
-            with self.disk.exclusive():
-                self.old.reopen(self.was_read_only)
         self.graph.release(self.claimed, self.why)
         self.graph.let_go(self.new)
 
@@ -287,5 +301,5 @@ def beside(image: str) -> str:
 def _same(a: str, b: str) -> bool:
     try:
         return os.path.samefile(a, b)
-    except OSError:
-        return False
+    except OSError:  # one is not there, or in a folder that is closed to us
+        return os.path.realpath(a) == os.path.realpath(b)
