@@ -4,7 +4,8 @@ It does three things at once. On the first part of the disk it writes blocks of 
 random order, each once; stopped, it writes down how far it came, and a second run reads back
 exactly those blocks. On the last part it writes everything and verifies everything, over and over.
 And it reads all over the disk. So what was written before a pivot is verified after it, and what
-is verified all the time crosses it.
+is verified all the time crosses it. With a storm it writes in the middle of the disk as well, as
+fast as it is told to, unchecked.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def fio(folder: Path, jobs: list[list[str]], *options: str) -> subprocess.Popen[
     words = [f"--{o}" for job in jobs for o in job]
     return subprocess.Popen(
         ["fio", "--output-format=json", "--output=report.json", "--aux-path=.", "--eta=never",
-         *(f"--{o}" for o in options), *words],
+         "--thread", *(f"--{o}" for o in options), *words],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -56,11 +57,14 @@ def report(folder: Path) -> dict[str, Any]:
 class Guest:
     """One fio on one disk. `stop` it, then `verify`."""
 
-    def __init__(self, folder: Path, uri: str, size: int, rate: str) -> None:
+    def __init__(self, folder: Path, uri: str, size: int, rate: str, storm: str | None) -> None:
         self.folder = folder
         self.uri = uri
         self.size = size
         self.rate = rate
+        self.storm = storm
+        self.once = size // 4 if storm else size - AGAIN  # bytes at the start of the disk
+        self.storm_rate = 0.0  # bytes per second of the storm; known when stopped
         self.written = 0  # bytes, each once; known when stopped
         # The first: what the second run makes of its seed depends on the place.
         self.process = fio(folder, [self._once(), *self._meanwhile()])
@@ -68,14 +72,20 @@ class Guest:
     def _once(self) -> list[str]:
         return [
             "name=once", "ioengine=nbd", f"uri={self.uri}", "rw=randwrite",
-            f"bsrange={MIXED}", f"size={self.size - AGAIN}", "iodepth=8", f"rate={ONCE}",
+            f"bsrange={MIXED}", f"size={self.once}", "iodepth=8", f"rate={ONCE}",
             "randseed=7", "verify=crc32c", "verify_fatal=1", "do_verify=1", "verify_state_save=1",
         ]  # fmt: skip
 
     def _meanwhile(self) -> list[list[str]]:
         common = ["ioengine=nbd", f"uri={self.uri}", f"bsrange={MIXED}", "iodepth=4"]
         common.append(f"rate={self.rate}")
+        storm = [
+            "name=storm", "ioengine=nbd", f"uri={self.uri}", "rw=randwrite", "bs=64k", "iodepth=8",
+            f"offset={self.once}", f"size={self.size - self.once - AGAIN}", f"rate={self.storm}",
+            "time_based=1", "runtime=600",
+        ]  # fmt: skip
         return [
+            *([storm] if self.storm else []),
             ["name=again", *common, "rw=randwrite", f"offset={self.size - AGAIN}", f"size={AGAIN}",
              "loops=1000000", "verify=crc32c", "verify_fatal=1", "do_verify=1",
              "verify_state_save=0"],
@@ -110,6 +120,8 @@ class Guest:
         self.written = jobs["once"]["write"]["io_bytes"]
         assert self.written and jobs["again"]["write"]["io_bytes"], said
         assert jobs["again"]["read"]["io_bytes"], f"nothing was verified meanwhile: {said}"
+        if self.storm:
+            self.storm_rate = jobs["storm"]["write"]["bw_bytes"]
         assert jobs["reads"]["read"]["io_bytes"], f"nothing was read: {said}"
         assert (self.folder / "local-once-0-verify.state").exists(), f"all was written: {said}"
 
@@ -131,10 +143,12 @@ def _same_blocks(a: bytes | bytearray, b: bytes | bytearray) -> bool:
 
 
 @contextmanager
-def guest(folder: Path, uri: str, size: int, rate: str = "8m") -> Iterator[Guest]:
+def guest(
+    folder: Path, uri: str, size: int, rate: str = "8m", storm: str | None = None
+) -> Iterator[Guest]:
     """fio on the disk at `uri`, writing `rate` a second over and over; its files: `folder`."""
     folder.mkdir()
-    running = Guest(folder, uri, size, rate)
+    running = Guest(folder, uri, size, rate, storm)
     try:
         yield running
     finally:
