@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from cowferry.cli.client import Client, QmpError
 from cowferry.drivers import opening
 from cowferry.drivers.nbd_client import NbdClient
 from daemons import PATIENCE, environment, program
+from test_quiesce import Agent
 from tests_support import need, unavailable
 
 SIZE = 4 << 20
@@ -166,6 +168,13 @@ def test_snapshot_names_a_file_beside_or_takes_a_path_as_seen_from_here(scene: S
     status, _, err = scene.run("snapshot", "vda", "vdb=vdb/new.qcow2")
     assert status == 1 and "new.qcow2' is in the chain of 'vdb' already" in err
     assert scene.chain("vda")[-1] == "disk.snap2.qcow2", "all or none"
+
+
+def test_snapshot_freezes_the_guest_and_says_for_how_long(scene: Scene) -> None:
+    with closing(Agent(scene.folder / "agent")) as agent:
+        out = scene.good("snapshot", "vda", "vdb", "--quiesce", "agent", "--timeout", "20")
+    assert re.fullmatch(r"frozen for \d+\.\d{3} s: 2 file systems", out.splitlines()[-1])
+    assert "guest-fsfreeze-thaw" in agent.heard and scene.chain("vdb")[-1] == "disk.snap1.qcow2"
 
 
 def test_snapshot_takes_an_overlay_that_somebody_else_made(scene: Scene) -> None:
@@ -682,7 +691,7 @@ REFUSED = [
     Refused("lock free", "Missing option '--reason'", 2),
     Refused("lock free --reason ''", "an empty --reason"),
     Refused("unlock free", "Disk 'free' is not locked"),
-    Refused("add free=file", "there is a disk or node named 'free' already"),
+    Refused("add free=file", "named 'free' already"),
     Refused("add none.qcow2", "none.qcow2': No such file"),
     Refused("change free none.raw", "none.raw': No such file"),
     Refused("backing free base.raw x", "on an image without a backing file"),

@@ -85,7 +85,8 @@ def snapshot_command(
     for taken in result["disks"]:
         click.echo(f"{taken['device']}: {taken['snapshot-file']}")
     if result.get("frozen-seconds") is not None:
-        click.echo(f"the guest was frozen for {result['frozen-seconds']:.3f} s")
+        count = f"{result.get('filesystems', 0)} file systems"
+        click.echo(f"frozen for {result['frozen-seconds']:.3f} s: {count}")
     return 0
 
 
