@@ -93,6 +93,8 @@ def places(image: str, suffix: str) -> list[str]:
         text = hashlib.sha256(text.encode()).hexdigest()
     apart = os.path.join(state_folder(), text + suffix)
     elsewhere = name.startswith(("/dev/", "/proc/")) or "://" in name
+    # An image may have been handed over as a descriptor, out of a folder that is closed to us.
+    elsewhere = elsewhere or not os.access(os.path.dirname(name), os.X_OK)
     return [apart] if elsewhere else [name + suffix, apart]
 
 

@@ -289,4 +289,6 @@ class File(Node):
         """Let the file and its locks go. Does not flush: the format above did."""
         if not self._closed:
             self._closed = True
+            if self.lock is not None:
+                self.lock.drop()  # a descriptor that was handed over is still open in its set
             os.close(self.fd)
