@@ -10,7 +10,8 @@ new one. So from what is on disk alone it is decidable, whoever crashed and when
 A disk that comes back to an image it has left closes a circle; the record of the image it comes
 to is removed once the new one is durable. A power cut between the two leaves the circle, and then
 the record with the highest generation was the last move: each is higher than all that can be
-reached from the two images it is about.
+reached from the two images it is about. What is recorded of another disk, that had an image under
+the new name once, is removed before.
 
 A group of disks moves as one: its records are void until a decision file, named in all of them,
 exists; that file's rename is the moment. What could not be made durable is made void again before
@@ -110,6 +111,8 @@ def record(moves: list[Move]) -> None:
     for folder in sorted({os.path.dirname(os.path.abspath(m.current)) for m in moves}):
         if os.access(folder, os.R_OK | os.X_OK):  # a name that may vanish is none to lead to
             sysio.flush_directory(folder)
+    for m in moves:
+        _forget_others(m)
     images = [i for m in moves for i in (m.left, m.current)]
     generation = max((s.generation for i in images for s in _steps(i)), default=0) + 1
     bodies = {
@@ -129,6 +132,15 @@ def record(moves: list[Move]) -> None:
     with contextlib.suppress(OSError):  # this only tidies up: `follow` tells it right already
         for m in moves:
             settled(m.current)
+
+
+def _forget_others(m: Move) -> None:
+    """What is recorded of `m.current`, but not of this disk, is about an older image there."""
+    if all(_named(s.current) != _named(m.left) for s in _steps(m.current)):
+        settled(m.current)
+    top = half_committed(m.current)
+    if top is not None and _named(top) != _named(m.left):
+        committed(m.current)
 
 
 def _record_together(bodies: dict[str, dict[str, Any]], disks: list[str]) -> None:
@@ -156,10 +168,9 @@ def settled(image: str) -> None:
 
 
 def fresh(image: str) -> None:
-    """A new image is about to be made under this name: records of an older one go."""
-    for suffix in (MOVED, COMMITTING):
-        for path in places(image, suffix):
-            _remove(path)
+    """There is a new image under this name: records of an older one go."""
+    settled(image)
+    committed(image)
 
 
 def follow(image: str, format: str | None = None) -> Current:

@@ -171,13 +171,18 @@ def close_chain(node: Node | None) -> None:
         raise first
 
 
-def create_image(path: str, format: str, size: int, options: Mapping[str, Any]) -> None:
+def create_image(
+    path: str, format: str, size: int, options: Mapping[str, Any], *, goal: bool = False
+) -> None:
     """Make a new image of `size` bytes. `options` are qemu-img's `-o` names.
 
-    Raises `CowferryError`; an unfinished file is removed if it was made here."""
+    What is recorded of an older image under this name goes, unless the new one is the `goal` of
+    a disk that has yet to move there: until then the old name leads where it led. Raises
+    `CowferryError`; an unfinished file is removed if it was made here."""
     existed = os.path.lexists(path)
     try:
-        moves.fresh(path)
+        if not goal:
+            moves.fresh(path)
         driver(format).create(path, size, options)
     except BaseException as error:
         if not existed and os.path.lexists(path):
