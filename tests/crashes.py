@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from chains import contents
+from chains import contents, make_base, overlay
 from cowferry import daemon as daemons
 from cowferry.block.disk import Disk
 from cowferry.block.node import chain
@@ -40,8 +40,12 @@ from writelog import Log, Oracle, State, states
 
 SOAK = os.environ.get("COWFERRY_SOAK") is not None
 SIZE = 256 << 10
+CLUSTER = "4k"
 SPEED = 640 << 10  # a tenth of it is a chunk, and nobody waits between steps
 ENDINGS = (Snapshot, Change, Stream, Commit, ActiveCommit, Mirror)
+
+
+Again = Callable[[Daemon, Told], None]
 
 
 class Stepped(Jobs):
@@ -52,8 +56,9 @@ class Stepped(Jobs):
         job.id = job_id
         self.jobs[job_id] = job
         job._emit, job._on_null = self.emit, self._forget
-        job._move(Status.CREATED)
-        job._move(Status.RUNNING)
+        with job.changed:
+            job._move(Status.CREATED)
+            job._move(Status.RUNNING)
         return job
 
 
@@ -295,7 +300,7 @@ class Judge:
         seed: int,
         samples: int = 3,
         count: int = 60,
-        again: Callable[[Daemon, Told], None] | None = None,
+        again: Again | None = None,
         also: Callable[[State], None] | None = None,
     ) -> int:
         """Judge about `count` moments of the log, and more where names change; how many states.
@@ -316,9 +321,7 @@ class Judge:
         assert number
         return number
 
-    def start_again(
-        self, state: State, found: dict[str, bytearray], again: Callable[[Daemon, Told], None]
-    ) -> None:
+    def start_again(self, state: State, found: dict[str, bytearray], again: Again) -> None:
         """By the name that the disk had first; at the end it has the bytes that it has now."""
         daemon = Daemon()
         try:
@@ -347,3 +350,66 @@ def sound(path: str, format: str | None, what: str) -> bytearray:
         return contents(node)
     finally:
         opening.close_chain(node)
+
+
+# What disks are made of -----------------------------------------------------------------------
+
+
+def a_disk(world: World, format: str, name: str = "vm", folder: Path | None = None) -> Path:
+    """An image with random bytes in it: raw, or an overlay on such a one."""
+    folder = folder or world.here
+    make_base(folder, SIZE, seed=len(name))
+    os.rename(folder / "base.raw", folder / f"{name}-base.raw")
+    if format == "raw":
+        return folder / f"{name}-base.raw"
+    return overlay(folder, f"{name}.qcow2", f"{name}-base.raw", "raw", SIZE, cluster_size=CLUSTER)
+
+
+def fill(path: Path, seed: int) -> None:
+    """Random bytes in a third of an image, here and there."""
+    rnd = random.Random(seed)
+    node = opening.open_image(str(path))
+    try:
+        for _ in range(12):
+            at = rnd.randrange(node.size - 8000)
+            node.pwrite(memoryview(rnd.randbytes(7000)), at)
+        node.flush()
+    finally:
+        opening.close_chain(node)
+
+
+def a_chain(
+    world: World, *layers: str, base: str = "raw", base_size: int = SIZE, name: str = "base"
+) -> tuple[Path, list[Path]]:
+    """A base and overlays of those names, each with bytes of its own: the base, the overlays."""
+    folder = world.here
+    make_base(folder, base_size, seed=len(layers))
+    below, format = folder / f"{name}.raw", "raw"
+    (folder / "base.raw").rename(below)
+    if base == "qcow2":
+        lower = folder / f"{name}.qcow2"
+        opening.create_image(str(lower), "qcow2", base_size, {"cluster_size": CLUSTER})
+        node = opening.open_image(str(lower))
+        node.pwrite(memoryview(below.read_bytes()), 0)
+        opening.close_chain(node)
+        below.unlink()
+        below, format = lower, "qcow2"
+    bottom = below
+    made = []
+    for number, layer in enumerate(layers):
+        over = overlay(folder, f"{layer}.qcow2", below.name, format, SIZE, cluster_size=CLUSTER)
+        fill(over, number)
+        made.append(over)
+        below, format = over, "qcow2"
+    return bottom, made
+
+
+def the_job(world: World, id: str = "vm") -> Job:
+    job = world.daemon.jobs.get(id)
+    assert job is not None
+    return job
+
+
+def wait_over(told: Told, job: str = "vm") -> None:
+    done = told.wait("BLOCK_JOB_COMPLETED", device=job)
+    assert "error" not in done, done

@@ -7,7 +7,6 @@ changes a byte, which image is current is decidable, and a group of disks moves 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,21 +16,9 @@ from cowferry.block import moves, sysio
 from cowferry.block.disk import Disk
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
-from crashes import SIZE, Drive, Judge, World, sound
+from crashes import CLUSTER, SIZE, Again, Drive, Judge, World, a_disk, sound
 from daemons import Told
 from writelog import State
-
-CLUSTER = "4k"
-
-
-def a_disk(world: World, format: str, name: str = "vm", folder: Path | None = None) -> Path:
-    """An image with random bytes in it: raw, or an overlay on such a one."""
-    folder = folder or world.here
-    make_base(folder, SIZE, seed=len(name))
-    os.rename(folder / "base.raw", folder / f"{name}-base.raw")
-    if format == "raw":
-        return folder / f"{name}-base.raw"
-    return overlay(folder, f"{name}.qcow2", f"{name}-base.raw", "raw", SIZE, cluster_size=CLUSTER)
 
 
 def carelessly(path: Path, backing: tuple[str, str] | None, size: int = SIZE) -> None:
@@ -46,7 +33,7 @@ def carelessly(path: Path, backing: tuple[str, str] | None, size: int = SIZE) ->
     os.close(fd)
 
 
-def snapshots(*wanted: tuple[str, Path]) -> Callable[[Daemon, Told], None]:
+def snapshots(*wanted: tuple[str, Path]) -> Again:
     """Take them once more, all at one point in time, unless they are there."""
 
     def again(daemon: Daemon, told: Told) -> None:
