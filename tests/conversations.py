@@ -228,12 +228,11 @@ def _met(child: subprocess.Popen[bytes], path: Path, log: Path) -> Talk:
 
 
 @functools.cache
-def template(size: int) -> tuple[tempfile.TemporaryDirectory[str], bytearray]:
+def template(size: int) -> tuple[tempfile.TemporaryDirectory[str], bytes]:
     """The images of a scene, made once, and what `vm` reads as."""
     folder = tempfile.TemporaryDirectory()
     oracle = chain_of_disks(Path(folder.name), ["base.raw", "sn1.qcow2", "vm.qcow2"], size)
-    opening.create_image(f"{folder.name}/t.raw", "raw", size, {})
-    return folder, oracle
+    return folder, bytes(oracle)
 
 
 class Scene:
@@ -242,9 +241,12 @@ class Scene:
     def __init__(self, talk: Talk, folder: Path, size: int = SIZE) -> None:
         self.talk = talk
         self.folder = folder
-        images, self.oracle = template(size)
+        images, oracle = template(size)
+        self.oracle = bytearray(oracle)
         for image in Path(images.name).iterdir():
             shutil.copy(image, folder)
+        with open(folder / "t.raw", "wb") as f:
+            f.truncate(size)
         base = {"driver": "raw", "node-name": "base", "file": self.file("base.raw")}
         self.add("vm", backing=self.node("sn1", backing=base))
         self.add("t", "raw")
