@@ -430,6 +430,52 @@ def test_the_same_conversation(tmp_path: Path, name: str, pair: dict[str, Talk])
     assert found == known, "\n".join(f"qemu: {q}\nours: {o}" for q, o in found ^ known)
 
 
+def shapes(talk: Talk, folder: Path, kind: str) -> dict[str, set[str]]:
+    """The members of every event and answer about a job, from its start to its end."""
+    folder.mkdir()
+    scene = Scene(talk, folder)
+    first = len(talk.events)
+    try:
+        scene.start(kind, speed=SLOW, auto_finalize=False, auto_dismiss=False)
+        seen = {"running": set(talk.job("j")), "info": set(talk("query-jobs")[0])}
+        talk("block-job-set-speed", device="j", speed=0)
+        if kind in READIED:
+            talk.until("BLOCK_JOB_READY")
+            talk("job-complete", id="j")
+        talk.until("BLOCK_JOB_PENDING")
+        talk("job-cancel", id="j")
+        talk.until("concluded")
+        seen |= {"cancelled": set(talk("query-jobs")[0]), "entry": set(talk.job("j"))}
+        talk("job-dismiss", id="j")
+        talk.until("null")
+        scene.start(kind)
+        if kind in READIED:
+            talk.until("BLOCK_JOB_READY")
+            talk("job-complete", id="j")
+        talk.until("null")
+        for event in talk.events[first:]:
+            seen[event["event"]] = set(event["data"]) | set(event["timestamp"])
+    finally:
+        scene.over()
+    return seen
+
+
+OURS_ALONE = {
+    "actively-synced", "copy-mode", "x-remaining", "x-dirty-rate", "x-copy-rate", "x-note",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["stream", "commit", "active", "mirror"])
+def test_the_same_members(tmp_path: Path, kind: str, pair: dict[str, Talk]) -> None:
+    """Nothing that a client reads is missing, and what is added is named so or newer."""
+    theirs = shapes(pair["qemu"], tmp_path / "q", kind)
+    ours = shapes(pair["ours"], tmp_path / "c", kind)
+    assert set(ours) - set(theirs) <= {"BLOCK_STREAM_COMPLETED"}
+    for name, members in theirs.items():
+        assert members <= ours[name], name
+        assert ours[name] - members <= OURS_ALONE, name
+
+
 # What only we can say ------------------------------------------------------------------------
 # qemu-storage-daemon has none of these: they are for whole guests, from 2011, or newer than 7.2.
 
