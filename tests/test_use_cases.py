@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,9 +22,12 @@ from typing import Any
 import pytest
 
 from chains import differs, make_base, overlay
+from cowferry.block.disk import Disk
+from cowferry.block.gate import Slot
 from cowferry.cli.client import Client
 from cowferry.drivers import opening
 from cowferry.drivers.nbd_client import NbdClient
+from cowferry.exports.nbd import NbdExport, NbdServer
 from daemons import PATIENCE, environment, program
 from fio import Guest, guest, need_fio, report
 from tests_support import need
@@ -300,6 +305,48 @@ def test_use_case_6_live_snapshot(tmp_path: Path) -> None:
         assert s.vm.tree("vm") == (drawn, [s.src] * 4)
         s.compare(vm=s.src / "sx+1.qcow2")
         assert digest(s.src / "sx.qcow2") == point, "S2: the old top changed after the snapshot"
+
+
+def test_a_write_that_meets_a_snapshot_waits_and_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside the drain the old image is read-only already, and still the disk's root."""
+    make_base(tmp_path, SIZE)
+    disk = Disk(opening.open_image(str(tmp_path / "base.raw"), "raw"), "vm")
+    happened: queue.Queue[str] = queue.Queue()
+    enter = disk.gate.enter
+
+    def entering(slot: Slot, start: int, end: int) -> None:
+        happened.put("waits")
+        enter(slot, start, end)
+
+    def write() -> None:
+        try:
+            with NbdClient(server.uri("vm")) as client:
+                client.pwrite(b"new" * 1024, 4096)
+            happened.put("written")
+        except OSError as error:
+            happened.put(f"refused: {error}")
+
+    server = NbdServer()
+    server.add(NbdExport("vm", disk))
+    server.listen_unix(str(tmp_path / "s"))
+    writer = threading.Thread(target=write)
+    try:
+        with disk.exclusive():
+            disk.root.reopen(True)
+            monkeypatch.setattr(disk.gate, "enter", entering)
+            writer.start()
+            assert happened.get(timeout=PATIENCE) == "waits"
+            disk.root.reopen(False)
+        writer.join(PATIENCE)
+        while (outcome := happened.get(timeout=PATIENCE)) == "waits":
+            pass
+        assert outcome == "written"
+    finally:
+        writer.join(PATIENCE)
+        server.stop()
+        disk.root.close()
 
 
 def same(copied: Path, source: Path) -> None:

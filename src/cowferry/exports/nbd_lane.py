@@ -368,7 +368,8 @@ class Connection:
         if kind in (nbd.WRITE, nbd.TRIM, nbd.WRITE_ZEROES):
             if not self.writable:
                 raise OSError(errno.EPERM, "the export is read-only")
-            self.disk.check(offset, length, write=True)
+            with self.disk.shared(offset, length):  # outside, a snapshot may be half done
+                self.disk.check(offset, length, write=True)
         elif kind != nbd.FLUSH:
             if kind == nbd.READ and length > nbd.MAX_REQUEST:
                 raise OSError(errno.EOVERFLOW, f"a read of {length} bytes (32 MiB at most)")
