@@ -236,6 +236,7 @@ class Judge:
         self.folders = (world.here, world.there)
         self.there: dict[str, bytearray] = {}  # what lies in the folders now
         self.outcomes: set[bool] = set()  # moved or not, of the states between finish and switched
+        self.oracles: dict[str, tuple[Oracle, int]] = {}  # and how many marks they have heard
 
     def put(self, state: State) -> None:
         for folder in self.folders:
@@ -279,20 +280,15 @@ class Judge:
         return found
 
     def oracle(self, state: State, drive: Drive) -> Oracle:
-        """What the guest of a disk may find."""
-        oracle = Oracle(drive.flat)
-        for kind, *more in state.marks:
+        """What the guest of a disk may find. States come in order: only new marks are heard."""
+        oracle, heard = self.oracles.get(drive.name, (Oracle(drive.flat), 0))
+        for kind, *more in state.marks[heard:]:
             if kind == drive.until:
-                break
+                self.oracles[drive.name] = oracle, len(self.world.log.entries)
+                return oracle
             if more and more[0] == drive.name:
-                if kind == "write":
-                    oracle.write(more[1], more[2])
-                elif kind == "grow":
-                    oracle.grow(more[1])
-                elif kind == "grown":
-                    oracle.sizes = [more[1]]
-                else:
-                    oracle.flush()
+                hear(oracle, kind, *more[1:])
+        self.oracles[drive.name] = oracle, max(heard, len(state.marks))
         return oracle
 
     def each(
@@ -337,6 +333,18 @@ class Judge:
         for drive in self.world.drives.values():
             got = sound(*opening.current_image(drive.original), f"{state.what}, again")
             assert got == found[drive.name], f"{state.what}: started again, the bytes differ"
+
+
+def hear(oracle: Oracle, kind: str, *more: Any) -> None:
+    """A mark of a guest's."""
+    if kind == "write":
+        oracle.write(*more)
+    elif kind == "grow":
+        oracle.grow(*more)
+    elif kind == "grown":
+        oracle.sizes = [*more]
+    else:
+        oracle.flush()
 
 
 def sound(path: str, format: str | None, what: str) -> bytearray:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -38,7 +39,7 @@ def typed(struct: type[Common], options: Mapping[str, Any], driver_name: str) ->
 
     Raises `CowferryError` naming the option."""
     plain = {k: v for k, v in options.items() if k not in (*CHILDREN, "backing")}
-    for field in msgspec.structs.fields(struct):
+    for field in _fields(struct):
         value = plain.get(field.encode_name)
         if field.type in (bool, bool | None):
             plain[field.encode_name] = _flag(value)
@@ -46,7 +47,7 @@ def typed(struct: type[Common], options: Mapping[str, Any], driver_name: str) ->
             plain["cache"] = {k: _flag(v) for k, v in value.items()}
         if value is None:
             plain.pop(field.encode_name, None)
-    known = {field.encode_name for field in msgspec.structs.fields(struct)}
+    known = {field.encode_name for field in _fields(struct)}
     for key in plain:
         if key not in known:
             raise CowferryError(
@@ -61,6 +62,12 @@ def typed(struct: type[Common], options: Mapping[str, Any], driver_name: str) ->
         where = re.search(r"\$\.([\w.-]+)", str(error))
         name = where[1] if where else "options"
         raise CowferryError(f"Parameter '{name}' of driver '{driver_name}': {error}") from None
+
+
+@cache
+def _fields(struct: type[Common]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """Found out once: it takes as long as all the rest of opening a file."""
+    return msgspec.structs.fields(struct)
 
 
 def _flag(value: Any) -> Any:
