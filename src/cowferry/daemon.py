@@ -23,6 +23,7 @@ from cowferry.exports import Export
 from cowferry.exports.nbd import NbdExport, NbdServer
 from cowferry.graph import Graph
 from cowferry.jobs.job import Job, Jobs
+from cowferry.jobs.states import Status
 
 log = logging.getLogger(__name__)
 
@@ -230,11 +231,14 @@ class Daemon:
         found = self.jobs.get(device)
         if found is not None:
             return found
+        ended = None  # one that nobody has dismissed yet, if there is no other
         for job in self.jobs.all():
             disk = self.works_on.get(job)
             if disk is not None and device in (disk.name, disk.root.name):
-                return job
-        return None
+                if job.status is not Status.CONCLUDED:
+                    return job
+                ended = ended or job
+        return ended
 
     def cancel_on(self, device: str) -> None:
         """Call off the job on a disk, if there is one, and wait until it is over (`--force`).

@@ -290,8 +290,8 @@ class Graph:
                             self.explicit.add(node.name)
 
     def disks_above(self, node: Node) -> list[Disk]:
-        """Every disk whose chain has `node` in it."""
-        return [d for d in self.all_disks() if any(n is node for n in chain(d.root))]
+        """Every disk that reads through `node`: in its chain, or below a node of it."""
+        return [d for d in self.all_disks() if node in parents_first([d.root])]
 
     # Who uses what -----------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ class Bitmap:
         self.size = size
         self.bits = bitarray(-(-size // granularity), endian="little")
         self.bits.setall(False)
+        self.ones = 0  # kept, because counting a large bitmap takes long
 
     def mark(self, offset: int, length: int) -> None:
         """The bytes are about to change."""
@@ -34,10 +35,12 @@ class Bitmap:
     def set(self, offset: int, length: int) -> None:
         """Set the bits of a range, whether or not writes are being recorded."""
         if length:
+            first, stop = offset // self.granularity, -(-(offset + length) // self.granularity)
             with self.lock:
-                self.bits[
-                    offset // self.granularity : -(-(offset + length) // self.granularity)
-                ] = True
+                stop = min(stop, len(self.bits))
+                if first < stop:
+                    self.ones += stop - first - self.bits.count(1, first, stop)
+                    self.bits[first:stop] = True
 
     def clear(self, offset: int, length: int) -> None:
         """Forget the granules that lie wholly inside the range."""
@@ -46,12 +49,19 @@ class Bitmap:
             if offset + length >= self.size:
                 stop = len(self.bits)
             if first < stop:
+                self.ones -= self.bits.count(1, first, stop)
                 self.bits[first:stop] = False
+
+    def join(self, one: Bitmap, other: Bitmap) -> None:
+        """Set what is set in both of two bitmaps of the same shape. Under a drain."""
+        with self.lock:
+            self.bits |= one.bits & other.bits
+            self.ones = self.bits.count()
 
     def count(self) -> int:
         """Dirty bytes, rounded up to granules."""
         with self.lock:
-            return self.bits.count() * self.granularity
+            return self.ones * self.granularity
 
     def runs(self, offset: int = 0, length: int | None = None) -> Iterator[tuple[int, int]]:
         """(offset, length) in bytes of each dirty run, as it is when the run is reached."""
@@ -80,4 +90,5 @@ class Bitmap:
             else:
                 self.bits.extend(bitarray(want - have, endian="little"))
                 self.bits[have:] = False
+            self.ones = self.bits.count()
             self.size = size

@@ -215,9 +215,12 @@ def add_command(
             "x-disk-add",
             device=name, filename=absolute(file), format=format, read_only=read_only,
             copy_on_read=copy_on_read,
-        )["filename"]  # fmt: skip
-    if os.path.realpath(opened) != os.path.realpath(file):
-        click.echo(f"{name}: '{file}' has moved to '{opened}'", err=True)
+        )  # fmt: skip
+    where = opened["filename"]
+    if os.path.realpath(where) != os.path.realpath(file):
+        click.echo(f"{name}: '{file}' has moved to '{where}'", err=True)
+    for uri in opened["uris"]:
+        click.echo(f"{name}: {uri}")
     return 0
 
 

@@ -176,11 +176,12 @@ def device_info(node: Node, disk: Disk | None = None) -> dict[str, Any]:
     }  # fmt: skip
     if node.backing is not None:
         out["backing_file"] = node.backing.filename
-    if disk is not None and any(b.name for b in disk.bitmaps.values()):
+    bitmaps = list(disk.bitmaps.values()) if disk is not None else []
+    if any(b.name for b in bitmaps):
         out["dirty-bitmaps"] = [
             {"name": b.name, "count": b.count(), "granularity": b.granularity,
              "recording": b.recording, "busy": False, "persistent": False}
-            for b in disk.bitmaps.values()
+            for b in bitmaps
             if b.name
         ]  # fmt: skip
     return out

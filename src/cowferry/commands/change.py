@@ -54,7 +54,7 @@ class ChangeBackingFile(Args):
     unsafe: bool = False
 
 
-@command("change-backing-file")
+@command("change-backing-file", locked=False)
 def change_backing_file(daemon: Daemon, args: ChangeBackingFile) -> None:
     """Write another backing file name into an image's header, if it leads to the same bytes.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowferry.commands import Args, NoArgs, command
 from cowferry.drivers import fdsets
+from cowferry.errors import CowferryError
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -19,6 +20,8 @@ class AddFd(Args):
 @command("add-fd")
 def add_fd(daemon: Daemon, args: AddFd) -> dict[str, int]:
     """Put the descriptor that came with this command into a set; open it as /dev/fdset/N."""
+    if args.fdset_id is not None and args.fdset_id < 0:
+        raise CowferryError("Parameter 'fdset-id' expects a non-negative value")
     fd = fdsets.take()
     return {"fdset-id": fdsets.add(fd, args.fdset_id, args.opaque), "fd": fd}
 

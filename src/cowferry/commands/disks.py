@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cowferry.commands import Args, NoArgs, command
 from cowferry.errors import CowferryError
@@ -20,8 +20,8 @@ class DiskAdd(Args):
 
 
 @command("x-disk-add")
-def disk_add(daemon: Daemon, args: DiskAdd) -> dict[str, str]:
-    """Open the image in a file (or the one it has moved to) as a disk; the file that was opened.
+def disk_add(daemon: Daemon, args: DiskAdd) -> dict[str, Any]:
+    """Open the image in a file (or the one it has moved to) as a disk; what was opened, and where.
 
     It is exported under its name if the NBD server runs."""
     disk = daemon.open_disk(
@@ -37,7 +37,8 @@ def disk_add(daemon: Daemon, args: DiskAdd) -> dict[str, str]:
         except BaseException:
             daemon.graph.remove_disk(args.device)
             raise
-    return {"filename": disk.root.filename}
+    uris = daemon.nbd.uris(args.device) if daemon.nbd is not None else []
+    return {"filename": disk.root.filename, "uris": uris}
 
 
 class DiskRemove(Args):

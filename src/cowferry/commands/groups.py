@@ -32,6 +32,7 @@ class GroupStart(Args):
     policy: Literal["all", "each"] = "all"
     speed: int = 0
     copy_mode: Literal["background", "write-blocking"] = "background"
+    converge_by: float = 0
 
 
 @command("x-group-start")
@@ -58,8 +59,9 @@ def group_start(daemon: Daemon, args: GroupStart) -> None:
                 if m.target is None:
                     raise CowferryError(f"member '{m.device}' needs a target")
                 mirror.copy(
-                    daemon, m.device, m.target, format=m.format, copy_mode=args.copy_mode, **common
-                )
+                    daemon, m.device, m.target, format=m.format, copy_mode=args.copy_mode,
+                    converge_by=args.converge_by, **common,
+                )  # fmt: skip
     except BaseException:
         group.call_off()
         raise

@@ -70,8 +70,6 @@ def add(fd: int, number: int | None = None, opaque: str | None = None) -> int:
     with _lock:
         if number is None:
             number = next(n for n in range(len(_sets) + 1) if n not in _sets)
-        if number < 0:
-            raise CowferryError("Parameter 'fdset-id' expects a non-negative value")
         _sets.setdefault(number, []).append(Passed(fd, opaque))
         return number
 

@@ -25,6 +25,7 @@ import fcntl
 import os
 import stat
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -33,9 +34,10 @@ from cowferry.block import sysio
 from cowferry.block.node import ZEROES, Extent, Node, State, read_fully
 from cowferry.drivers import Common, fdsets, register
 from cowferry.drivers.locks import Lock
-from cowferry.errors import CowferryError, ImageError
+from cowferry.errors import CowferryError, DeviceInUse, ImageError
 
 BLKGETSIZE64 = 0x80081272
+_handed_over: weakref.WeakSet[File] = weakref.WeakSet()  # nodes over descriptors of fdsets
 
 
 @register("file", "host_device")
@@ -87,7 +89,10 @@ class File(Node):
             lock = None
             if options.locking != "off":
                 lock = Lock.take(fd, options.filename, read_only, options.force_share)
-            return cls(fd, options.filename, read_only, lock)
+            node = cls(fd, options.filename, read_only, lock)
+            if options.filename.startswith(fdsets.PREFIX):
+                node._alone()
+            return node
         except BaseException:
             os.close(fd)
             raise
@@ -118,6 +123,22 @@ class File(Node):
             lock.drop()
         finally:
             os.close(fd)
+        if not is_device:
+            sysio.flush_directory(os.path.dirname(os.path.abspath(path)))
+
+    def _alone(self) -> None:
+        """Duplicates of one descriptor share its locks, so these have to be told apart by us."""
+        for other in _handed_over:
+            if (
+                not (other._closed or other.read_only or self.read_only)
+                and other.lock is not None
+                and os.path.sameopenfile(other.fd, self.fd)
+            ):
+                raise DeviceInUse(
+                    f"'{self.filename}' was handed over and is open for writing already",
+                    "a second writer would damage it",
+                )
+        _handed_over.add(self)
 
     # Data ---------------------------------------------------------------------------------
 

@@ -81,8 +81,7 @@ class Raw(Node):
         """The file's access, and ours."""
         if read_only and not self.read_only:
             self.file.flush()
-        if "file" not in self.lent or self.file.read_only > read_only:
-            self.file.reopen(read_only)
+        self.file.reopen(read_only)  # a node that was lent has no other writer
         self.read_only = read_only
 
     def close(self) -> None:

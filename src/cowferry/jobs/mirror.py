@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+from cowferry.block import moves
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.copy import Copier, Kind, spans
 from cowferry.block.disk import Disk
@@ -56,6 +57,8 @@ SLOWEST = 1 << 20  # bytes per second that a braked guest may write at least
 SAFE = 0.8  # of the time that is left is what a prediction may take
 EVEN = 0.9  # of the copy rate is what a guest may undo before the copy gets nowhere
 TRIAL = 3 * WINDOW  # seconds that a gentler measure costs if it does not help
+MOST_BITS = 1 << 28  # of a bitmap, by default: 32 MiB
+MANY = 32  # dirty runs copied between yields
 MODES = ("background", "write-blocking")
 
 
@@ -103,7 +106,7 @@ class Mirror(Job):
         self.copy_mode = copy_mode
         self.on_target_error = on_target_error
         self.converge_by = converge_by
-        self.granularity = granularity or max(4096, min(disk.root.granule, 64 << 10))
+        self.granularity = granularity or default_granularity(disk)
         self.inside = any(n is target for n in chain(disk.root))
         self.pivot = True  # False: a soft cancel; the target is left as a copy of that moment
         self.dirty = Bitmap("", disk.size, self.granularity)
@@ -113,6 +116,8 @@ class Mirror(Job):
         self.again = Bitmap("", known, self.granularity)
         self.hot: Bitmap | None = None  # write-blocking only there; None: everywhere
         self.copier = Copier()
+        self.patcher = Copier(share=False)  # for small pieces that the guest has just written
+        self.fresh = everything  # nothing was gone over twice yet
         self.chunk = MIN_CHUNK
         self.cursor = 0
         self.did: list[str] = []  # what was done to converge
@@ -148,28 +153,31 @@ class Mirror(Job):
             self._steer()
             if self._tap_error is not None:
                 yield from self._tell_tap_error()
-            at = self._next()
+            runs = self._next()
             chasing = told and not self.completing
-            if at is not None and (chasing or not self._near()):
+            if runs and (chasing or not self._near()):
                 if self.completing and not self._blocking:
                     self._block()  # or a busy guest would never let it end
-                offset, length = at
+                length = sum(n for _, n in runs)
                 begin = self._clock()
-                copied = yield from self.attempt("write", partial(self.copy, offset, length))
+                copied = yield from self.attempt("write", partial(self.copy_runs, runs))
                 self._adapt(self._clock() - begin, length)
                 # an error that is ignored would be met again at once
                 idle = 0.0 if copied is not None else IDLE
                 done = length if copied is not None else 0
                 self._rates.copied(done)
                 yield self._progress(done, copied or 0)._replace(idle=idle)
-            elif chasing or (yield from self.attempt("write", self._catch_up)) is None:
+                continue
+            caught = None if chasing else (yield from self.attempt("write", self._catch_up))
+            if caught is None:
                 yield self._progress(0, 0)._replace(idle=IDLE)
-            elif self.completing:
+                continue
+            completing = self.completing  # a verb that comes now finds the job ready, or not
+            told = True
+            yield self._progress(caught, caught)._replace(ready=not completing)
+            if completing:
                 self.ignored = None  # what was passed over is there by now
                 return
-            else:
-                told = True
-                yield self._progress(0, 0)._replace(ready=True)
 
     def _progress(self, done: int, moved: int) -> Progress:
         """The length grows with what the guest dirties: done, and what is left."""
@@ -219,14 +227,21 @@ class Mirror(Job):
             at += length
             yield self._progress(0, 0)
 
-    def _next(self) -> tuple[int, int] | None:
-        """The next dirty run after the last one, no longer than a chunk."""
-        found = next(self.dirty.runs(self.cursor), None) or next(self.dirty.runs(), None)
-        if found is None:
-            return None
-        length = min(found[1], self._limit())
-        self.cursor = (found[0] + length) % max(self.disk.size, 1)
-        return found[0], length
+    def _next(self) -> list[tuple[int, int]]:
+        """The next dirty runs after the last one, together no longer than a chunk."""
+        left = self._limit()
+        runs: list[tuple[int, int]] = []
+        for offset, length in self.dirty.runs(self.cursor):
+            length = min(length, left)
+            left -= length
+            runs.append((offset, length))
+            self.cursor = offset + length
+            if left <= 0 or len(runs) == MANY:
+                return runs
+        if not runs and self.cursor:  # round and round
+            self.cursor, self.fresh = 0, False
+            return self._next()
+        return runs
 
     def _limit(self) -> int:
         limit = self.chunk
@@ -247,6 +262,10 @@ class Mirror(Job):
     @property
     def _blocking(self) -> bool:
         return self.copy_mode == "write-blocking"
+
+    def copy_runs(self, runs: list[tuple[int, int]]) -> int:
+        """`copy` for each."""
+        return sum(self.copy(offset, length) for offset, length in runs)
 
     def copy(self, offset: int, length: int) -> int:
         """Bring a dirty range of the target up to date; the bytes that had to be moved.
@@ -270,10 +289,11 @@ class Mirror(Job):
     def _copy(self, offset: int, length: int) -> int:
         """Inside the gate. Aligned to the target's granules where it can be."""
         moved = 0
+        copier = self.copier if self.fresh or length >= MIN_CHUNK else self.patcher
         try:
             with self._alone(offset, length):
                 for span in spans(self.source, offset, length, self.granularity, self._shines()):
-                    self.copier.place(self.source, self.target, span)
+                    copier.place(self.source, self.target, span)
                     if span.kind is Kind.COPY:
                         moved += span.length
         except OSError as error:
@@ -321,15 +341,19 @@ class Mirror(Job):
         return self.dirty.count() <= min(CLOSE, self._rates.copy_rate / 20 + self.granularity)
 
     def _catch_up(self) -> int | None:
-        """No bit is set, and the target is flushed (M2): under a short drain, if bits are left."""
-        if self.dirty.count():
+        """No bit is set, and the target is flushed (M2): under a short drain, if bits are left.
+
+        The bytes that were left, or None: too many by now."""
+        left = self.dirty.count()
+        if left:
             self._flush_target()
             if self.dirty.count() > CLOSE:
                 return None  # the flush took its time, and the guest has gone on writing
             with self.disk.exclusive():
+                left = self.dirty.count()
                 self._copy_all()
         self._flush_target()
-        return 0
+        return left
 
     def _flush_target(self) -> None:
         try:
@@ -486,7 +510,7 @@ class Mirror(Job):
     def _block(self, hot: Bitmap | None = None) -> None:
         with self.disk.exclusive():
             if hot is not None:
-                hot.bits |= self.copied.bits & self.dirty.bits
+                hot.join(self.copied, self.dirty)
             self.hot = hot
             self._mode("write-blocking")
 
@@ -560,8 +584,8 @@ class Mirror(Job):
         """What was dirtied while the job was pending, and most of the flush, before the drain."""
         if not self._blocking or self.hot is not None:
             self._block()  # nothing is added to what is left
-        while self.dirty.count() > CLOSE and (at := self._next()) is not None:
-            self.copy(*at)
+        while self.dirty.count() > CLOSE and (runs := self._next()):
+            self.copy_runs(runs)
         self.target.flush()
 
     def drains(self) -> list[Disk]:
@@ -589,6 +613,8 @@ class Mirror(Job):
             self.disk.root = self.target
 
     def parted(self) -> None:
+        if not self.pivot and self._lasts and not self.inside:
+            moves.fresh(self.target.filename)  # the copy is an image of its own
         if self.pivot and self._switched is not None:
             self._switched()
         if self.pivot and self._detached is not None:
@@ -604,6 +630,14 @@ class Mirror(Job):
         finally:
             if self._released is not None:
                 self._released()
+
+
+def default_granularity(disk: Disk) -> int:
+    """The disk's own granule within reason, and for huge disks what keeps the bitmap small."""
+    granularity = max(4096, min(disk.root.granule, 64 << 10))
+    while disk.size // granularity > MOST_BITS:
+        granularity *= 2
+    return granularity
 
 
 def _flushed(node: Node) -> int:

@@ -84,6 +84,11 @@ def start(
                 f"'{stranger.name}', too",
                 "committing would change what that one reads",
             )
+        if node is not root and graph.exported(node):
+            raise DeviceInUse(
+                f"Node '{node.name}' ('{node.filename}') is exported by itself",
+                "its client would see the commit's traces; withdraw that export first",
+            )
     into = Into(upper, lower, between, upper.size)
     common: dict[str, Any] = {
         "speed": speed, "on_error": on_error,

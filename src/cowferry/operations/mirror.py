@@ -12,20 +12,21 @@ from cowferry.block.node import Node, chain
 from cowferry.drivers import EXTENSIONS, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.job import POLICIES, Job
-from cowferry.jobs.mirror import MODES, Layer, Mirror
+from cowferry.jobs.mirror import MODES, MOST_BITS, Layer, Mirror, default_granularity
 from cowferry.jobs.states import Status
 from cowferry.operations import Claim, begin, check_mode, free, job_name, root_disk
 
 if TYPE_CHECKING:
     from cowferry.block.disk import Disk
     from cowferry.daemon import Daemon
+    from cowferry.graph import Graph
     from cowferry.jobs.group import Group
 
 SYNC = ("top", "full", "none", "incremental", "bitmap")
 MIN_GRANULARITY, MAX_GRANULARITY = 512, 64 << 20
 
 
-def _check(sync: str, granularity: int | None, more: dict[str, Any]) -> None:
+def _check(disk: Disk, sync: str, granularity: int | None, more: dict[str, Any]) -> None:
     check_mode("sync", sync, SYNC)
     if sync in ("incremental", "bitmap"):
         raise CowferryError(f"Sync mode '{sync}' not supported")
@@ -34,6 +35,11 @@ def _check(sync: str, granularity: int | None, more: dict[str, Any]) -> None:
             raise CowferryError("Parameter 'granularity' expects a value in range [512B, 64MB]")
         if granularity & (granularity - 1):
             raise CowferryError("Parameter 'granularity' expects a power of 2")
+        if disk.size // granularity > MOST_BITS:
+            raise CowferryError(
+                f"granularity {granularity} is too fine for the {disk.size} bytes of '{disk.name}'",
+                f"leave it out, or give {default_granularity(disk)} or more",
+            )
     check_mode("copy-mode", more.get("copy_mode", MODES[0]), MODES)
     for key in ("on_source_error", "on_target_error"):
         check_mode(key.replace("_", "-"), more.get(key, "report"), POLICIES)
@@ -87,7 +93,7 @@ def into_node(
         raise CowferryError("Can't mirror node into itself")
     if _same_image(disk.root, node):
         raise CowferryError("Can't mirror node into itself", "both are over one file")
-    _check(sync, granularity, more)
+    _check(disk, sync, granularity, more)
     _check_replaces(daemon, disk, replaces)
     users = graph.stranger(node, [])
     if users is not None:
@@ -139,16 +145,13 @@ def _start(
                 abandoned(job.status is Status.ABORTING)
 
         def detached() -> None:
-            for layer in layers:
-                layer.target.reopen(True)
-            held.release()
-            if not old.read_only:
-                old.flush()
-            graph.detached(old, None)
-            if not any(n is old for n in graph.every_node()):
-                return
-            with contextlib.suppress(NotSupported):
-                old.reopen(True)  # source and target are never both writable (M5)
+            with contextlib.ExitStack() as steps:  # in reverse order, each whatever the others do
+                steps.callback(_closed_or_read_only, graph, old)  # M5: never both writable
+                if not old.read_only:
+                    steps.callback(old.flush)
+                steps.callback(held.release)
+                for layer in layers:
+                    steps.callback(layer.target.reopen, True)
 
         job = Mirror(
             disk,
@@ -163,6 +166,15 @@ def _start(
         return job
 
     return begin(daemon, disk, job_id, "mirror", nodes, make, group)
+
+
+def _closed_or_read_only(graph: Graph, old: Node) -> None:
+    try:
+        graph.detached(old, None)
+    finally:
+        if any(n is old for n in graph.every_node()):
+            with contextlib.suppress(NotSupported):
+                old.reopen(True)
 
 
 def into_file(
@@ -185,7 +197,7 @@ def into_file(
     What was made here goes again if the copy fails or is called off."""
     graph = daemon.graph
     disk = root_disk(daemon, device)
-    _check(sync, granularity, more)
+    _check(disk, sync, granularity, more)
     check_mode("mode", mode, ("absolute-paths", "existing"))
     _check_replaces(daemon, disk, replaces)
     free(daemon, device, "mirror")
@@ -201,7 +213,9 @@ def into_file(
         if backing is not None and format == "raw":
             raise NotSupported("a raw image has no backing file", "use format=qcow2 or sync=full")
         _create(target, format, disk.size, root, backing, made)
-    node = _opened(daemon, target, format, backing, made, disk.size, node_name)
+    # The job itself lays the target over the root: others may write there, as nobody else could.
+    below = backing if sync == "top" else None
+    node = _opened(daemon, target, format, below, made, disk.size, node_name)
     base = root.backing if sync == "top" else None
 
     def abandoned(failed: bool) -> None:
@@ -242,7 +256,7 @@ def copy(
     here goes again if the copy fails or is called off."""
     graph = daemon.graph
     disk = root_disk(daemon, device)
-    _check("full", more.get("granularity"), more)
+    _check(disk, "full", more.get("granularity"), more)
     free(daemon, device, "mirror")
     root = disk.root
     below = list(chain(root))[1:]
@@ -322,7 +336,7 @@ def _create(
             ):
                 options["backing_file"] = os.path.basename(backing.filename)
     existed = os.path.exists(path)
-    opening.create_image(path, format, size, options)
+    opening.create_image(path, format, size, options, goal=True)
     if not existed:
         made.append(path)
 

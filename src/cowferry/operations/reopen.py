@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from cowferry.block import moves
+from cowferry.block.moves import Move
 from cowferry.block.node import Node, State, chain, read
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, NotSupported
+from cowferry.graph import children
 from cowferry.operations import find, root_disk
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ def reopen(daemon: Daemon, options: list[dict[str, Any]]) -> None:
     graph = daemon.graph
     plans = [_plan(daemon, given) for given in options]
     nodes = [node for node, _ in plans]
+    left = {id(n): n.filename for n in nodes}
     replaced = [c for node in nodes for c in (node.backing, node.file) if c is not None]
     why = "blockdev-reopen"
     graph.claim(nodes, why)
@@ -36,6 +40,14 @@ def reopen(daemon: Daemon, options: list[dict[str, Any]]) -> None:
                     for do, back in steps:
                         do()
                         undo.append(back)
+                moving = [
+                    Move(d.name, left[id(n)], n.filename, n.driver)
+                    for n in nodes
+                    for d in disks.values()
+                    if d.root is n and n.filename != left[id(n)]
+                ]
+                if moving:
+                    moves.record(moving)
             except BaseException:
                 for back in reversed(undo):
                     back()
@@ -74,6 +86,14 @@ def _plan(
         if read_only and any(w for d in graph.all_disks() if d.root is node
                              for w in graph.users.get(id(d), [])):  # fmt: skip
             raise CowferryError(f"'{name}' is in use by a writable export")
+        if read_only:
+            for other in graph.every_node():
+                for role, child in children(other):
+                    if child is node and role != "backing" and not other.read_only:
+                        raise CowferryError(
+                            f"'{name}' is in use by '{other.name}' as '{role}', which writes",
+                            f"reopen '{other.name}' instead",
+                        )
         steps.append((lambda: node.reopen(read_only), lambda: node.reopen(was)))
     return node, steps
 
@@ -121,6 +141,10 @@ def _file(
     if wanted == old.name:
         return []
     new = find(daemon, wanted)
+    daemon.graph.check_idle(new)
+    daemon.graph.check_free(new, "blockdev-reopen")
+    if new.read_only and not node.read_only:
+        raise CowferryError(f"Block node is read-only: '{wanted}'", "open it for writing")
     if node.driver != "raw" or getattr(node, "start", False) or new.size < node.size:
         raise NotSupported(
             f"'{node.name}': only a raw node's file can be replaced, by one as large",
@@ -128,8 +152,10 @@ def _file(
         )
 
     def put(to: Node) -> None:
-        old.flush()
+        assert node.file is not None
+        node.file.flush()
         node.file = to
+        node.filename = to.filename
 
     return [(lambda: put(new), lambda: put(old))]
 
@@ -137,17 +163,25 @@ def _file(
 def change_backing_file(
     daemon: Daemon, device: str, image: str, backing_file: str, unsafe: bool
 ) -> None:
-    """The header only. Unless `unsafe`, the name has to lead to the bytes that are there now."""
+    """The header only. Unless `unsafe`, the name has to lead to the bytes that are there now.
+
+    Looking takes as long as reading: others have their turn meanwhile."""
     graph = daemon.graph
-    disk = root_disk(daemon, device)
-    node = find(daemon, image)
-    if node.backing is None:
-        raise CowferryError("not allowing backing file change on an image without a backing file")
-    if not any(n is node for n in chain(disk.root)):
-        raise CowferryError(f"'{device}' and image file are not in the same chain", f"'{image}'")
-    format = node.backing.driver
     why = "change-backing-file"
-    graph.claim([node], why)
+    with daemon.turn():
+        disk = root_disk(daemon, device)
+        node = find(daemon, image)
+        if node.backing is None:
+            raise CowferryError(
+                "not allowing backing file change on an image without a backing file"
+            )
+        if not any(n is node for n in chain(disk.root)):
+            raise CowferryError(
+                f"'{device}' and image file are not in the same chain", f"'{image}'"
+            )
+        format = node.backing.driver
+        claimed = list(chain(node))
+        graph.claim(claimed, why, served=disk.root)
     was_read_only = node.read_only
     try:
         if not unsafe:
@@ -168,7 +202,7 @@ def change_backing_file(
             "it names the old backing file",
         ) from error
     finally:
-        graph.release([node], why)
+        graph.release(claimed, why)
 
 
 def _check_same(node: Node, backing_file: str, format: str) -> None:

@@ -19,6 +19,7 @@ I/O happens under it. `flushing` makes flushes take turns; it is taken before `m
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -754,18 +755,32 @@ class Qcow2(Node):
         """Change access. Made writable, an image is prepared as if it were opened so."""
         if read_only == self.read_only:
             return
+        if not read_only and self.header.incompatible & headers.CORRUPT:
+            raise ImageError(
+                f"'{self.filename}' is marked corrupt; it cannot be opened for writing",
+                "it can still be read; repair it with: cowferry check -r all",
+            )
         if read_only and not self.broken:
             self.close_tables()
-        for role, child in (("file", self.file), ("data-file", self.data)):
-            # somebody else's file may have more access than we need, never less
-            if role not in self.lent or child.read_only > read_only:
+        # A child that was lent has no other writer: its access is what we need.
+        children = [self.file, self.data] if self.external else [self.file]
+        changed: list[Node] = []
+        try:
+            for child in children:
+                changed.append(child)
                 child.reopen(read_only)
-        self.read_only = read_only
-        if not read_only:
-            with self.meta:
-                self.refcounts = Refcounts(self)
-                self.map = Map(self)
-            self._prepare_for_writing()
+            self.read_only = read_only
+            if not read_only:
+                with self.meta:
+                    self.refcounts = Refcounts(self)
+                    self.map = Map(self)
+                self._prepare_for_writing()
+        except BaseException:
+            self.read_only = not read_only
+            for child in changed:
+                with contextlib.suppress(OSError, CowferryError):
+                    child.reopen(not read_only)
+            raise
 
     def close(self) -> None:
         """Flush what waits, with the refcounts of what was freed, and let the file go."""
