@@ -25,6 +25,7 @@ from typing import Any
 
 from chains import chain_of_disks, contents, differs
 from cowferry.drivers import opening
+from cowferry.drivers.nbd_client import NbdClient
 from daemons import PATIENCE, environment
 
 SIZE = 2 << 20
@@ -329,6 +330,19 @@ class Scene:
                     self.talk.quietly("blockdev-del", node_name=name)
             left = self.talk.quietly("query-named-block-nodes")
             assert len(left) < before, f"nodes that cannot be closed: {names}"
+
+    @contextmanager
+    def guest(self, node: str = "vm") -> Iterator[NbdClient]:
+        """Somebody who reads and writes the disk over NBD."""
+        path = self.folder / "nbd"
+        where = {"type": "unix", "data": {"path": str(path)}}
+        self.talk.quietly("nbd-server-start", addr=where)
+        self.talk.quietly("block-export-add", type="nbd", id="e", node_name=node, writable=True)
+        try:
+            with NbdClient(f"nbd+unix:///{node}?socket={path}") as client:
+                yield client
+        finally:
+            self.talk.quietly("nbd-server-stop")
 
     def holds(self, name: str) -> str:
         """How the image in that file differs from what the disk must read as; empty if not."""

@@ -13,6 +13,7 @@ frozen. `created` lasts no longer than the command that makes the job.
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from chains import chain_of_disks, contents, differs
-from conversations import KINDS, OURS, QEMU, SIZE, SLOW, Scene, Talk, speaking
+from conversations import KINDS, OURS, QEMU, READIED, SIZE, SLOW, Scene, Talk, speaking
 from cowferry.drivers import opening
 from tests_support import need, unavailable
 
@@ -180,6 +181,47 @@ def test_verbs_that_a_state_accepts(tmp_path: Path, daemon: Talk, kind: str, sta
             scene.over()
         done = "BLOCK_JOB_COMPLETED" in words or state == "concluded"
         assert scene.holds(RESULT[kind] if done else "vm.qcow2") == "", name
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"), [(k, s) for k in KINDS for s in STATES[k] if s != "concluded"]
+)
+@pytest.mark.parametrize("end", ["finish", "cancel"])
+def test_a_guest_writes_while_a_job_is_held(
+    tmp_path: Path, ours: Talk, kind: str, state: str, end: str
+) -> None:
+    """Whatever the job was waiting for, in the end every byte is where the disk is.
+
+    (QEMU holds every write back while a mirror is pending, for as long as the client likes.)"""
+    daemon = ours
+    scene = Scene(daemon, tmp_path)
+    try:
+        with scene.guest() as guest:
+            scene.hold(kind, state)
+            for at in (0, 100_000, SIZE // 2 + 512, SIZE - 4096):
+                data = random.Random(at).randbytes(4096)
+                guest.pwrite(data, at)
+                scene.oracle[at : at + len(data)] = data
+            guest.flush()
+            if end == "cancel":
+                daemon("job-cancel", id="j")
+            else:
+                if state in ("paused", "standby"):
+                    daemon("job-resume", id="j")
+                if state in ("running", "paused"):
+                    daemon("block-job-set-speed", device="j", speed=0)
+                if state in ("running", "paused") and kind in READIED:
+                    daemon.until("BLOCK_JOB_READY")
+                if state == "pending":
+                    daemon("job-finalize", id="j")
+                elif kind in READIED:
+                    daemon("job-complete", id="j")
+            daemon.until("BLOCK_JOB_COMPLETED" if end == "finish" else "BLOCK_JOB_CANCELLED")
+            daemon.until("null")
+            assert differs(guest.pread(SIZE, 0), scene.oracle) == ""
+    finally:
+        scene.over()
+    assert scene.holds(RESULT[kind] if end == "finish" else "vm.qcow2") == ""
 
 
 def test_verbs_for_a_job_that_is_no_more(tmp_path: Path, daemon: Talk) -> None:

@@ -12,7 +12,6 @@ import os
 import random
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import pytest
 from chains import contents, differs
 from conversations import OURS, Refused, Scene, Talk, speaking
 from cowferry.drivers import opening
-from cowferry.drivers.nbd_client import NbdClient
 from tests_support import need, unavailable
 
 SIZE = 6 << 20
@@ -82,19 +80,6 @@ def scene(tmp_path: Path, small: Small, daemon: Talk) -> Iterator[Scene]:
     scene = Scene(daemon, tmp_path, SIZE)
     yield scene
     scene.over()
-
-
-@contextmanager
-def a_guest(scene: Scene, node: str = "vm") -> Iterator[NbdClient]:
-    """Somebody who writes to the disk over NBD."""
-    talk, path = scene.talk, scene.folder / "nbd"
-    talk.quietly("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
-    talk.quietly("block-export-add", type="nbd", id="e", node_name=node, writable=True)
-    try:
-        with NbdClient(f"nbd+unix:///{node}?socket={path}") as client:
-            yield client
-    finally:
-        talk.quietly("nbd-server-stop")
 
 
 def target(scene: Scene, small: Small, format: str) -> Path:
@@ -199,7 +184,7 @@ def test_E1_the_target_is_full_while_the_guest_writes_to_both(
     daemon.until("BLOCK_JOB_READY")
     small.fill()
     oracle = bytearray(SIZE)
-    with a_guest(scene, "disk") as guest:
+    with scene.guest("disk") as guest:
         for n in range(4):
             oracle[n << 20 : (n << 20) + 200_000] = data = random.Random(n).randbytes(200_000)
             guest.pwrite(data, n << 20)
@@ -236,7 +221,7 @@ def test_the_source_of_a_mirror_is_full(
     daemon("blockdev-mirror", job_id="j", device="disk", target="t", sync="full")
     daemon.until("BLOCK_JOB_READY")
     oracle = bytearray(SIZE)
-    with a_guest(scene, "disk") as guest:
+    with scene.guest("disk") as guest:
         wrote = 0
         with pytest.raises(OSError) as refused:
             for n in range(100):
@@ -333,7 +318,7 @@ def test_no_room_to_make_an_overlay(
     assert not (tmp_path / "p.qcow2").exists()
     small.empty()
     ask()
-    with a_guest(scene, "o") as guest:
+    with scene.guest("o") as guest:
         guest.pwrite(b"z" * 5000, 12345)
         scene.oracle[12345 : 12345 + 5000] = b"z" * 5000
     scene.over()
@@ -354,7 +339,7 @@ def test_no_room_for_the_record_of_a_snapshot(
     scene.look("disk", "o")
     assert daemon.story()[-2:] == ["disk is rw over nothing", "o is gone"]
     assert not (tmp_path / "o.qcow2").exists()
-    with a_guest(scene, "disk") as guest:
+    with scene.guest("disk") as guest:
         guest.pwrite(b"still", 0)  # it may be written as before
         scene.oracle[:5] = b"still"
     small.empty()
@@ -371,7 +356,7 @@ def test_an_overlay_runs_full_under_its_guest(
            snapshot_node_name="o")  # fmt: skip
     small.fill(2 * 64 << 10)
     oracle = scene.oracle
-    with a_guest(scene, "o") as guest:
+    with scene.guest("o") as guest:
         with pytest.raises(OSError) as refused:
             for n in range(50):
                 guest.pwrite(b"%03d" % n * 1000, n << 16)
@@ -440,7 +425,7 @@ def test_E1_the_base_of_a_commit_is_full(
     daemon("block-commit", on_error=policy, **given)
     if policy == "report":
         failed(daemon)
-        with a_guest(scene, "disk") as guest:
+        with scene.guest("disk") as guest:
             assert differs(guest.pread(SIZE, 0), scene.oracle) == ""
         small.empty()
         daemon("block-commit", on_error=policy, **given)
@@ -485,7 +470,7 @@ def test_E1_the_overlay_of_a_stream_is_full(
         daemon.until("null")
         scene.look("disk")
         assert daemon.story()[-1] == "disk is rw over middle.qcow2"
-        with a_guest(scene, "disk") as guest:
+        with scene.guest("disk") as guest:
             assert differs(guest.pread(SIZE, 0), scene.oracle) == ""
         small.empty()
         daemon("block-stream", job_id="j", device="disk")
