@@ -7,6 +7,7 @@ and files that it had before, and at the end every disk still does what it shoul
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,7 @@ BAD = (
     mirror(MISSING, "Device 'nope' not found", "vm", device="nope"),
     mirror(MISSING, "Device 'nope' not found", "vm", target="nope"),
     mirror(GENERIC, "Can't mirror node into itself", target="vm"),
+    mirror(GENERIC, "Can't mirror node into itself", "one file", target="twin"),
     mirror(IN_USE, "Node 'sn1' is busy: node is used as backing hd of 'vm'", target="sn1"),
     mirror(GENERIC, "Need a root block node", "lies below 'vm'", device="sn1"),
     mirror(GENERIC, "Block node is read-only", "for writing", target="ro"),
@@ -115,6 +117,11 @@ BAD = (
     drive(IN_USE, "failed to get", "another process", target="!other.qcow2", mode="existing"),
     drive(GENERIC, "exists", "mode=existing", target="!spare.qcow2"),
     drive(GENERIC, "No such file or directory", target="/nowhere/x.qcow2"),
+    drive(GENERIC, "Is a directory", target="!folder.raw", format="raw"),
+    drive(GENERIC, "fifo.raw.*nvalid|neither a regular", target="!fifo.raw", format="raw"),
+    drive(GENERIC, "nvalid argument|neither a regular", target="/dev/null", format="raw"),
+    drive(GENERIC, "neither a regular", target="/dev/null", format="raw", mode="existing"),
+    drive(GENERIC, "neither a regular", target="!fifo.raw", format="raw", mode="existing"),
     drive(GENERIC, "No such file or directory", target="!nope.qcow2", mode="existing"),
     drive(GENERIC, "Parameter 'mode' does not accept value 'some'", mode="some"),
     drive(GENERIC, "'bogus'", target="!new.x", format="bogus"),
@@ -294,6 +301,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         for name in ("new", "other", "served", "short", "full"):
             scene.add(name)
         scene.add("ro", read_only=True)
+        twin = {**scene.file("vm.qcow2"), "locking": "off"}
+        talk("blockdev-add", driver="raw", node_name="twin", file=twin)
+        (folder / "folder.raw").mkdir()
+        os.mkfifo(folder / "fifo.raw")
         scene.add("over-other", backing=None)
         scene.add("shared", backing=scene.node("bottom"))
         scene.add("stranger", backing="bottom")
@@ -352,6 +363,14 @@ def test_bad_input_is_refused_and_changes_nothing(scene: Scene, bad: Bad) -> Non
 # What is refused because of what runs ------------------------------------------------------------
 
 
+@pytest.fixture
+def stage(tmp_path: Path, daemon: Talk) -> Iterator[Scene]:
+    """Closed at the end, however the test ends."""
+    scene = Scene(daemon, tmp_path)
+    yield scene
+    scene.over()
+
+
 def asked_of_a_busy_disk(scene: Scene) -> tuple[Bad, ...]:
     """Whatever else one may ask of `vm`; the word is how the refusal calls it."""
     top = str(scene.folder / "top.qcow2")
@@ -385,39 +404,82 @@ def asked_of_a_busy_disk(scene: Scene) -> tuple[Bad, ...]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_busy_disk_refuses_everything_with_both_names(
-    tmp_path: Path, daemon: Talk, kind: str
+    tmp_path: Path, daemon: Talk, stage: Scene, kind: str
 ) -> None:
-    scene = Scene(daemon, tmp_path)
+    scene = stage
     scene.create("new")
     scene.add("new", backing=None)
     scene.create("top", backing="vm")
-    try:
-        scene.start(kind, speed=SLOW)
-        type = daemon.job("j")["type"]
-        daemon("job-pause", id="j")
-        daemon.until("paused")
-        before = there(scene)
-        for bad in asked_of_a_busy_disk(scene):
-            refused = daemon.refusal(bad.command, **paths(bad.arguments, tmp_path))
-            assert refused.klass == IN_USE, refused
-            assert "'j'" in refused.desc and type in refused.desc, refused
-            assert f"excludes {bad.words}" in refused.desc.replace(" a ", " "), refused
-            assert "wait for job 'j', or cancel it" in refused.hint
-            assert there(scene) == before, bad.command
-        daemon("block-job-set-speed", device="j", speed=0)
-        daemon("job-resume", id="j")
-        if kind in READIED:
-            daemon.until("BLOCK_JOB_READY")
-            daemon("job-complete", id="j")
-        assert "error" not in daemon.until("BLOCK_JOB_COMPLETED")
-        daemon.until("null")
-    finally:
-        scene.over()
+    scene.start(kind, speed=SLOW)
+    type = daemon.job("j")["type"]
+    daemon("job-pause", id="j")
+    daemon.until("paused")
+    before = there(scene)
+    for bad in asked_of_a_busy_disk(scene):
+        refused = daemon.refusal(bad.command, **paths(bad.arguments, tmp_path))
+        assert refused.klass == IN_USE, refused
+        assert "'j'" in refused.desc and type in refused.desc, refused
+        assert f"excludes {bad.words}" in refused.desc.replace(" a ", " "), refused
+        assert "wait for job 'j', or cancel it" in refused.hint
+        assert there(scene) == before, bad.command
+    daemon("block-job-set-speed", device="j", speed=0)
+    daemon("job-resume", id="j")
+    if kind in READIED:
+        daemon.until("BLOCK_JOB_READY")
+        daemon("job-complete", id="j")
+    assert "error" not in daemon.until("BLOCK_JOB_COMPLETED")
+    daemon.until("null")
+    scene.over()
     assert scene.holds({"active": "base.raw", "mirror": "t.raw"}.get(kind, "vm.qcow2")) == ""
 
 
-def test_job_ids_are_taken_until_the_job_is_gone(tmp_path: Path, daemon: Talk) -> None:
-    scene = Scene(daemon, tmp_path)
+def test_a_target_is_in_use_while_it_is_filled(tmp_path: Path, daemon: Talk, stage: Scene) -> None:
+    scene = stage
+    for name in ("other", "new"):
+        scene.create(name)
+    scene.add("other")
+    scene.add("new", backing=None)
+    where = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+    daemon("nbd-server-start", addr=where)
+    scene.start("mirror", speed=SLOW)
+    before = there(scene)
+    for bad in (
+        mirror(IN_USE, "excludes mirror", job_id="k", device="other"),
+        mirror(IN_USE, "excludes mirror", job_id="k", device="t", target="other"),
+        drive(IN_USE, "failed to get", job_id="k", device="other", target="!t.raw", format="raw",
+              mode="existing"),
+        drive(GENERIC, "exists", job_id="k", device="other", target="!t.raw", format="raw"),
+        stream(IN_USE + "|" + UNABLE, "'t'", job_id="k", device="t"),
+        snapshot(IN_USE, "excludes snapshot", node="t"),
+        sync(IN_USE, "failed to get", node_name="other", snapshot_file="!t.raw", mode="existing"),
+        Bad("block_resize", {"node_name": "t", "size": SIZE}, IN_USE, "excludes a resize"),
+        Bad("blockdev-del", {"node_name": "t"}, IN_USE, "excludes blockdev-del"),
+        Bad("change", {"device": "other", "target": "!t.raw", "format": "raw"}, IN_USE, "failed"),
+        Bad("block-export-add", {"type": "nbd", "id": "e", "node_name": "t"}, IN_USE, "export"),
+        Bad("blockdev-reopen",
+            {"options": [{"driver": "qcow2", "node-name": "other", "backing": "t"}]},
+            IN_USE, "excludes blockdev-reopen"),
+        Bad("blockdev-add", {**scene.node("new"), "node-name": "x", "backing": "t"},
+            IN_USE, "t"),
+    ):  # fmt: skip
+        refused = daemon.refusal(bad.command, **paths(bad.arguments, tmp_path))
+        assert re.fullmatch(bad.klass, refused.klass), refused
+        assert re.search(bad.words, refused.desc), refused
+        now = there(scene)
+        assert now[0] == before[0] and now[3:] == before[3:], bad
+    daemon("block-job-set-speed", device="j", speed=0)
+    daemon.until("BLOCK_JOB_READY")
+    daemon("job-complete", id="j")
+    daemon.until("null")
+    daemon("nbd-server-stop")
+    scene.over()
+    assert scene.holds("t.raw") == ""
+
+
+def test_job_ids_are_taken_until_the_job_is_gone(
+    tmp_path: Path, daemon: Talk, stage: Scene
+) -> None:
+    scene = stage
     scene.create("new")
     scene.add("new")
     scene.start("commit", auto_dismiss=False)
@@ -440,8 +502,10 @@ def test_job_ids_are_taken_until_the_job_is_gone(tmp_path: Path, daemon: Talk) -
     assert scene.holds("vm.qcow2") == ""
 
 
-def test_sizes_that_differ_fail_the_job_and_nothing_else(tmp_path: Path, daemon: Talk) -> None:
-    scene = Scene(daemon, tmp_path)
+def test_sizes_that_differ_fail_the_job_and_nothing_else(
+    tmp_path: Path, daemon: Talk, stage: Scene
+) -> None:
+    scene = stage
     scene.create("short", SIZE // 2)
     scene.create("long", SIZE * 2)
     for name in ("short", "long"):
@@ -460,8 +524,10 @@ def test_sizes_that_differ_fail_the_job_and_nothing_else(tmp_path: Path, daemon:
     assert scene.holds("t.raw") == ""
 
 
-def test_a_group_of_which_one_cannot_start_starts_none(tmp_path: Path, daemon: Talk) -> None:
-    scene = Scene(daemon, tmp_path)
+def test_a_group_of_which_one_cannot_start_starts_none(
+    tmp_path: Path, daemon: Talk, stage: Scene
+) -> None:
+    scene = stage
     scene.create("new")
     scene.add("new")
     before = there(scene)[:-1]
