@@ -1,0 +1,567 @@
+"""The stateful model of a daemon: two disks, and whatever is done to them, each reads as a flat
+bytearray would.
+
+Snapshots, commits of both kinds, mirrors in both modes, streams, groups, changes of images, resizes
+and locks, with jobs paused, hurried, switched, completed and called off at any step, over chains
+of raw and qcow2 images of all shapes. `Stepped` leads each job by hand, a step at a time, so that
+every race is a deterministic test; in `Threaded` jobs run as ever, and guests write meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from cowferry.block import moves
+from cowferry.block.node import chain
+from cowferry.drivers import opening
+from cowferry.errors import CowferryError
+from cowferry.jobs.commit import ActiveCommit
+from cowferry.jobs.mirror import Mirror
+from cowferry.jobs.states import VERBS, Status
+from modelled import Ground, Running, lengths, ways, where, which
+from modelling import OVER, Burst, Layer, clusters, digest, files_of, image_bytes, make_image
+
+LIMIT = 1 << 19
+SOAK = os.environ.get("COWFERRY_SOAK") is not None
+kinds = st.sampled_from(["raw", "v2", "v3", "v3", "ext"])
+number = st.integers(0, 7)
+modes = st.sampled_from(["background", "write-blocking"])
+
+
+def led(model: Model) -> bool:
+    """Whether rules about jobs make sense. What a thread does must not change what is drawn."""
+    return bool(model.running) or not model.stepped
+
+
+class Model(Ground):
+    """Everything that may be done to them."""
+
+    # Snapshots ---------------------------------------------------------------------------------
+
+    @rule(g=which, cluster=clusters, kind=kinds, how=st.sampled_from(["sync", "made", "bare"]))
+    def snapshot(self, g: str, cluster: int, kind: str, how: str) -> None:
+        guest = self.guests[g]
+        old, path = guest.root, self.path(f"{g}.snap")
+        may = self.may(g, old, bad=self.odd(g))
+        if how == "sync":
+            given = {"device": g, "snapshot-file": str(path)}
+            done = self.ask("blockdev-snapshot-sync", given, may)
+        else:
+            kind = "v3" if kind == "raw" else kind
+            below = Path(old.filename) if how == "made" else None
+            make_image(path, Layer(kind, cluster, guest.disk.size), below, old.driver)
+            name = self.add(path, "qcow2", backing=None)
+            done = self.ask("blockdev-snapshot", {"node": g, "overlay": name}, may)
+        if done:
+            assert guest.root.filename == str(path) and guest.root.backing is old
+            self.freeze(old)
+        self.sweep()
+
+    @rule(abort=st.booleans())
+    def snapshot_of_both(self, abort: bool) -> None:
+        names = {g: str(self.path(f"{g}.both")) for g in self.guests}
+        olds = {g: self.guests[g].root for g in names}
+        actions: list[dict[str, Any]] = [
+            {"type": "blockdev-snapshot-sync", "data": {"device": g, "snapshot-file": path}}
+            for g, path in names.items()
+        ]
+        each = [self.may(g, olds[g], bad=self.odd(g))[0] for g in names]
+        may = False if False in each or abort else None if None in each else True
+        if abort:
+            actions.append({"type": "abort", "data": {}})
+        if self.ask("transaction", {"actions": actions}, (may, False)):
+            for g, old in olds.items():
+                assert self.guests[g].root.filename == names[g]
+                self.freeze(old)
+
+    # Jobs --------------------------------------------------------------------------------------
+
+    @rule(g=which, upper=number, lower=number, whole=st.booleans(), auto=st.booleans())
+    def stream(self, g: str, upper: int, lower: int, whole: bool, auto: bool) -> None:
+        """Of the disk, or into a layer of it."""
+        guest = self.guests[g]
+        nodes = list(chain(guest.root))
+        k = max(upper - 4, 0) % len(nodes)  # mostly the disk itself
+        top, below = nodes[k], nodes[k + 1 :]
+        base = None if whole or not below else below[lower % len(below)]
+        between = nodes[k : nodes.index(base)] if base is not None else nodes[k:]
+        bad = top.driver == "raw" or (k == 0 and top.read_only)
+        may = self.may(g, *between, bad=bad)
+        given = self.options(g if k == 0 else top.name, auto)
+        if base is not None:
+            given["base-node"] = base.name
+
+        def done(running: Running) -> None:
+            assert top.backing is base
+            if base is not None:
+                assert base in list(chain(guest.root)) or k > 0
+
+        if self.begin(g, "block-stream", given, may, done):
+            self.thaw(top)
+
+    @rule(g=which, upper=number, lower=number, auto=st.booleans())
+    def commit(self, g: str, upper: int, lower: int, auto: bool) -> None:
+        guest = self.guests[g]
+        nodes = list(chain(guest.root))
+        if len(nodes) == 1:
+            return
+        i = max(upper - 3, 0) % (len(nodes) - 1)
+        j = i + 1 + lower % (len(nodes) - 1 - i)
+        top, base = nodes[i], nodes[j]
+        held = nodes[max(i - 1, 0) : j + 1]
+        size = base.size if i == 0 else min(base.size, nodes[i - 1].size)
+        may = self.may(g, *held, bad=size > top.size)  # C1: neither shrunk nor shining through
+        given = self.options(g, auto, **{"base-node": base.name, "top-node": top.name})
+
+        def done(running: Running) -> None:
+            if i == 0:
+                assert isinstance(running.job, ActiveCommit)
+                if running.job.pivot:
+                    assert guest.root is base and not base.read_only
+                else:
+                    self.compare(base, guest)
+            else:
+                assert nodes[i - 1].backing is base
+                assert moves.half_committed(base.filename) is None
+
+        elsewhere = sum(os.path.samefile(f, base.filename) for f in files_of(self.daemon)) > 1
+        if self.begin(g, "block-commit", given, may, done, may_fail=elsewhere):
+            self.thaw(base, *nodes[max(i - 1, 0) : i])
+
+    @rule(
+        g=which, how=st.sampled_from(["drive", "existing", "node", "copy"]),
+        sync=st.sampled_from(["full", "full", "top", "none"]), kind=kinds, cluster=clusters,
+        granularity=st.sampled_from([0, 512, 4096, 64 << 10]), mode=modes, keep=number,
+        auto=st.booleans(),
+    )  # fmt: skip
+    def mirror(
+        self, g: str, how: str, sync: str, kind: str, cluster: int, granularity: int, mode: str,
+        keep: int, auto: bool,
+    ) -> None:  # fmt: skip
+        guest = self.guests[g]
+        old, size = guest.root, guest.disk.size
+        layer = Layer(kind, cluster, size)
+        backing = {"full": None, "top": old.backing, "none": old}[sync]
+        given = self.options(g, auto, **{"copy-mode": mode})
+        if granularity:
+            given["granularity"] = granularity
+        held = [old]
+        if how == "copy":
+            folder = self.path("copy")
+            folder.mkdir()
+            path = folder / f"{g}.img"
+            below = list(chain(old))[1:]
+            given |= {"target": str(path), "format": layer.format}
+            if keep == 1 and below:
+                given["shallow"] = True
+            elif keep > 1 and below:
+                given["keep"] = ["*"] if keep == 2 else [below[keep % len(below)].filename]
+                held += below
+            overlaid = "shallow" in given or "keep" in given
+            command, refused = "x-disk-copy", overlaid and kind == "raw"
+        else:
+            path = self.path(f"{g}.mirror")
+            refused = backing is not None and kind == "raw"
+            given |= {"sync": sync, "target": str(path)}
+            command = "drive-mirror"
+            if how == "drive":
+                given["format"] = layer.format
+            else:
+                again = [x for x in self.left if x[2] == size]
+                if again and sync == "full" and keep > 4:  # back to an image that was left
+                    path, layer = Path(again[0][0]), layer._replace(kind="raw")
+                    if again[0][1] != "raw":
+                        layer = layer._replace(kind="v3")
+                    given["target"] = str(path)
+                elif backing is None or kind == "raw":
+                    make_image(path, layer)
+                else:
+                    make_image(path, layer, Path(backing.filename), backing.driver)
+            if how == "existing":
+                given |= {"mode": "existing", "format": layer.format}
+            elif how == "node":
+                more: dict[str, Any] = {} if layer.kind == "raw" else {"backing": None}
+                given["target"] = self.add(path, layer.format, **more)
+                command = "blockdev-mirror"
+        may = self.may(g, *held, bad=refused)
+        failing = self.odd(g) and layer.format != "raw"
+        if self.begin(g, command, given, may, self.mirrored, may_fail=failing):
+            self.frozen.pop(str(path), None)
+            self.left = [x for x in self.left if x[0] != str(path)]
+        self.sweep()
+
+    def mirrored(self, running: Running) -> None:
+        """A mirror has completed: by a pivot, or as a copy of this moment (M4)."""
+        job, guest, old = running.job, running.guest, running.chain[0]
+        assert isinstance(job, Mirror)
+        self.compare(job.target, guest)
+        if not job.pivot:
+            assert guest.root is old
+            return
+        assert guest.root is job.target and not job.target.read_only
+        if guest.burst is None:
+            self.compare(old, guest)  # it is left as it was at the pivot
+            self.frozen[old.filename] = digest(old.filename)
+            if old not in list(chain(guest.root)):
+                self.left.append((old.filename, old.driver, old.size))
+
+    @rule(
+        what=st.sampled_from(["copy", "commit", "stream"]),
+        policy=st.sampled_from(["all", "each"]), mode=modes,
+    )  # fmt: skip
+    def group(self, what: str, policy: str, mode: str) -> None:
+        folder = self.path("group")
+        members: list[dict[str, Any]] = [{"device": g} for g in self.guests]
+        may: bool | None = None if self.running or self.locked else True
+        fails = False
+        for member in members:
+            g = member["device"]
+            nodes = list(chain(self.guests[g].root))
+            if what == "copy":
+                folder.mkdir(exist_ok=True)
+                format = self.rnd.choice(["raw", "qcow2"])
+                member |= {"target": str(folder / f"{g}.img"), "format": format}
+                fails = fails or (self.odd(g) and format == "qcow2")
+            elif what == "commit":
+                files = files_of(self.daemon)
+                fails = fails or sum(f == nodes[-1].filename for f in files) > 1
+                if len(nodes) == 1 or nodes[-1].size > nodes[0].size:
+                    may = False
+            elif nodes[0].driver == "raw" or nodes[0].read_only:
+                may = False
+            if self.may(g, nodes[0])[0] is False:
+                may = False
+        if not self.stepped and self.running:
+            may = None
+        given = {"id": f"{folder.name}", "type": what, "members": members, "policy": policy}
+        if what == "copy":
+            given["copy-mode"] = mode
+
+        def done(running: Running) -> None:
+            if isinstance(running.job, ActiveCommit):
+                assert running.job.pivot is (running.guest.root is running.job.target)
+            elif isinstance(running.job, Mirror):
+                self.mirrored(running)
+            else:
+                assert running.guest.root.backing is None
+
+        chains = [list(chain(g.root)) for g in self.guests.values()]
+        if self.begin("a", "x-group-start", given, (may, False), done, may_fail=fails):
+            for nodes in chains:
+                self.thaw(nodes[0], nodes[-1])
+
+    # What is done to jobs ----------------------------------------------------------------------
+
+    def chosen(self, n: int) -> Running:
+        return self.running[n % len(self.running)]
+
+    @rule(n=number, steps=st.integers(1, 4))
+    @precondition(led)
+    def step(self, n: int, steps: int) -> None:
+        """Stepped: so many steps. Threaded: until it is ready or over."""
+        if not self.running:
+            return
+        running = self.chosen(n)
+        if not self.stepped:
+            job = running.job
+            with job.changed:
+                rest = (Status.READY, Status.PENDING, *OVER)
+                job.changed.wait_for(lambda: job.status in rest or job.user_paused, 1.0)
+            return
+        for _ in range(steps):
+            running.reins.step()
+
+    @rule(n=number, ops=st.lists(st.tuples(where, lengths, ways, number), min_size=1, max_size=6))
+    @precondition(led)
+    def race(self, n: int, ops: list[tuple[float, int, str, int]]) -> None:
+        """A guest's requests, with a step of a job on its disk after each."""
+        if not self.running:
+            return
+        running = self.chosen(n)
+        name = next(k for k, x in self.guests.items() if x is running.guest)
+        for at, length, via, kind in ops:
+            if kind < 5:
+                self.write(name, at, length, via, kind == 0)
+            else:
+                self.clear(name, at, length, kind == 5, kind == 6, via)
+            if self.stepped:
+                running.reins.step()
+            else:
+                time.sleep(0)
+
+    @rule(n=number)
+    @precondition(led)
+    def finish(self, n: int) -> None:
+        """To the end: ready, completed, finalised. A group as a whole."""
+        if not self.running:
+            return
+        job = self.chosen(n).job
+        group = job.group
+        ours = [r for r in self.running if r.job is job or (group and r.job.group is group)]
+        wanted = (Status.READY, Status.STANDBY, Status.WAITING, Status.PENDING, *OVER)
+        for r in ours:
+            if r.job.user_paused:
+                self.verb("job-resume", id=r.job.id)
+            self.until(r, lambda r=r: r.job.status in wanted)  # type: ignore[misc]
+        if group is not None and group.told_ready:
+            self.verb("x-group-complete", id=group.id)
+        elif group is None:
+            self.verb("job-complete", id=job.id)
+        for r in ours:
+            self.until(r, lambda r=r: r.job.status in (Status.WAITING, Status.PENDING, *OVER))  # type: ignore[misc]
+            self.verb("job-finalize", id=r.job.id)
+        for r in ours:
+            self.until(r, lambda r=r: r.reins.over)  # type: ignore[misc]
+
+    def until(self, running: Running, there: Callable[[], bool]) -> None:
+        """Go on until it is so."""
+        job = running.job
+        if self.stepped:
+            for _ in range(10_000):
+                if there():
+                    return
+                running.reins.step()
+            raise AssertionError(f"{job.id} stays {job.status.value}")
+        with job.changed:
+            while not there():
+                assert job.changed.wait(60) or there(), f"{job.id} hangs, {job.status.value}"
+
+    @rule(
+        n=number, auto=st.sampled_from([0, 655_360, 1 << 20]), mode=modes,
+        verb=st.sampled_from([
+            "job-pause", "job-resume", "job-cancel", "soft", "job-complete", "job-finalize",
+            "block-job-set-speed", "block-job-change", "block-job-change", "x-group-cancel",
+        ]),
+    )  # fmt: skip
+    @precondition(led)
+    def do(self, n: int, verb: str, auto: int, mode: str) -> None:
+        """A verb in whatever state the job is; the table says whether it may be."""
+        if not self.running:
+            return
+        running = self.chosen(n)
+        job = running.job
+        name = verb.removeprefix("job-").removeprefix("block-job-")
+        status = job.status
+        if verb == "soft":
+            name, verb = "cancel", "block-job-cancel"
+            given: dict[str, Any] = {"device": job.id}
+        elif verb == "block-job-set-speed":
+            given = {"device": job.id, "speed": auto}
+        elif verb == "block-job-change":
+            given = {"id": job.id, "type": job.type, "copy-mode": mode}
+        elif verb == "x-group-cancel":
+            if job.group is None:
+                return
+            name = "cancel"
+            given = {"id": job.group.id, "force": auto == 0}
+        else:
+            given = {"id": job.id}
+        accepted = self.verb(verb, **given)
+        event(f"{verb} of a {job.type} {status.value}: {'done' if accepted else 'refused'}")
+        if self.stepped:
+            allowed = status in VERBS[name] and (
+                (name == "pause" and not was_paused(running, accepted, True))
+                or (name == "resume" and was_paused(running, accepted, False))
+                or (name == "change" and isinstance(job, Mirror))
+                or (name == "complete" and (job.group is None or job.group.completing))
+                or name in ("set-speed", "finalize")
+                or (name == "cancel" and (verb != "block-job-cancel" or not job.user_paused))
+            )
+            assert accepted == allowed, f"{verb} in {status}: {accepted}"
+            for r in list(self.running):
+                if r.job is job or (job.group is not None and r.job.group is job.group):
+                    r.reins.settle()
+
+    def verb(self, verb: str, **given: Any) -> bool:
+        try:
+            self.daemon.execute(verb, given)
+        except CowferryError:
+            return False
+        return True
+
+    # Other images ------------------------------------------------------------------------------
+
+    @rule(g=which, more=st.integers(1, 200))
+    def grow(self, g: str, more: int) -> None:
+        guest = self.guests[g]
+        size = -(-min(guest.disk.size + more * 512, LIMIT) // 512) * 512
+        if size < guest.disk.size:
+            return
+        may = self.may(g, guest.root, bad=guest.disk.read_only)
+        if self.ask("block_resize", {"device": g, "size": size}, may):
+            guest.oracle.extend(bytes(size - len(guest.oracle)))
+            if guest.uri:
+                guest.connect(guest.uri)
+
+    @rule(
+        g=which, kind=kinds, cluster=clusters, n=number,
+        what=st.sampled_from(["lock", "read-only", "backing", "full", "link", "wrong"]),
+    )  # fmt: skip
+    def alter(self, g: str, what: str, kind: str, cluster: int, n: int) -> None:
+        """What is done now and then, and most of it undone soon."""
+        if g in self.locked:
+            self.lock(g)
+        elif self.guests[g].disk.read_only and n < 6:
+            self.reopen_read_only(g)
+        elif what == "lock":
+            self.lock(g)
+        elif what == "read-only":
+            self.reopen_read_only(g)
+        elif what == "backing":
+            self.replace_backing(g, kind, cluster)
+        else:
+            self.rename_backing(g, n, what)
+
+    def lock(self, g: str) -> None:
+        if g in self.locked:
+            self.locked.discard(g)
+            self.daemon.execute("x-disk-unlock", {"device": g})
+        else:
+            given = {"device": g, "reason": "why not"}
+            if self.ask("x-disk-lock", given, self.may(g, self.guests[g].root)):
+                self.locked.add(g)
+
+    def reopen_read_only(self, g: str) -> None:
+        """And back."""
+        guest = self.guests[g]
+        if guest.burst is not None:
+            return
+        root = guest.root
+        given: dict[str, Any] = {"driver": root.driver, "node-name": root.name}
+        if root.backing is not None:
+            given["backing"] = root.backing.name
+        given["read-only"] = wanted = not root.read_only
+        exported = wanted and guest.nbd is not None  # for writing
+        self.ask("blockdev-reopen", {"options": [given]}, self.may(g, root, bad=exported))
+
+    def replace_backing(self, g: str, kind: str, cluster: int) -> None:
+        """blockdev-reopen with another node below that reads the same, and its name recorded."""
+        guest = self.guests[g]
+        root, old = guest.root, guest.root.backing
+        if old is None or self.working(g) or g in self.locked:
+            return
+        path = self.path(f"{g}.below")
+        layer = Layer(kind if old.size % 512 == 0 else "raw", cluster, old.size)
+        make_image(path, layer)
+        node = opening.open_image(str(path), layer.format)
+        data = bytearray(old.size)
+        old.pread(memoryview(data), 0)
+        node.pwrite(memoryview(data), 0)
+        opening.close_chain(node)
+        name = self.add(path, layer.format, **{"read-only": True})
+        given: dict[str, Any] = {
+            "driver": root.driver, "node-name": root.name, "backing": name,
+            "read-only": root.read_only,
+        }  # fmt: skip
+        if self.ask("blockdev-reopen", {"options": [given]}, self.may(g, root)):
+            given = {"device": g, "image-node-name": root.name, "backing-file": str(path)}
+            self.ask("change-backing-file", given, self.may(g, root))
+        self.sweep()
+
+    def rename_backing(self, g: str, n: int, how: str) -> None:
+        """change-backing-file: the header only, and only if it leads to the same bytes."""
+        nodes = list(chain(self.guests[g].root))
+        node = nodes[n % len(nodes)]
+        if node.backing is None:
+            return
+        below = Path(node.backing.filename)
+        if how == "link":
+            link = self.path("link")
+            link.symlink_to(below)
+            below = link
+        elif how == "wrong":
+            data = image_bytes(str(below), node.backing.driver)
+            for at in range(len(data)):
+                data[at] ^= 1
+            below = self.path("wrong.raw")
+            below.write_bytes(data)
+            if node.backing.driver != "raw":
+                node_there = Layer("v3", 4096, len(data))
+                below = self.path("wrong.qcow2")
+                make_image(below, node_there)
+                other = opening.open_image(str(below), "qcow2")
+                other.pwrite(memoryview(data), 0)
+                opening.close_chain(other)
+        shows = any(
+            e.state.name == "HOLE" for e in node.extents(0, min(node.size, node.backing.size))
+        )
+        given = {"device": g, "image-node-name": node.name, "backing-file": str(below)}
+        if how == "wrong" and not shows:
+            return  # nothing of it is to be seen: allowed, and right
+        if self.ask("change-backing-file", given, self.may(g, node, bad=how == "wrong")):
+            self.thaw(node)
+
+    @rule(g=which, kind=kinds, cluster=clusters, over=st.booleans())
+    def change(self, g: str, kind: str, cluster: int, over: bool) -> None:
+        """Quietly, to an equal image: a copy of the disk, or an overlay on it."""
+        guest = self.guests[g]
+        if guest.burst is not None:
+            return
+        old, size = guest.root, guest.disk.size
+        layer = Layer("v3" if over and kind == "raw" else kind, cluster, size)
+        path = self.path(f"{g}.change")
+        if over:
+            make_image(path, layer, Path(old.filename), old.driver)
+        else:
+            make_image(path, layer)
+            if layer.format == "raw" or not self.odd(g):
+                node = opening.open_image(str(path), layer.format)
+                node.pwrite(memoryview(bytearray(guest.oracle)), 0)
+                opening.close_chain(node)
+        may = self.may(g, old, bad=layer.format != "raw" and self.odd(g))
+        given = {"device": g, "target": str(path), "format": layer.format, "notify": False}
+        if self.ask("change", given, may):
+            assert guest.root.filename == str(path)
+            self.freeze(old)
+            if not over:
+                self.left.append((old.filename, old.driver, old.size))
+
+
+def was_paused(running: Running, accepted: bool, now: bool) -> bool:
+    """Whether the job was paused before a verb that, accepted, made it `now`."""
+    return running.job.user_paused if not accepted else not now
+
+
+class Stepped(Model):
+    """Every job is led by hand: nothing moves but what a rule moves."""
+
+
+class Threaded(Model):
+    """Jobs run in their threads, and guests write meanwhile."""
+
+    stepped = False
+
+    @rule(g=which, at=where, length=st.integers(1, 200_000), writes=st.integers(1, 150))
+    def burst(self, g: str, at: float, length: int, writes: int) -> None:
+        """A guest goes on writing, to a range that is its own, while the next rules run."""
+        guest = self.guests[g]
+        if guest.burst is not None or guest.disk.read_only:
+            return
+        span = guest.range(at, length)
+        guest.burst = Burst(guest, span, self.rnd.randrange(1 << 30), writes)
+        guest.burst.start()
+
+    @rule(g=which)
+    def end_burst(self, g: str) -> None:
+        burst = self.guests[g].burst
+        if burst is not None:
+            burst.end()
+
+
+for machine in (Stepped, Threaded):
+    machine.TestCase.settings = settings(
+        max_examples=1500 if SOAK else 60,
+        stateful_step_count=60 if SOAK else 30,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+TestStepped = Stepped.TestCase
+TestThreaded = Threaded.TestCase
