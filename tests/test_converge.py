@@ -428,7 +428,7 @@ def test_a_guest_writing_40_mb_s_is_caught_up_with_by_a_copy_limited_to_32_mb_s(
     """The figures of the issue, deadline and all; so this one test does assert on time."""
     need("qemu-img")
     need_fio()
-    size = 256 << 20
+    size = 160 << 20
     image, target = tmp_path / "vm.raw", tmp_path / "new.raw"
     image.write_bytes(random.Random(3).randbytes(1 << 20) * (size >> 20))
     copy: dict[str, Any] = {"device": "vm", "target": str(target), "speed": 32_000_000}

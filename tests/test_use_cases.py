@@ -48,18 +48,15 @@ class Vm:
 
     def tree(self, disk: str) -> tuple[str, list[Path]]:
         """The chain as `cowferry tree` draws it, and the folders of its files, base first."""
-        name, line = self._cowferry("tree", disk).splitlines()[0].split(": ")
-        assert name.startswith(disk)
-        told = json.loads(self._cowferry("tree", disk, "--json"))[0]["chain"]
-        return line, [Path(layer["filename"]).parent for layer in reversed(told)]
-
-    def _cowferry(self, *arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "cowferry", *arguments], env=environment(self.run),
+            [sys.executable, "-m", "cowferry", "tree", disk], env=environment(self.run),
             capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        name, line = done.stdout.splitlines()[0].split(": ")
+        assert name == f"{disk} (48 MiB)"
+        (told,) = self.client.call("x-query-tree", device=disk)
+        return line, [Path(layer["filename"]).parent for layer in reversed(told["chain"])]
 
     def event(self, name: str, **members: Any) -> dict[str, Any]:
         """Wait for an event with those members; a job that fails is not waited for."""
