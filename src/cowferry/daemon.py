@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from cowferry.block import moves
 from cowferry.block.disk import Disk
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse
@@ -97,8 +98,11 @@ class Daemon:
         """A named disk over the image at `path`, or the one it has moved to, and its chain.
 
         Raises `CowferryError`."""
-        path, format = opening.current_image(path, format)
-        options = opening.image_options(path, format, read_only=read_only)
+        now, format = opening.current_image(path, format)
+        window = moves.follow(path).size
+        options = opening.image_options(now, format, read_only=read_only)
+        if window is not None:
+            options["size"] = window
         return self.graph.open_disk(name, options, copy_on_read)
 
     def remove_disk(self, device: str, force: bool = False) -> None:

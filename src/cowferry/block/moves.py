@@ -50,20 +50,26 @@ MAX_NAME = 200  # characters of a record's name in the state folder
 
 
 class Move(NamedTuple):
-    """A disk leaves one image for another; both are named as one opens them."""
+    """A disk leaves one image for another; both are named as one opens them.
+
+    `size` in bytes if the disk is the beginning of something larger (a device)."""
 
     disk: str
     left: str
     current: str
     format: str
+    size: int | None = None
 
 
 class Current(NamedTuple):
-    """What `follow` found: the image to open, its format if a record said so, its generation."""
+    """What `follow` found: the image to open, its format if a record said so, its generation.
+
+    `size` as in `Move`."""
 
     path: str
     format: str | None
     generation: int
+    size: int | None = None
 
 
 class _Step(NamedTuple):
@@ -73,6 +79,7 @@ class _Step(NamedTuple):
     generation: int
     current: str
     format: str
+    size: int | None
 
 
 def state_folder() -> str:
@@ -121,6 +128,7 @@ def record(moves: list[Move]) -> None:
             "current": _named(m.current),
             "format": m.format,
             "generation": generation,
+            **({} if m.size is None else {"size": m.size}),
         }
         for m in moves
     }
@@ -184,7 +192,7 @@ def follow(image: str, format: str | None = None) -> Current:
     started = [i for i, s in enumerate(steps) if os.path.realpath(s.left) == _named(last.current)]
     if started:  # a circle: its youngest record was the last move
         last = max(steps[started[0] :], key=lambda s: s.generation)
-    return Current(last.current, last.format, last.generation)
+    return Current(last.current, last.format, last.generation, last.size)
 
 
 def committing(image: str, top: str) -> None:
@@ -221,7 +229,7 @@ def _steps(image: str) -> Iterator[_Step]:
         body = _load(image, MOVED)
         if body is None:
             return
-        yield _Step(image, body["generation"], body["current"], body["format"])
+        yield _Step(image, body["generation"], body["current"], body["format"], body.get("size"))
         image = body["current"]
 
 

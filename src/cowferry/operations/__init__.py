@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cowferry.block.disk import Disk
+from cowferry.block.moves import Move
 from cowferry.block.node import Node
 from cowferry.errors import CowferryError, DeviceInUse
 from cowferry.jobs.job import Job
@@ -109,3 +110,13 @@ def check_mode(name: str, value: str, known: tuple[str, ...]) -> None:
     """Raise unless an option has one of its values."""
     if value not in known:
         raise CowferryError(f"Parameter '{name}' does not accept value '{value}'")
+
+
+def move_of(disk: Disk, left: Node, current: Node) -> Move:
+    """The move of a disk from one image to another, to be recorded.
+
+    A raw image at the beginning of a larger device is not to grow when it is opened again."""
+    size = None
+    if current.driver == "raw" and current.file is not None and current.file.size != current.size:
+        size = current.size
+    return Move(disk.name, left.filename, current.filename, current.driver, size)

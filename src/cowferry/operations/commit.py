@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.commit import ActiveCommit, Commit, Into
 from cowferry.jobs.job import Job
-from cowferry.operations import Claim, begin, free, job_name, root_disk
+from cowferry.operations import Claim, begin, free, job_name, move_of, root_disk
 
 if TYPE_CHECKING:
     from cowferry.block.disk import Disk
@@ -148,7 +147,7 @@ def _active(daemon: Daemon, disk: Disk, into: Into, held: Claim, common: dict[st
     return ActiveCommit(
         disk,
         into,
-        move=lambda: [Move(disk.name, old.filename, into.base.filename, into.base.driver)],
+        move=lambda: [move_of(disk, old, into.base)],
         switched=lambda: graph.reroot(disk, into.base),
         detached=detached,
         released=held.end,

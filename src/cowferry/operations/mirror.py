@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
 from cowferry.drivers import EXTENSIONS, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.job import POLICIES, Job
 from cowferry.jobs.mirror import MODES, MOST_BITS, Layer, Mirror, default_granularity
 from cowferry.jobs.states import Status
-from cowferry.operations import Claim, begin, check_mode, free, job_name, root_disk
+from cowferry.operations import Claim, begin, check_mode, free, job_name, move_of, root_disk
 
 if TYPE_CHECKING:
     from cowferry.block.disk import Disk
@@ -157,7 +156,7 @@ def _start(
             disk,
             target,
             layers=layers,
-            move=lambda: [Move(disk.name, old.filename, target.filename, target.driver)],
+            move=lambda: [move_of(disk, old, target)],
             switched=lambda: graph.reroot(disk, target),
             detached=detached,
             released=released,
@@ -292,7 +291,7 @@ def copy(
         if shallow:
             previous = (below[0], below[0])
         under = previous[1] if previous is not None else None
-        if not (os.path.exists(target) and not os.path.isfile(target)):  # a device exists
+        if format != "raw" or not _is_device(target):  # a device is there already
             _create(target, format, disk.size, root, under, made)
         node = _opened(daemon, target, format, under, made, disk.size)
         nodes.append(node)
@@ -349,8 +348,8 @@ def _opened(
     if node_name is not None:
         options["node-name"] = node_name
     if format == "raw":
-        if os.path.exists(path) and not os.path.isfile(path):
-            options["size"] = size  # a device may be larger
+        if _is_device(path):
+            options["size"] = size  # it may be larger
     else:
         options["backing"] = backing.name if backing is not None else None
     try:
@@ -358,6 +357,10 @@ def _opened(
     except BaseException:
         _unmake(made)
         raise
+
+
+def _is_device(path: str) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _unmake(made: list[str]) -> None:

@@ -21,7 +21,7 @@ from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
 from cowferry.drivers import driver, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
-from cowferry.operations import find, free, root_disk
+from cowferry.operations import find, free, move_of, root_disk
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -170,7 +170,7 @@ class Snapshot:
 
     def moves(self) -> list[Move]:
         assert self.overlay is not None
-        return [Move(self.disk.name, self.old.filename, self.overlay.filename, self.overlay.driver)]
+        return [move_of(self.disk, self.old, self.overlay)]
 
     def switch(self) -> None:
         assert self.overlay is not None
@@ -267,7 +267,7 @@ class Change:
     def moves(self) -> list[Move]:
         if not self.quietly:
             return []
-        return [Move(self.disk.name, self.old.filename, self.new.filename, self.new.driver)]
+        return [move_of(self.disk, self.old, self.new)]
 
     def switch(self) -> None:
         if self.under is not None:

@@ -1,0 +1,127 @@
+"""Block devices as targets and bases: real ones, loop devices over files.
+
+A device is not made, may be larger than the disk, and has its records in the state folder.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chains import chain_of_disks, contents, differs
+from cowferry.block import moves
+from cowferry.daemon import Daemon
+from cowferry.errors import CowferryError
+from daemons import Told, a_daemon
+from tests_support import need, unavailable
+
+SIZE = 4 << 20
+Make = Callable[[int], str]
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Makes devices of so many bytes, full of what is not zero."""
+    need("losetup")
+    monkeypatch.setenv("COWFERRY_STATE", str(tmp_path / "state"))
+    made: list[str] = []
+
+    def make(size: int) -> str:
+        file = tmp_path / f"device{len(made)}"
+        file.write_bytes(b"\xaa" * size)
+        done = subprocess.run(
+            ["losetup", "-f", "--show", str(file)], capture_output=True, text=True
+        )
+        if done.returncode:
+            unavailable(f"no loop device: {done.stderr.strip()}")
+        made.append(done.stdout.strip())
+        return made[-1]
+
+    yield make
+    for path in made:
+        subprocess.run(["losetup", "-d", path], check=True)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[tuple[Daemon, Told, bytearray]]:
+    oracle = chain_of_disks(tmp_path, ["base.raw", "vm.qcow2"], SIZE)
+    with a_daemon() as daemon:
+        told = Told(daemon)
+        daemon.open_disk("vm", str(tmp_path / "vm.qcow2"))
+        yield daemon, told, oracle
+
+
+def pivot(daemon: Daemon, told: Told, command: str, **arguments: Any) -> None:
+    """Start a job, let it get ready, complete it, and wait until it is gone."""
+    plain = {k.replace("_", "-"): v for k, v in arguments.items()}
+    daemon.execute(command, {"device": "vm", "job-id": "j", **plain})
+    told.wait("BLOCK_JOB_READY")
+    daemon.execute("job-complete", {"id": "j"})
+    assert "error" not in told.wait("BLOCK_JOB_COMPLETED")
+    told.wait("JOB_STATUS_CHANGE", status="null")
+
+
+@pytest.mark.parametrize("command", ["x-disk-copy", "drive-mirror"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+@pytest.mark.parametrize("spare", [0, 3 << 20])
+def test_a_disk_moves_to_a_device_and_is_found_there(
+    scene: tuple[Daemon, Told, bytearray], device: Make, tmp_path: Path,
+    command: str, format: str, spare: int,
+) -> None:  # fmt: skip
+    daemon, told, oracle = scene
+    if format == "qcow2":
+        spare += 1 << 20  # for the tables
+    path = device(SIZE + spare)
+    more = {"sync": "full"} if command == "drive-mirror" else {}
+    pivot(daemon, told, command, target=path, format=format, **more)
+    disk = daemon.graph.disk("vm")
+    assert disk.root.filename == path and disk.size == SIZE
+    assert not differs(contents(disk), oracle)
+    daemon.remove_disk("vm")
+    again = daemon.open_disk("vm", str(tmp_path / "vm.qcow2"))  # by its first name
+    assert again.root.filename == path
+    assert again.size == SIZE, "the disk has grown because the device is larger"
+    assert not differs(contents(again), oracle)
+    if format == "raw":
+        with open(path, "rb") as f:
+            f.seek(SIZE)
+            assert f.read() == b"\xaa" * spare, "something was written beyond the disk's end"
+
+
+def test_from_device_to_device_and_down_into_one(
+    scene: tuple[Daemon, Told, bytearray], device: Make, tmp_path: Path
+) -> None:
+    daemon, told, oracle = scene
+    one, two = device(SIZE), device(2 * SIZE)
+    for path in (one, two, one):
+        pivot(daemon, told, "x-disk-copy", target=path, format="raw")
+        assert moves.follow(str(tmp_path / "vm.qcow2")).path == path
+    daemon.execute(
+        "blockdev-snapshot-sync", {"device": "vm", "snapshot-file": str(tmp_path / "over.qcow2")}
+    )
+    daemon.graph.disk("vm").pwrite(memoryview(b"z" * 70_000), 1000)
+    oracle[1000:71_000] = b"z" * 70_000
+    pivot(daemon, told, "block-commit")
+    disk = daemon.graph.disk("vm")
+    assert disk.root.filename == one
+    assert not differs(contents(disk), oracle)
+    assert moves.follow(str(tmp_path / "vm.qcow2")).path == one
+
+
+@pytest.mark.parametrize("command", ["x-disk-copy", "drive-mirror"])
+def test_a_device_that_is_too_small_is_refused(
+    scene: tuple[Daemon, Told, bytearray], device: Make, command: str
+) -> None:
+    daemon, _, oracle = scene
+    path = device(SIZE // 2)
+    more = {"sync": "full"} if command == "drive-mirror" else {}
+    with pytest.raises(CowferryError, match=path):
+        daemon.execute(command, {"device": "vm", "target": path, "format": "raw", **more})
+    assert daemon.execute("query-jobs", {}) == []
+    assert not differs(contents(daemon.graph.disk("vm")), oracle)
+    with open(path, "rb") as f:
+        assert f.read() == b"\xaa" * (SIZE // 2)
