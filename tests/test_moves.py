@@ -61,7 +61,7 @@ def move(*pairs: tuple[str, str]) -> None:
 
 def test_without_a_record_the_image_itself_is_current(tmp_path: Path) -> None:
     a = image(tmp_path, "a")
-    assert follow(a, "qcow2") == (a, "qcow2", 0)
+    assert follow(a, "qcow2") == (a, "qcow2", 0, None)
 
 
 def test_a_record_leads_on_however_far(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_records_lie_in_the_state_folder_where_they_cannot_lie_beside(
     monkeypatch.setenv("COWFERRY_STATE", str(tmp_path / "state"))
     a, b = "/dev/loop999", image(tmp_path, "b")
     move((a, b))
-    assert follow(a) == (b, "raw", 1)
+    assert follow(a) == (b, "raw", 1, None)
     folder = tmp_path / "theirs"
     folder.mkdir()
     c, d = image(folder, "c"), image(folder, "d")
