@@ -7,6 +7,7 @@ writes between the steps. The last test is the real thing, with fio and by the w
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,8 +22,11 @@ from cowferry.block.lane import DONE, Lane
 from cowferry.block.rates import WINDOW, Rates
 from cowferry.block.throttle import HOLD, LONGEST, SLICE, Brake
 from cowferry.drivers import opening
+from cowferry.drivers.nbd_client import NbdClient
+from cowferry.exports.nbd import NbdExport, NbdServer
 from cowferry.jobs.mirror import SLOWEST, Mirror
 from cowferry.jobs.states import Status
+from cowferry.wire import nbd
 from daemons import PATIENCE
 from fio import guest, need_fio
 from test_use_cases import Vm, converted, digest, serving
@@ -230,6 +234,40 @@ def test_a_disk_with_a_brake_holds_back_its_writers_and_nobody_else(tmp_path: Pa
     disk.root.close()
 
 
+def test_a_guest_whose_writes_are_braked_reads_as_ever(tmp_path: Path) -> None:
+    make_base(tmp_path, SIZE)
+    disk = Disk(opening.open_image(str(tmp_path / "base.raw"), "raw"), "vm")
+    let_go = threading.Event()
+
+    def until_let_go(seconds: float) -> None:
+        let_go.wait(PATIENCE)
+
+    disk.taps = (Nobody(),)  # as in write-blocking, the only mode in which there is a brake
+    disk.leases.reset(disk.root.granule, in_place=False)
+    disk.brake = Brake(1, lambda: 0.0, until_let_go)
+    server = NbdServer()
+    server.add(NbdExport("vm", disk))
+    server.listen_unix(str(tmp_path / "s"))
+    try:
+        with NbdClient(server.uri("vm")) as client:
+            client._request(nbd.WRITE, 0, 0, 4096)
+            client.sock.sendall(bytes(4096))
+            assert client.pread(4096, 8192) == contents(disk)[8192 : 8192 + 4096]
+            let_go.set()
+    finally:
+        let_go.set()
+        server.stop()
+        disk.root.close()
+
+
+class Nobody:
+    """A tap that does nothing."""
+
+    def before(self, offset: int, length: int) -> None: ...
+    def after(self, offset: int, length: int, data: memoryview | None) -> None: ...
+    def failed(self, offset: int, length: int) -> None: ...
+
+
 # What the status says ----------------------------------------------------------------------
 
 
@@ -302,6 +340,21 @@ def test_first_the_hot_ranges_only(course: Callable[..., Course]) -> None:
     assert c.did == [HOT], "that was enough"
 
 
+def test_what_was_undone_before_is_hot_from_the_first_moment(
+    course: Callable[..., Course],
+) -> None:
+    c = course(converge_by=1000)
+    c.go(c.within(0, SIZE // 4), SPEED, 2)
+    undone = c.job.copied.bits & c.job.dirty.bits
+    assert undone.any() and not c.did
+    c.job._block(c.job.again)
+    assert c.job.hot is c.job.again and not (undone & ~c.job.again.bits).any()
+    at = undone.find(1) * GRANULE
+    c.write(at, GRANULE)
+    there = contents(c.target)
+    assert contents(c.disk.root)[at : at + GRANULE] == there[at : at + GRANULE]
+
+
 def test_then_everywhere(course: Callable[..., Course]) -> None:
     c = course(converge_by=9)
     began = c.now
@@ -321,15 +374,18 @@ def test_everywhere_at_once_when_there_is_no_time_to_try(course: Callable[..., C
     assert c.ready and c.did[0] == EVERYWHERE
 
 
-def test_then_a_brake_harder_and_harder_and_bounded(course: Callable[..., Course]) -> None:
-    c = course(converge_by=1, speed=0, copy_mode="write-blocking", copies=4 << 20)
+def test_then_a_brake_harder_and_harder_and_bounded(
+    course: Callable[..., Course], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cowferry.jobs.mirror.MIN_CHUNK", 256 << 10)
+    c = course(converge_by=1, speed=0, copy_mode="write-blocking", copies=3 << 20)
     speeds: list[int] = []
     for _ in c.steps(c.anywhere, 8 << 20):
         brake = c.disk.brake
         if brake is not None and brake.speed not in speeds:
             speeds.append(brake.speed)
-    assert speeds[0] == pytest.approx(2 << 20, rel=0.1), "half of what the copy does"
-    assert speeds == [speeds[0], SLOWEST]
+    assert speeds[0] == pytest.approx(3 << 19, rel=0.1), "half of what the copy does"
+    assert speeds[1:] == [SLOWEST]
     assert c.slept and max(c.slept) <= LONGEST
     assert c.ready
     assert len(c.job.did) == 1, "one brake, however hard"
