@@ -29,7 +29,7 @@ from typing import NamedTuple
 from cowferry.block import sysio
 from cowferry.block.node import Extent, Node, State, chain, read, resolve
 
-BUFFER = 1 << 20  # bytes moved through memory at once
+BUFFER = 128 << 10  # bytes moved through memory at once: stays in the processor's cache
 CLONE_ALIGN = 4096  # what reflink file systems ask of offsets and lengths
 KERNEL_COPY = 4 << 20  # bytes asked of one copy_file_range: stays in the processor's cache
 WRITEBACK = 1 << 20  # copies of this size are handed to the disk at once
@@ -194,6 +194,8 @@ class Copier:
     # -------------------------------------------------------------------------------------
 
     def _move(self, source: int, at: int, fd: int, host: int, length: int) -> None:
+        if source == fd and at == host:
+            return  # a granule that is in part the target's own
         pair = (source, fd)
         if pair not in self._cannot_clone and at % CLONE_ALIGN == host % CLONE_ALIGN:
             lead = min(-at % CLONE_ALIGN, length)
@@ -208,6 +210,8 @@ class Copier:
 
     def _clone(self, source: int, at: int, fd: int, host: int, length: int) -> bool:
         try:
+            # What is dirty is sent off first: the clone waits for it inside the file's lock.
+            sysio.start_writeback(source, at, length)
             sysio.clone(source, at, fd, host, length)
         except OSError as error:
             if error.errno not in UNABLE:

@@ -58,6 +58,8 @@ SAFE = 0.8  # of the time that is left is what a prediction may take
 EVEN = 0.9  # of the copy rate is what a guest may undo before the copy gets nowhere
 TRIAL = 3 * WINDOW  # seconds that a gentler measure costs if it does not help
 MOST_BITS = 1 << 28  # of a bitmap, by default: 32 MiB
+PIECE = 128 << 10  # bytes of a small piece moved through memory at once
+FEW = 4  # dirty granules that are not worth chasing
 MANY = 32  # dirty runs copied between yields
 MODES = ("background", "write-blocking")
 
@@ -116,10 +118,10 @@ class Mirror(Job):
         self.again = Bitmap("", known, self.granularity)
         self.hot: Bitmap | None = None  # write-blocking only there; None: everywhere
         self.copier = Copier()
-        self.patcher = Copier(share=False)  # for small pieces that the guest has just written
         self.fresh = everything  # nothing was gone over twice yet
         self.chunk = MIN_CHUNK
         self.cursor = 0
+        self._left = 0  # dirty bytes when last asked whether we are near
         self.did: list[str] = []  # what was done to converge
         self.limited = False  # it is the job's own speed limit that misses the deadline
         self._moving = move
@@ -289,16 +291,31 @@ class Mirror(Job):
     def _copy(self, offset: int, length: int) -> int:
         """Inside the gate. Aligned to the target's granules where it can be."""
         moved = 0
-        copier = self.copier if self.fresh or length >= MIN_CHUNK else self.patcher
         try:
             with self._alone(offset, length):
+                if not self.fresh and length < MIN_CHUNK:
+                    return self._patch(offset, length)
                 for span in spans(self.source, offset, length, self.granularity, self._shines()):
-                    copier.place(self.source, self.target, span)
+                    self.copier.place(self.source, self.target, span)
                     if span.kind is Kind.COPY:
                         moved += span.length
         except OSError as error:
             raise self._blame(error, offset, length) from error
         return moved
+
+    def _patch(self, offset: int, length: int) -> int:
+        """A small piece that the guest has just written: through memory, in two system calls.
+
+        Sharing it, as some file systems would, waits inside the file's lock until it is on the
+        disk, and the guest's next write to it would have to copy it again."""
+        for at in range(offset, offset + length, PIECE):
+            piece = memoryview(bytearray(min(PIECE, offset + length - at)))
+            self.source.pread(piece, at)
+            if piece.obj == bytes(len(piece)):
+                self.target.zero(at, len(piece), unmap=True)
+            else:
+                self.target.pwrite(piece, at)
+        return length
 
     @contextmanager
     def _alone(self, offset: int, length: int) -> Iterator[None]:
@@ -337,18 +354,20 @@ class Mirror(Job):
         return self.on_error if operation == "read" else self.on_target_error
 
     def _near(self) -> bool:
-        """Little enough is left for a drain."""
-        return self.dirty.count() <= min(CLOSE, self._rates.copy_rate / 20 + self.granularity)
+        """Little enough is left for a drain, and going on would not make it less."""
+        left, before = self.dirty.count(), self._left
+        self._left = left
+        if left > min(CLOSE, self._rates.copy_rate / 20 + self.granularity):
+            return False
+        return left <= FEW * self.granularity or left >= before
 
-    def _catch_up(self) -> int | None:
+    def _catch_up(self) -> int:
         """No bit is set, and the target is flushed (M2): under a short drain, if bits are left.
 
-        The bytes that were left, or None: too many by now."""
+        The bytes that were left. The flush comes after the drain: before it, a guest would dirty
+        much meanwhile."""
         left = self.dirty.count()
         if left:
-            self._flush_target()
-            if self.dirty.count() > CLOSE:
-                return None  # the flush took its time, and the guest has gone on writing
             with self.disk.exclusive():
                 left = self.dirty.count()
                 self._copy_all()
@@ -596,6 +615,8 @@ class Mirror(Job):
         below = self._backing
         if self._lent and self._lasts and below is not None and self.target.backing_spec is None:
             self.target.set_backing(os.path.abspath(below.filename), below.driver)
+        elif not self.inside and self.target.backing is None and self.target.backing_spec:
+            self.target.set_backing(None, None)  # a whole copy: what it was over must not show
         self._flush_target()
 
     @property
