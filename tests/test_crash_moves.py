@@ -165,9 +165,9 @@ def test_M4_a_copy_that_is_finished_is_the_disk_at_that_moment(
         passed = {m[0] for m in state.marks}
         leads_to = moves.follow(str(goal)).path
         if "done" in passed:
-            assert leads_to == str(goal), state.what
+            assert leads_to == str(goal)
         elif "finish" not in passed:
-            assert leads_to == str(other), state.what
+            assert leads_to == str(other)
 
     Judge(world).each(5, also=also)
 
@@ -217,7 +217,7 @@ def test_a_disk_that_was_copied_away_comes_back_under_its_first_name(tmp_path: P
         at, _ = opening.current_image(str(path))
         told = sum(m[0] == "done" for m in state.marks)
         begun = sum(m[0] == "finish" for m in state.marks)
-        assert at in [str(path), str(away), str(path)][told : begun + 1], state.what
+        assert at in [str(path), str(away), str(path)][told : begun + 1]
 
     judge.each(7, also=also)
 
@@ -306,6 +306,6 @@ def test_a_group_of_streams_ends_as_one(tmp_path: Path) -> None:
             for drive in world.drives.values():
                 node = opening.open_image(drive.original, read_only=True)
                 opening.close_chain(node)
-                assert node.backing is None, state.what
+                assert node.backing is None
 
     Judge(world).each(10, also=also)

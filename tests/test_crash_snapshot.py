@@ -140,7 +140,7 @@ def test_S3_one_snapshot_after_another_each_record_leads_on(tmp_path: Path) -> N
         """How many were told is how far the disk is at least."""
         at = places.index(opening.current_image(str(path))[0])
         told = sum(m[0] == "done" for m in state.marks)
-        assert told <= at <= sum(m[0] == "finish" for m in state.marks), state.what
+        assert told <= at <= sum(m[0] == "finish" for m in state.marks)
         seen.add(at)
 
     places = [str(path), *map(str, steps)]
@@ -190,7 +190,7 @@ def test_a_change_that_guests_are_told_of_leaves_the_old_medium_whole(tmp_path: 
             if now and more:
                 hear(oracle, kind, *more[1:])
         wrong = oracle.wrong(sound(str(new), "raw", state.what))
-        assert not wrong, f"{state.what}: {wrong}"
+        assert not wrong, wrong
 
     judge.each(7, also=also)
 

@@ -46,6 +46,7 @@ class Entry(NamedTuple):
     name: str = ""  # the path made or removed
     target: str = ""  # of a rename
     mark: Any = None
+    look: bool = False  # a mark whose moment is always looked at
 
 
 class Log:
@@ -74,9 +75,9 @@ class Log:
     def __exit__(self, *_: object) -> None:
         sysio.recorder = None
 
-    def mark(self, mark: Any) -> None:
+    def mark(self, mark: Any, look: bool = False) -> None:
         """Something that the test has to know about each state."""
-        self.entries.append(Entry("mark", mark=mark))
+        self.entries.append(Entry("mark", mark=mark, look=look))
 
     def _new(self, path: str) -> str:
         self._count += 1
@@ -254,6 +255,8 @@ def states(log: Log, seed: int, samples: int, every: int = 1, *, since: int = 0)
 def _wanted(entries: list[Entry], every: int) -> set[int]:
     wanted = set(range(0, len(entries), every))
     for number, e in enumerate(entries):
+        if e.look:
+            wanted.add(number)
         if e.kind in NAMES or (e.kind == "flush" and not e.of.startswith("#")):
             wanted.update(range(number - AROUND, number + AROUND + 1))
     return wanted

@@ -1,0 +1,271 @@
+"""The guard of the crash tests: with a flush left out, or a step in the wrong order, they fail.
+
+Each row breaks one thing while a real crash test of the other files records, and demands that the
+judge finds a state that is wrong. A flush is named by the function that asks for it. A last test
+sees to it that no operation asks for a flush that has no row here, and is on no list of those that
+may be lost, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import crashes
+import test_crash_commit as commits
+import test_crash_moves as copies
+import test_crash_snapshot as snapshots
+from cowferry.block import moves, sysio
+from cowferry.commands import change as change_command
+from cowferry.commands import snapshot as snapshot_command
+from cowferry.drivers import opening
+from cowferry.jobs.job import Ending
+from cowferry.jobs.mirror import Mirror
+
+Break = Callable[[pytest.MonkeyPatch], None]
+Scenario = Callable[[Path], None]
+SOURCE = os.sep + os.path.join("src", "cowferry") + os.sep
+FLUSHES = ("fdatasync", "flush_directory")
+
+# How a flush goes down to the file: whoever is above these has asked for it.
+WAY_DOWN = {
+    "Qcow2.flush", "Qcow2._barrier", "Qcow2._write_tables", "Qcow2.write_header", "Qcow2.reopen",
+    "Qcow2.close_tables", "Qcow2.close", "Qcow2.set_backing", "Qcow2.resize", "Qcow2._bound_dirty",
+    "Qcow2.pwrite", "Qcow2.zero", "Qcow2.discard", "Qcow2.link",
+    "Raw.flush", "Raw.reopen", "Raw.close", "Raw.resize", "Raw.pwrite", "File.flush", "File.pwrite",
+    "Disk.pwrite", "Disk.zero", "Disk.discard", "Disk.flush", "Disk.resize",
+    "Mirror._flush_target", "_flushed", "Job.attempt", "_remove", "settled", "committed", "fresh",
+}  # fmt: skip
+
+# Flushes whose loss no crash can show, and why.
+MAY_BE_LOST = {
+    "Mirror.approach": "it makes the drain short; settle flushes again",
+    "_start.<locals>.make.<locals>.detached": "the image that was left is closed",
+    "Graph._release": "an image that is left is closed; nobody reads it again under that name",
+}
+
+
+def callers() -> list[str]:
+    """Functions of the house from which we were called, innermost first, up to the world's."""
+    found = []
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename != crashes.__file__:
+        if SOURCE in frame.f_code.co_filename:
+            found.append(frame.f_code.co_qualname)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+class Without:
+    """No flush that one of these asked for is done, unless it did so by way of another."""
+
+    def __init__(self, *names: str, unless: str = "") -> None:
+        self.names = set(names)
+        self.unless = unless
+
+    def __call__(self, patch: pytest.MonkeyPatch) -> None:
+        for flush in FLUSHES:
+            plain = getattr(sysio, flush)
+
+            def forgetful(what: Any, plain: Callable[[Any], None] = plain) -> None:
+                asked = callers()
+                if self.unless in asked or not self.names & set(asked):
+                    plain(what)
+
+            patch.setattr(sysio, flush, forgetful)
+
+
+def instead(owner: Any, name: str, new: Any) -> Break:
+    """A function does something else."""
+    return lambda patch: patch.setattr(owner, name, new)
+
+
+def record_last(patch: pytest.MonkeyPatch) -> None:
+    """The guests go on, and then it is recorded where."""
+
+    def finish(jobs: Iterable[Ending]) -> None:
+        jobs = list(jobs)
+        for job in jobs:
+            job.approach()
+        with ExitStack() as drained:
+            for disk in {id(d): d for job in jobs for d in job.drains()}.values():
+                drained.enter_context(disk.exclusive())
+            for job in jobs:
+                job.settle()
+            moving = [m for job in jobs for m in job.moves()]
+            for job in jobs:
+                job.switch()
+        for job in jobs:
+            job.parted()
+        moves.record(moving)
+
+    for module in (crashes, snapshot_command, change_command):
+        patch.setattr(module, "finish", finish)
+
+
+def record_apart(bodies: dict[str, dict[str, Any]], disks: list[str]) -> None:
+    """A group's records one after another, with no decision."""
+    for path, body in bodies.items():
+        moves._store(path, body)
+
+
+def not_kept(path: str, format: str, size: int, options: Any, *, goal: bool = False) -> None:
+    plain_create(path, format, size, options)
+
+
+plain_create = opening.create_image
+
+
+def snapshot(folder: Path) -> None:
+    snapshots.test_S1_S2_S3_a_snapshot_into_a_new_file(folder, "qcow2")
+
+
+def given_overlay(folder: Path) -> None:
+    snapshots.test_S1_S2_S3_an_overlay_that_somebody_else_made_and_did_not_flush(
+        folder, "qcow2", True
+    )
+
+
+def transaction(folder: Path) -> None:
+    snapshots.test_S4_two_disks_in_two_folders_are_snapshotted_both_or_neither(folder)
+
+
+def quiet_change(folder: Path) -> None:
+    snapshots.test_a_quiet_change_to_an_image_over_the_present_one(folder, "qcow2")
+
+
+def copy(folder: Path) -> None:
+    copies.test_M1_M2_a_full_copy_into_a_new_file_and_the_pivot(
+        folder, "raw", "qcow2", "background"
+    )
+
+
+def raw_copy(folder: Path) -> None:
+    copies.test_M4_a_copy_that_is_finished_is_the_disk_at_that_moment(folder, "raw", "background")
+
+
+def given_target(folder: Path) -> None:
+    copies.test_M1_M2_a_copy_into_a_node_whose_file_somebody_else_made(folder, "raw")
+
+
+def chain(folder: Path) -> None:
+    copies.test_a_copy_of_a_chain_with_the_layers_that_are_kept(folder, ["*"])
+
+
+def there_and_back(folder: Path) -> None:
+    copies.test_a_disk_that_was_copied_away_comes_back_under_its_first_name(folder)
+
+
+def older_record(folder: Path) -> None:
+    copies.test_what_is_recorded_of_an_older_image_under_the_new_name_does_not_count(folder, "copy")
+
+
+def group(folder: Path) -> None:
+    copies.test_S4_a_group_of_two_disks_moves_both_or_neither(folder, "commit")
+
+
+def commit(folder: Path) -> None:
+    commits.test_C1_C2_C3_a_commit_of_a_layer_that_nobody_writes(
+        folder, "qcow2", crashes.SIZE - (40 << 10), "layer"
+    )
+
+
+def active(folder: Path) -> None:
+    commits.test_C1_C2_M2_an_active_commit_and_its_pivot(folder, "raw", "background", 40 << 10)
+
+
+ROWS: list[tuple[str, Scenario, Break]] = [
+    ("a new overlay's bytes", snapshot, Without("make", "Snapshot.approach")),
+    (
+        "a new overlay's name",
+        snapshot,
+        Without("File.create", "Snapshot.approach", "record", unless="_store"),
+    ),
+    ("the record's bytes and name", snapshot, Without("_store")),
+    ("the old image of a snapshot", snapshot, Without("Snapshot.settle")),
+    ("a given overlay's bytes", given_overlay, Without("Snapshot.approach")),
+    ("a group's records", transaction, Without("_record_together")),
+    ("the old image of a change", quiet_change, Without("Change.settle")),
+    ("the other image's bytes", quiet_change, Without("Change.approach")),
+    ("the other image's name", quiet_change, Without("record", unless="_store")),
+    ("the target before ready", copy, Without("Mirror._catch_up")),
+    ("the target at the pivot", copy, Without("Mirror.settle")),
+    ("the copy's record", copy, Without("_store")),
+    ("a finished copy's bytes", raw_copy, Without("Mirror.settle")),
+    ("a finished copy's name", raw_copy, Without("File.create")),
+    ("a finished copy's past", raw_copy, Without("Mirror.parted")),
+    ("a given target's name", given_target, Without("record", unless="_store")),
+    ("the layers of a copied chain", chain, Without("Mirror._copy_layer")),
+    (
+        "the base of a commit",
+        commit,
+        Without("Commit.approach", "Commit.settle", unless="Commit._name"),
+    ),
+    ("the header over a commit", commit, Without("Commit._name", "Commit.clean")),
+    ("a commit's mark", commit, Without("Into.begin")),
+    ("a commit's mark is gone", commit, Without("Into.end")),
+    ("the base at the pivot", active, Without("Mirror.settle")),
+    ("the base before ready", active, Without("Mirror._catch_up")),
+    ("another disk's record is gone", older_record, Without("_forget_others")),
+    ("recorded last: snapshot", snapshot, record_last),
+    ("recorded last: copy", copy, record_last),
+    ("recorded last: change", quiet_change, record_last),
+    ("recorded last: active commit", active, record_last),
+    ("recorded apart: transaction", transaction, instead(moves, "_record_together", record_apart)),
+    ("recorded apart: group", group, instead(moves, "_record_together", record_apart)),
+    ("the last bits", copy, instead(Mirror, "_copy_all", lambda self: None)),
+    ("no mark of a commit", active, instead(moves, "committing", lambda image, top: None)),
+    ("the old name's record", there_and_back, instead(opening, "create_image", not_kept)),
+    ("another disk's record", older_record, instead(moves, "_forget_others", lambda m: None)),
+]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "broken"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS]
+)
+def test_the_crash_tests_notice(
+    tmp_path: Path, scenario: Scenario, broken: Break, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crashes, "BREAK", [broken])
+    with pytest.raises(crashes.Wrong):
+        scenario(tmp_path)
+
+
+class Recorded(Exception):
+    """All that was wanted of a crash test."""
+
+
+def test_every_flush_of_an_operation_has_a_row_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking: set[str] = set()
+
+    def note(patch: pytest.MonkeyPatch) -> None:
+        for flush in FLUSHES:
+            plain = getattr(sysio, flush)
+
+            def noting(what: Any, plain: Callable[[Any], None] = plain) -> None:
+                asking.update([c for c in callers() if c not in WAY_DOWN][:1])
+                plain(what)
+
+            patch.setattr(sysio, flush, noting)
+
+    def each(judge: crashes.Judge, *arguments: Any, **more: Any) -> int:
+        raise Recorded
+
+    monkeypatch.setattr(crashes, "BREAK", [note])
+    monkeypatch.setattr(crashes.Judge, "each", each)
+    for number, scenario in enumerate(dict.fromkeys(row[1] for row in ROWS)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(Recorded):
+            scenario(folder)
+    rows = set[str]().union(*(row[2].names for row in ROWS if isinstance(row[2], Without)))
+    assert asking - rows - set(MAY_BE_LOST) == set()
+    assert set(MAY_BE_LOST) <= asking
