@@ -85,7 +85,7 @@ def open_node(
     made: list[Node] = []
     try:
         node = _open(options, lookup, made, opened)
-        _follow(node, lookup, made, opened)
+        _follow(node, lookup, made, opened, _flag(options.get("force-share")) is True)
     except BaseException:
         for m in reversed(made):
             m.close()
@@ -265,7 +265,7 @@ def _open(
         node.backing_refused = backing is None
     elif isinstance(backing, Mapping):
         node.backing = _open({"read-only": True, **backing}, lookup, made, opened)
-        _follow(node.backing, lookup, made, opened)
+        _follow(node.backing, lookup, made, opened, given.force_share)
     elif isinstance(backing, str) and backing:
         if lookup is None:
             raise CowferryError(f"Cannot find device='' nor node-name='{backing}'")
@@ -279,8 +279,12 @@ def _name(children: Mapping[str, Node]) -> str:
     return children["file"].filename if "file" in children else ""
 
 
-def _follow(node: Node, lookup: Lookup | None, made: list[Node], opened: Opened | None) -> None:
-    """Open what the headers ask for, from `node` down. Iterative: chains may be long."""
+def _follow(
+    node: Node, lookup: Lookup | None, made: list[Node], opened: Opened | None, share: bool
+) -> None:
+    """Open what the headers ask for, from `node` down. Iterative: chains may be long.
+
+    With `share` beside whoever writes there, as the image above."""
     seen = {_identity(n) for n in chain(node)}
     depth = len(seen)
     while True:
@@ -298,7 +302,8 @@ def _follow(node: Node, lookup: Lookup | None, made: list[Node], opened: Opened 
         if format == "file" or format == "host_device":
             format = "raw"
         try:
-            below = _open(image_options(path, format, read_only=True), lookup, made, opened)
+            options = image_options(path, format, read_only=True, force_share=share)
+            below = _open(options, lookup, made, opened)
         except CowferryError as error:
             raise ImageError(
                 f"Could not open backing file of '{node.filename}': {error.desc}",
