@@ -5,6 +5,7 @@ something, and what has to hold after whatever was done. The rules are in test_m
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ from modelling import (
     small_steps,
 )
 
+MEMORY = "/dev/shm"  # knows neither RWF_NOWAIT nor the zeroing of ranges
 which = st.sampled_from("ab")
 where = st.floats(0, 1)
 lengths = st.sampled_from([1, 511, 512, 513, 4096, 4097, 30_000, 65_536, 150_000])
@@ -63,7 +65,7 @@ class Ground(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="graph-"))
+        self.folder = Path()
         self.daemon = Daemon()
         self.jobs = ReinedJobs(self.daemon, free=not self.stepped)
         self.clean_up = contextlib.ExitStack()
@@ -92,13 +94,17 @@ class Ground(RuleBasedStateMachine):
         copy_on_read=st.sampled_from([False, False, True]),
         chunk=st.sampled_from([32 << 10, 64 << 10, 128 << 10]),
         nbd=st.booleans(),
+        memory=st.booleans(),
         seed=st.integers(0, 1 << 20),
     )
     def build(
         self, layers: tuple[list[Layer], list[Layer]], shared: bool, copy_on_read: bool,
-        chunk: int, nbd: bool, seed: int,
+        chunk: int, nbd: bool, memory: bool, seed: int,
     ) -> None:  # fmt: skip
         self.rnd = random.Random(seed)
+        place = MEMORY if memory and os.path.isdir(MEMORY) else None  # another file system
+        self.folder = Path(tempfile.mkdtemp(prefix="graph-", dir=place))
+        self.clean_up.callback(shutil.rmtree, self.folder)
         self.clean_up.enter_context(small_steps(chunk, 0.0 if self.stepped else 0.002))
         base: Path | None = None
         if shared:  # a template below both
@@ -378,7 +384,6 @@ class Ground(RuleBasedStateMachine):
         finally:
             self.daemon.close()
             self.clean_up.close()
-            shutil.rmtree(self.folder)
 
     def comes_back(self, guest: Guest) -> None:
         """Who opens the disk where it once was finds it where it is."""

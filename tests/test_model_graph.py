@@ -157,7 +157,7 @@ class Model(Ground):
         if how == "copy":
             folder = self.path("copy")
             folder.mkdir()
-            path = folder / f"{g}.img"
+            path = folder / f"{g}{self.number}.img"
             below = list(chain(old))[1:]
             given |= {"target": str(path), "format": layer.format}
             if keep == 1 and below:
@@ -176,13 +176,15 @@ class Model(Ground):
                 given["format"] = layer.format
             else:
                 again = [x for x in self.left if x[2] == size]
-                if again and sync == "full" and keep > 4:  # back to an image that was left
+                if again and sync == "full" and keep > 3:  # back to an image that was left
                     path, layer = Path(again[0][0]), layer._replace(kind="raw")
                     if again[0][1] != "raw":
                         layer = layer._replace(kind="v3")
                     given["target"] = str(path)
-                elif backing is None or kind == "raw":
+                elif kind == "raw" or (backing is None and keep):
                     make_image(path, layer)
+                elif backing is None:  # a whole copy: what it was made over must not show
+                    make_image(path, layer, Path(old.filename), old.driver)
                 else:
                     make_image(path, layer, Path(backing.filename), backing.driver)
             if how == "existing":
@@ -520,6 +522,7 @@ class Model(Ground):
         given = {"device": g, "target": str(path), "format": layer.format, "notify": False}
         if self.ask("change", given, may):
             assert guest.root.filename == str(path)
+            self.sweep()  # one that was added by itself is still open
             self.freeze(old)
             if not over:
                 self.left.append((old.filename, old.driver, old.size))
