@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from cowferry.block import sysio
 from cowferry.block.node import Node, chain
 from cowferry.drivers import EXTENSIONS, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
@@ -367,7 +368,7 @@ def _unmake(made: list[str]) -> None:
     while made:
         path = made.pop()
         if os.path.exists(path):
-            os.unlink(path)
+            sysio.unlink(path)
 
 
 def _is_file(node: Node, path: str) -> bool:

@@ -193,7 +193,7 @@ class Snapshot:
 
     def _unmake(self) -> None:
         if self.made is not None and os.path.exists(self.made):
-            os.unlink(self.made)
+            sysio.unlink(self.made)
         self.made = None
 
 

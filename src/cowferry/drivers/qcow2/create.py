@@ -169,7 +169,6 @@ def make(path: str, size: int, options: Mapping[str, Any]) -> None:
         sysio.fdatasync(fd)
     finally:
         os.close(fd)
-    sysio.flush_directory(os.path.dirname(os.path.abspath(path)))
     if how != "off" or h.autoclear & headers.DATA_FILE_RAW:
         _preallocate(path, data_path, how)
 
