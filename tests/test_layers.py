@@ -173,7 +173,8 @@ def test_wire_codecs_know_no_sockets() -> None:
 def test_image_changing_calls_go_through_the_recorder() -> None:
     """The crash tests see what goes through block/sysio.py, and nothing else."""
     calls = {"pwrite", "pwritev", "ftruncate", "fsync", "fdatasync", "copy_file_range", "rename",
-             "replace", "posix_fallocate", "truncate", "link", "unlink", "remove", "O_CREAT"}  # fmt: skip
+             "replace", "posix_fallocate", "truncate", "link", "unlink", "remove",
+             "O_CREAT"}  # fmt: skip
     wrong = []
     for name, path in modules():
         images = ("block", "drivers", "jobs", "operations", "exports")
