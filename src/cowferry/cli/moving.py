@@ -163,7 +163,7 @@ def commit_command(
     "--buf-size",
     type=Size(),
     metavar="SIZE",
-    help="Taken for compatibility: pieces are sized by the time that they take.",
+    help="Move no more than this at once [pieces are sized by the time they take].",
 )
 @speed
 @on_error("--on-source-error", "a read")

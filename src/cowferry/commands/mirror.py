@@ -32,13 +32,14 @@ class _Common(Args):
 
 
 def common(args: _Common) -> dict[str, Any]:
-    """What every kind of mirror takes. `buf-size` is taken, and chunks are sized by their time."""
+    """What every kind of mirror takes. Chunks are sized by their time, up to `buf-size`."""
     if args.buf_size is not None and args.buf_size < 0:
         raise CowferryError("Invalid parameter 'buf-size'", "it is a number of bytes")
     return {
         "job_id": args.job_id,
         "speed": args.speed,
         "granularity": args.granularity or None,
+        "buf_size": args.buf_size or 0,
         "on_source_error": args.on_source_error,
         "on_target_error": args.on_target_error,
         "copy_mode": args.copy_mode,

@@ -86,6 +86,7 @@ class Mirror(Job):
         everything: bool = True,
         layers: tuple[Layer, ...] = (),
         granularity: int | None = None,
+        buf_size: int = 0,
         copy_mode: str = "background",
         on_source_error: str = "report",
         on_target_error: str = "report",
@@ -109,6 +110,7 @@ class Mirror(Job):
         self.on_target_error = on_target_error
         self.converge_by = converge_by
         self.granularity = granularity or default_granularity(disk)
+        self.buf_size = buf_size or MAX_CHUNK  # bytes that one chunk has at most
         self.inside = any(n is target for n in chain(disk.root))
         self.pivot = True  # False: a soft cancel; the target is left as a copy of that moment
         self.dirty = Bitmap("", disk.size, self.granularity)
@@ -246,7 +248,7 @@ class Mirror(Job):
         return runs
 
     def _limit(self) -> int:
-        limit = self.chunk
+        limit = min(self.chunk, self.buf_size)
         if self._blocking or self.inside:
             limit = min(limit, MIN_CHUNK)  # guests' writes wait for it
         if self.throttle.speed:
@@ -282,7 +284,7 @@ class Mirror(Job):
             else:
                 with self.disk.shared(offset, length):
                     moved = self._copy(offset, length)
-        except OSError:
+        except BaseException:
             self.dirty.set(offset, length)
             raise
         self._note_hot(offset, length)
@@ -390,7 +392,7 @@ class Mirror(Job):
                 self.dirty.clear(at, part)
                 try:
                     self._copy(at, part)
-                except OSError:
+                except BaseException:
                     self.dirty.set(at, part)
                     raise
 
@@ -407,7 +409,7 @@ class Mirror(Job):
         yield from self.attempt("write", partial(_flushed, layer.target))
 
     def _limit_for(self, granule: int) -> int:
-        limit = MAX_CHUNK // 4
+        limit = min(MAX_CHUNK // 4, self.buf_size)
         if self.throttle.speed:
             limit = min(limit, self.throttle.speed // 10)
         return max(limit // granule, 1) * granule
