@@ -24,14 +24,16 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 from cowferry.block import sysio
-from cowferry.block.node import Extent, Node, State, chain, read, resolve
+from cowferry.block.node import Extent, Node, State, read, resolve
 
 BUFFER = 128 << 10  # bytes moved through memory at once: stays in the processor's cache
 CLONE_ALIGN = 4096  # what reflink file systems ask of offsets and lengths
 KERNEL_COPY = 4 << 20  # bytes asked of one copy_file_range: stays in the processor's cache
+SHORT = 64 << 10  # bytes; a run that is shorter is not worth system calls of its own
 WRITEBACK = 1 << 20  # copies of this size are handed to the disk at once
 
 #: errnos by which a kernel or file system says "not for this pair of files".
@@ -106,15 +108,25 @@ def _pieces(runs: Iterator[Extent], offset: int, length: int, granule: int) -> I
         at, mixed = stop, kind
 
 
-class _Run(NamedTuple):
-    """A run that only its node can read (compressed, say), as a source of bytes."""
+def _joined(runs: Iterator[Extent]) -> Iterator[Extent]:
+    """Neighbours that are short, as one run without a place: to be moved through memory.
 
-    node: Node
-    offset: int
-    extent: Extent
+    Two system calls for all of them cost less than one or two for each."""
+    short = 0  # bytes
+    for e in runs:
+        if e.length < SHORT:
+            short += e.length
+            continue
+        if short:
+            yield Extent(short, State.DATA)
+            short = 0
+        yield e
+    if short:
+        yield Extent(short, State.DATA)
 
-    def get(self, buf: memoryview, done: int) -> None:
-        self.node.read_run(buf, self.offset + done, self.extent._replace(length=len(buf)))
+
+def _read(source: Node | None, offset: int, buf: memoryview, done: int) -> None:
+    read(source, buf, offset + done)
 
 
 class Copier:
@@ -134,11 +146,10 @@ class Copier:
         length = sum(r.length for r in room)
         if not length:
             return
-        nodes = list(chain(source))
         rest = iter(room)
         place = next(rest)
         used = 0  # bytes of `place`
-        for e in resolve(source, offset, length):
+        for e in _joined(resolve(source, offset, length)):
             done = 0
             while done < e.length:
                 if used == place.length:
@@ -149,9 +160,8 @@ class Copier:
                     self._zero(place.fd, host, n)
                 elif e.fd >= 0:
                     self._move(e.fd, e.host + done, place.fd, host, n)
-                else:
-                    run = _Run(nodes[e.depth], offset, e)
-                    self._through(place.fd, host, n, run.get)
+                else:  # short, or only its node can read it (compressed, say)
+                    self._through(place.fd, host, n, partial(_read, source, offset))
                 done, used, offset = done + n, used + n, offset + n
 
     def place(self, source: Node | None, target: Node, span: Span) -> None:
