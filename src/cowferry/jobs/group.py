@@ -76,8 +76,7 @@ class Group:
         for job in jobs:
             with suppress(CowferryError):
                 job.cancel()
-        with self.changed:
-            self.gathering = False
+        with self.changed:  # still gathering: nobody hears of the end of what never began
             self.changed.notify_all()
         for job in jobs:
             job.wait(LAST)
