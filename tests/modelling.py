@@ -128,9 +128,26 @@ def image_bytes(path: str, format: str) -> bytearray:
         opening.close_chain(node)
 
 
-def digest(path: str) -> str:
-    """Of the file itself."""
-    return hashlib.sha1(Path(path).read_bytes()).hexdigest()
+class Frozen:
+    """A file that nobody may change."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.digest = self._digest()
+        self.stamp = self._stamp()
+
+    def check(self, thoroughly: bool = False) -> None:
+        """It is as it was: it was not written, or at least no byte of it is another one."""
+        if thoroughly or self._stamp() != self.stamp:
+            assert self._digest() == self.digest, f"S2: '{self.path}' was changed"
+            self.stamp = self._stamp()
+
+    def _digest(self) -> str:
+        return hashlib.sha1(Path(self.path).read_bytes()).hexdigest()
+
+    def _stamp(self) -> tuple[int, int]:
+        st = os.stat(self.path)
+        return st.st_mtime_ns, st.st_size
 
 
 def open_files(folder: Path) -> list[str]:
@@ -165,6 +182,8 @@ class Guest:
         self.nbd: NbdClient | None = None
         self.uri = ""
         self.burst: Burst | None = None
+        # Images that the disk has left: format and size.
+        self.left: dict[str, tuple[str, int]] = {}
 
     @property
     def root(self) -> Node:
@@ -277,8 +296,12 @@ class Burst(threading.Thread):
                 offset = self.rnd.randrange(start, stop)
                 length = min(self.rnd.choice([1, 512, 3000, 9000]), stop - offset)
                 data = self.rnd.randbytes(length)
-                via = self.rnd.choice(["disk", "lane"])
-                put(self.guest.disk, lane, offset, data, via, False, None)
+                via = self.rnd.choice(["disk", "lane", "lane", "zero"])
+                if via == "zero":
+                    data = bytes(length)
+                    self.guest.disk.zero(offset, length, unmap=self.rnd.random() < 0.5)
+                else:
+                    put(self.guest.disk, lane, offset, data, via, False, None)
                 self.want[offset - start : offset - start + length] = data
                 if self.rnd.random() < 0.1:
                     time.sleep(0.001)

@@ -27,7 +27,7 @@ from cowferry.jobs.commit import ActiveCommit
 from cowferry.jobs.mirror import Mirror
 from cowferry.jobs.states import VERBS, Status
 from modelled import Ground, Running, lengths, ways, where, which
-from modelling import OVER, Burst, Layer, clusters, digest, files_of, image_bytes, make_image
+from modelling import OVER, Burst, Layer, clusters, files_of, image_bytes, make_image
 
 LIMIT = 1 << 19
 SOAK = os.environ.get("COWFERRY_SOAK") is not None
@@ -175,11 +175,10 @@ class Model(Ground):
             if how == "drive":
                 given["format"] = layer.format
             else:
-                again = [x for x in self.left if x[2] == size]
+                again = [p for p, (_, n) in guest.left.items() if n == size]
                 if again and sync == "full" and keep > 3:  # back to an image that was left
-                    path, layer = Path(again[0][0]), layer._replace(kind="raw")
-                    if again[0][1] != "raw":
-                        layer = layer._replace(kind="v3")
+                    path = Path(again[0])
+                    layer = layer._replace(kind="raw" if guest.left[again[0]][0] == "raw" else "v3")
                     given["target"] = str(path)
                 elif kind == "raw" or (backing is None and keep):
                     make_image(path, layer)
@@ -197,7 +196,7 @@ class Model(Ground):
         failing = self.odd(g) and layer.format != "raw"
         if self.begin(g, command, given, may, self.mirrored, may_fail=failing):
             self.frozen.pop(str(path), None)
-            self.left = [x for x in self.left if x[0] != str(path)]
+            guest.left.pop(str(path), None)
         self.sweep()
 
     def mirrored(self, running: Running) -> None:
@@ -211,9 +210,9 @@ class Model(Ground):
         assert guest.root is job.target and not job.target.read_only
         if guest.burst is None:
             self.compare(old, guest)  # it is left as it was at the pivot
-            self.frozen[old.filename] = digest(old.filename)
+            self.freeze(old)
             if old not in list(chain(guest.root)):
-                self.left.append((old.filename, old.driver, old.size))
+                guest.left[old.filename] = old.driver, old.size
 
     @rule(
         what=st.sampled_from(["copy", "commit", "stream"]),
@@ -525,7 +524,7 @@ class Model(Ground):
             self.sweep()  # one that was added by itself is still open
             self.freeze(old)
             if not over:
-                self.left.append((old.filename, old.driver, old.size))
+                guest.left[old.filename] = old.driver, old.size
 
 
 def was_paused(running: Running, accepted: bool, now: bool) -> bool:
