@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cowferry.block import sysio
-from cowferry.block.gate import Claim, Gate
+from cowferry.block.gate import END, Claim, Gate
 from daemons import PATIENCE
 
 
@@ -83,7 +83,7 @@ def held_back(
 
     def wrapped(mine: Claim, earlier: tuple[Claim, ...]) -> bool:
         answer = real(mine, earlier)
-        if answer and (not whole or mine.start == 0):
+        if answer and (not whole or mine.end == END):
             event.set()
         return answer
 
