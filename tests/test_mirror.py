@@ -207,6 +207,26 @@ def test_M1_what_differs_between_two_steps_is_dirty(
     assert not differs(contents(one.target), one.oracle)
 
 
+def test_M1_a_write_into_the_chunk_that_is_being_copied_is_dirty(
+    copy: Callable[..., Copy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, beside the copy, and after that has read the bytes."""
+    one = copy()
+    next(one.steps)  # the first bits
+    real = one.job.copier.place
+
+    def placed(*args: Any) -> None:
+        real(*args)
+        Other(lambda: one.write(64 * KIB, SECTOR)).end()
+
+    monkeypatch.setattr(one.job.copier, "place", placed)
+    next(one.steps)
+    assert contents(one.source) != contents(one.target) and not one.behind()
+    monkeypatch.undo()
+    one.until_ready()
+    assert not differs(contents(one.target), one.oracle)
+
+
 @pytest.mark.parametrize("verb", ["write", "zero", "discard"])
 def test_M1_a_guest_s_change_that_fails_halfway_on_the_source_is_dirty(
     copy: Callable[..., Copy], monkeypatch: pytest.MonkeyPatch, verb: str
@@ -378,7 +398,7 @@ def test_M1_a_chunk_and_a_write_meet_in_one_cluster_of_the_target(
     others = meeting(
         monkeypatch, one.job, one.target, lambda: one.write(MIB + 512 * KIB, 64 * KIB)
     )  # fmt: skip
-    next(one.steps)  # the first MiB
+    one.job.copy(0, MIB)
     others[0].end()
     assert not one.behind()
     one.until_ready()
@@ -452,7 +472,7 @@ def test_M1_a_guest_s_zeroes_and_a_chunk_share_no_buffer(
 def test_M4_called_off_when_ready_the_target_is_that_moment_flushed_before_the_event(
     copy: Callable[..., Copy], target: Image, mode: str
 ) -> None:
-    one = copy(target=target, copy_mode=mode)
+    one = copy(target=target, copy_mode=mode, auto_finalize=False)
     job = Started(one.job)
     heard: list[tuple[bool, bool]] = []
 
@@ -466,8 +486,11 @@ def test_M4_called_off_when_ready_the_target_is_that_moment_flushed_before_the_e
     with Unflushed() as unflushed:
         for _ in range(5):
             one.anything()
-        job.job.cancel(force=False)
-        assert job.job.wait(PATIENCE)
+        one.job.cancel(force=False)
+        until(lambda: one.job.status is Status.PENDING, "pending")
+        one.anything()  # the moment is when it is finalized
+        one.job.finalize()
+        assert one.job.wait(PATIENCE)
     assert heard == [(True, True)]
     then = bytes(one.oracle)
     one.anything()
@@ -480,8 +503,8 @@ def test_M4_called_off_with_force_nothing_is_left_on_the_disk(copy: Callable[...
     one = copy(copy_mode=BLOCKING)
     job = Started(one.job)
     job.until_ready()
-    job.job.cancel()
-    assert job.job.wait(PATIENCE)
+    one.job.cancel()
+    assert one.job.wait(PATIENCE)
     assert "BLOCK_JOB_CANCELLED" in [name for name, _ in job.events]
     assert one.disk.root is one.source and not one.disk.taps and not one.disk.bitmaps
 

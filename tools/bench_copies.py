@@ -114,6 +114,7 @@ class Guest:
                 "--log_unix_epoch=1",
             ],
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
     def __enter__(self) -> Guest:

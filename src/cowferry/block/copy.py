@@ -220,8 +220,8 @@ class Copier:
 
     def _clone(self, source: int, at: int, fd: int, host: int, length: int) -> bool:
         try:
-            # What is dirty is sent off first: the clone waits for it inside the file's lock.
-            sysio.start_writeback(source, at, length)
+            # What is dirty is written first: the clone would do that inside the file's lock.
+            sysio.write_out(source, at, length)
             sysio.clone(source, at, fd, host, length)
         except OSError as error:
             if error.errno not in UNABLE:

@@ -52,7 +52,7 @@ MAX_CHUNK = 64 << 20
 STEP = 0.02  # seconds a chunk should take: a guest's allocating write waits for as long
 SCAN = 64 << 20  # bytes looked at between yields when the first bits are set
 IDLE = 0.05  # seconds between looks at the bitmap when nothing is dirty
-CLOSE = 4 << 20  # dirty bytes that are copied under a short drain rather than chased
+CLOSE = 1 << 20  # dirty bytes that are copied under a short drain rather than chased
 SLOWEST = 1 << 20  # bytes per second that a braked guest may write at least
 SAFE = 0.8  # of the time that is left is what a prediction may take
 EVEN = 0.9  # of the copy rate is what a guest may undo before the copy gets nowhere
@@ -113,6 +113,7 @@ class Mirror(Job):
         self.buf_size = buf_size or MAX_CHUNK  # bytes that one chunk has at most
         self.inside = any(n is target for n in chain(disk.root))
         self.pivot = True  # False: a soft cancel; the target is left as a copy of that moment
+        self.unit = max(self.granularity, target.granule)  # what is copied for the first time
         self.dirty = Bitmap("", disk.size, self.granularity)
         # Both only with a deadline: what was copied so far, and what of that was written since.
         known = disk.size if converge_by else 0
@@ -224,7 +225,7 @@ class Mirror(Job):
         while at < self.disk.size:
             length = min(SCAN, self.disk.size - at)
             with self.disk.shared(at, length):
-                wanted = list(spans(self.source, at, length, self.granularity, self.base))
+                wanted = list(spans(self.source, at, length, self.unit, self.base))
             for s in wanted:
                 if s.kind is not Kind.KEEP:
                     self.dirty.set(s.offset, s.length)
@@ -253,7 +254,7 @@ class Mirror(Job):
             limit = min(limit, MIN_CHUNK)  # guests' writes wait for it
         if self.throttle.speed:
             limit = min(limit, self.throttle.speed // 10)
-        return max(limit // self.granularity, 1) * self.granularity
+        return max(limit // self.unit, 1) * self.unit
 
     def _adapt(self, took: float, length: int) -> None:
         if length < self.chunk // 2:
@@ -297,7 +298,10 @@ class Mirror(Job):
             with self._alone(offset, length):
                 if not self.fresh and length < MIN_CHUNK:
                     return self._patch(offset, length)
-                for span in spans(self.source, offset, length, self.granularity, self._shines()):
+                end = offset + length
+                whole = not (offset % self.unit or (end % self.unit and end < self.disk.size))
+                step = self.unit if whole else self.granularity
+                for span in spans(self.source, offset, length, step, self._shines()):
                     self.copier.place(self.source, self.target, span)
                     if span.kind is Kind.COPY:
                         moved += span.length
@@ -373,7 +377,8 @@ class Mirror(Job):
             with self.disk.exclusive():
                 left = self.dirty.count()
                 self._copy_all()
-        self._flush_target()
+        if not self.completing:  # or `approach` is about to
+            self._flush_target()
         return left
 
     def _flush_target(self) -> None:
@@ -605,7 +610,7 @@ class Mirror(Job):
         """What was dirtied while the job was pending, and most of the flush, before the drain."""
         if not self._blocking or self.hot is not None:
             self._block()  # nothing is added to what is left
-        while self.dirty.count() > CLOSE and (runs := self._next()):
+        while self.dirty.count() > FEW * self.granularity and (runs := self._next()):
             self.copy_runs(runs)
         self.target.flush()
 
@@ -656,8 +661,8 @@ class Mirror(Job):
 
 
 def default_granularity(disk: Disk) -> int:
-    """The disk's own granule within reason, and for huge disks what keeps the bitmap small."""
-    granularity = max(4096, min(disk.root.granule, 64 << 10))
+    """Fine, for what a guest dirties is copied again; coarser where the bitmap would be large."""
+    granularity = 4096
     while disk.size // granularity > MOST_BITS:
         granularity *= 2
     return granularity
