@@ -22,7 +22,8 @@ rate at which we copy. With `converge_by` it acts: write-blocking on the granule
 dirty again and again, then on all of them, then a brake on the guest's writes, bounded.
 
 The same job is an active commit: its target is then a node below the disk's own root. The target's
-mapping must not change under a reader of the chain, so each chunk is copied exclusively.
+mapping must not change under a reader of the chain, so a chunk that needs it is copied exclusively;
+one that overwrites what the layers above cover is not.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ class Mirror(Job):
 
     def _progress(self, done: int, moved: int) -> Progress:
         """The length grows with what the guest dirties: done, and what is left."""
-        self.length = max(self.offset + done + self.dirty.count(), 1)
+        self.length = self.offset + done + self.dirty.count()
         return Progress(done=done, moved=moved)
 
     def _attach(self) -> None:
@@ -250,7 +251,7 @@ class Mirror(Job):
 
     def _limit(self) -> int:
         limit = min(self.chunk, self.buf_size)
-        if self._blocking or self.inside:
+        if self._blocking:
             limit = min(limit, MIN_CHUNK)  # guests' writes wait for it
         if self.throttle.speed:
             limit = min(limit, self.throttle.speed // 10)
@@ -279,24 +280,40 @@ class Mirror(Job):
         Raises `OSError` with `operation`; the range is dirty again then."""
         self.dirty.clear(offset, length)
         try:
-            if self.inside:
-                with self.disk.exclusive(offset, length):
-                    moved = self._copy(offset, length)
-            else:
-                with self.disk.shared(offset, length):
-                    moved = self._copy(offset, length)
+            with self.disk.shared(offset, length):
+                done = self._in_place(offset, length)
+                moved = self._copy(offset, length, changing=False) if done else 0
+            if not done:
+                step = max(MIN_CHUNK, self.unit)  # a guest waits for it
+                for at in range(offset, offset + length, step):
+                    part = min(step, offset + length - at)
+                    with self.disk.exclusive(at, part):
+                        moved += self._copy(at, part)
         except BaseException:
             self.dirty.set(offset, length)
             raise
         self._note_hot(offset, length)
         return moved
 
-    def _copy(self, offset: int, length: int) -> int:
-        """Inside the gate. Aligned to the target's granules where it can be."""
+    def _in_place(self, offset: int, length: int) -> bool:
+        """Whether a copy changes no mapping that a reader of the disk may be using.
+
+        What it overwrites in a commit's base, the layers above cover."""
+        if not self.inside:
+            return True
+        return all(e.writable and e.fd >= 0 for e in self.target.extents(offset, length)) and all(
+            span.kind is not Kind.ZERO
+            for span in spans(self.source, offset, length, self.granularity, self._shines())
+        )
+
+    def _copy(self, offset: int, length: int, changing: bool = True) -> int:
+        """Inside the gate; `changing`: the target's mapping may change. Aligned to the target's
+        granules where it can be."""
         moved = 0
+        small = not self.fresh and length < MIN_CHUNK
         try:
             with self._alone(offset, length):
-                if not self.fresh and length < MIN_CHUNK:
+                if small and not (self.inside and changing):
                     return self._patch(offset, length)
                 end = offset + length
                 whole = not (offset % self.unit or (end % self.unit and end < self.disk.size))
@@ -317,7 +334,7 @@ class Mirror(Job):
         for at in range(offset, offset + length, PIECE):
             piece = memoryview(bytearray(min(PIECE, offset + length - at)))
             self.source.pread(piece, at)
-            if piece.obj == bytes(len(piece)):
+            if piece.obj == bytes(len(piece)) and not self.inside:
                 self.target.zero(at, len(piece), unmap=True)
             else:
                 self.target.pwrite(piece, at)
@@ -642,7 +659,7 @@ class Mirror(Job):
 
     def parted(self) -> None:
         if not self.pivot and self._lasts and not self.inside:
-            moves.fresh(self.target.filename)  # the copy is an image of its own
+            moves.apart(self.target.filename, self.disk.root.filename)
         if self.pivot and self._switched is not None:
             self._switched()
         if self.pivot and self._detached is not None:
