@@ -181,6 +181,17 @@ def fresh(image: str) -> None:
     committed(image)
 
 
+def apart(copy: str, disk: str) -> None:
+    """A finished copy of the disk in the image `disk` is an image of its own: what is recorded of
+    an older one goes. But a name that leads to the disk goes on leading there, or another one that
+    leads there by way of it would end at the copy."""
+    if _named(follow(copy).path) == _named(disk):
+        log.warning("'%s' is a copy, but as a name it goes on meaning the disk it once was", copy)
+        committed(copy)
+    else:
+        fresh(copy)
+
+
 def follow(image: str, format: str | None = None) -> Current:
     """The current image of the disk that once was in `image`.
 
