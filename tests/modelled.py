@@ -179,13 +179,14 @@ class Ground(RuleBasedStateMachine):
         """What a refused command leaves as it was."""
         graph = self.daemon.graph
         nodes = {
-            n.name: (n.filename, n.read_only, n.size, n.backing.name if n.backing else None)
+            n.name: (n.filename, n.read_only, n.backing.name if n.backing else None)
             for n in graph.every_node()
         }
+        sizes = [g.disk.size for g in self.guests.values()]
         files = sorted(str(p) for p in self.folder.rglob("*"))
         roots = [g.root.name for g in self.guests.values()]
         held = sorted(h.node.name for h in graph.claims.values())
-        return nodes, files, roots, held, [j.id for j in self.daemon.jobs.all()]
+        return nodes, sizes, files, roots, held, [j.id for j in self.daemon.jobs.all()]
 
     def ask(self, command: str, arguments: dict[str, Any], may: tuple[bool | None, bool]) -> bool:
         """Run a command. Refused, it did nothing, and said `DeviceInUse` if that is the reason."""

@@ -377,6 +377,7 @@ class Model(Ground):
                 or (name == "cancel" and (verb != "block-job-cancel" or not job.user_paused))
             )
             assert accepted == allowed, f"{verb} in {status}: {accepted}"
+            running.reins.settle()  # first: if it fails, it calls the others off
             for r in list(self.running):
                 if r.job is job or (job.group is not None and r.job.group is job.group):
                     r.reins.settle()
