@@ -31,6 +31,7 @@ from orders import Other, Unflushed, failing, held_back, on_call, until
 
 KIB, MIB = 1 << 10, 1 << 20
 SECTOR = 512
+ODD = 5 * MIB // 2 + 3 * SECTOR  # ends inside a granule of everything but sectors
 BACKGROUND, BLOCKING = mirror.MODES
 
 
@@ -186,11 +187,9 @@ def test_M1_what_differs_between_two_steps_is_dirty(
     modes: tuple[str, ...],
 ) -> None:
     """Whatever the granules of the three, in both modes and while they are switched."""
-    one = copy(
-        source=source, target=target, granularity=granularity, size=3 * MIB, copy_mode=modes[0]
-    )
+    one = copy(source=source, target=target, granularity=granularity, size=ODD, copy_mode=modes[0])
     ready = False
-    for n in range(30):
+    for n in range(20):
         for _ in range(one.random.randrange(3)):
             one.anything()
         one.job.change(modes[n // 4 % len(modes)])
@@ -292,21 +291,21 @@ def test_M2_the_last_drain_is_short_though_the_target_flushes_slowly(
     assert not differs(contents(one.target), one.oracle)
 
 
-def test_M2_nothing_is_left_for_the_drain_of_the_pivot(
+def test_M2_little_is_left_for_the_drain_of_the_pivot(
     copy: Callable[..., Copy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A guest may write as much as it likes while the job is on its way there."""
+    """As much as a guest may write while the job is pending, and while the target is flushed."""
     one = copy(size=16 * MIB, filled=False)
     one.until_ready()
-    one.write(0, 3 * CLOSE)
     one.job.completing = True
     for _ in one.steps:
         pass
+    one.write(0, 3 * CLOSE)
     drained: list[int] = []
     on_call(monkeypatch, one.target, "flush", lambda: one.write(CLOSE, 2 * CLOSE))
     on_call(monkeypatch, one.job, "_copy_all", lambda: drained.append(one.job.dirty.count()))
     one.job.prepare()
-    assert drained == [0]
+    assert len(drained) == 1 and drained[0] <= CLOSE
     assert one.disk.root is one.target
     assert not differs(contents(one.target), one.oracle)
 
