@@ -94,6 +94,11 @@ class Graph:
             self.nodes[n.name] = n
         return node
 
+    def check_name(self, name: str | None) -> None:
+        """Raise `CowferryError` for a node-name that no new node may have. None is no name."""
+        with self.lock:
+            self._check_names({"node-name": name}, set())
+
     def _check_names(self, options: Mapping[str, Any], seen: set[str]) -> None:
         name = options.get("node-name")
         if name is not None:

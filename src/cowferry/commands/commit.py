@@ -31,6 +31,7 @@ class BlockCommit(Args):
 @command("block-commit")
 def block_commit(daemon: Daemon, args: BlockCommit) -> None:
     """Put what a layer, or the active one, holds into a layer below it."""
+    daemon.graph.check_name(args.filter_node_name)  # there is no filter here to bear it
     commit.start(
         daemon,
         args.device,

@@ -59,6 +59,7 @@ class BlockdevMirror(_Common, kw_only=True):
 @command("blockdev-mirror")
 def blockdev_mirror(daemon: Daemon, args: BlockdevMirror) -> None:
     """Copy a disk to a node while its guest writes; complete it to move over."""
+    daemon.graph.check_name(args.filter_node_name)  # there is no filter here to bear it
     mirror.into_node(
         daemon, args.device, args.target, sync=args.sync, replaces=args.replaces, **common(args)
     )

@@ -31,6 +31,7 @@ class BlockStream(Args):
 @command("block-stream")
 def block_stream(daemon: Daemon, args: BlockStream) -> None:
     """Fill a disk from its backing chain, down to a base or all of it."""
+    daemon.graph.check_name(args.filter_node_name)  # there is no filter here to bear it
     stream.start(
         daemon,
         args.device,
