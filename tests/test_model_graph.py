@@ -9,8 +9,8 @@ every race is a deterministic test; in `Threaded` jobs run as ever, and guests w
 
 from __future__ import annotations
 
+import itertools
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ SOAK = os.environ.get("COWFERRY_SOAK") is not None
 kinds = st.sampled_from(["raw", "v2", "v3", "v3", "ext"])
 number = st.integers(0, 7)
 modes = st.sampled_from(["background", "write-blocking"])
+Request = tuple[float, int, str, int]  # where, how long, by which way, of what kind
+requests = st.lists(st.tuples(where, lengths, ways, number), min_size=1, max_size=6)
 
 
 def led(model: Model) -> bool:
@@ -280,44 +282,55 @@ class Model(Ground):
         for _ in range(steps):
             running.reins.step()
 
-    @rule(n=number, ops=st.lists(st.tuples(where, lengths, ways, number), min_size=1, max_size=6))
+    def request(self, running: Running, op: Request) -> None:
+        """One of the guest whose disk a job is on."""
+        at, length, via, kind = op
+        name = next(k for k, x in self.guests.items() if x is running.guest)
+        if running.reins.over:
+            return  # or what it has brought about could not be looked at any more
+        if kind < 5:
+            self.write(name, at, length, via, kind == 0)
+        else:
+            self.clear(name, at, length, kind == 5, kind == 6, via)
+
+    @rule(n=number, ops=requests)
     @precondition(led)
-    def race(self, n: int, ops: list[tuple[float, int, str, int]]) -> None:
+    def race(self, n: int, ops: list[Request]) -> None:
         """A guest's requests, with a step of a job on its disk after each."""
         if not self.running:
             return
         running = self.chosen(n)
-        name = next(k for k, x in self.guests.items() if x is running.guest)
-        for at, length, via, kind in ops:
-            if kind < 5:
-                self.write(name, at, length, via, kind == 0)
-            else:
-                self.clear(name, at, length, kind == 5, kind == 6, via)
+        for op in ops:
+            self.request(running, op)
             if self.stepped:
                 running.reins.step()
-            else:
-                time.sleep(0)
 
-    @rule(n=number)
+    @rule(n=number, ops=requests)
     @precondition(led)
-    def finish(self, n: int) -> None:
-        """To the end: ready, completed, finalised. A group as a whole."""
+    def finish(self, n: int, ops: list[Request]) -> None:
+        """To the end: ready, completed, finalised, with requests between. A group as a whole."""
         if not self.running:
             return
         job = self.chosen(n).job
-        group = job.group
+        group, left = job.group, iter(ops)
         ours = [r for r in self.running if r.job is job or (group and r.job.group is group)]
-        wanted = (Status.READY, Status.STANDBY, Status.WAITING, Status.PENDING, *OVER)
+
+        def all_are(*there: Status) -> None:
+            for r in ours:
+                self.until(r, lambda r=r: r.job.status in (*there, *OVER))  # type: ignore[misc]
+                for op in itertools.islice(left, 1):
+                    self.request(r, op)
+
         for r in ours:
             if r.job.user_paused:
                 self.verb("job-resume", id=r.job.id)
-            self.until(r, lambda r=r: r.job.status in wanted)  # type: ignore[misc]
+        all_are(Status.READY, Status.STANDBY, Status.WAITING, Status.PENDING)
         if group is not None and group.told_ready:
             self.verb("x-group-complete", id=group.id)
         elif group is None:
             self.verb("job-complete", id=job.id)
+        all_are(Status.WAITING, Status.PENDING)
         for r in ours:
-            self.until(r, lambda r=r: r.job.status in (Status.WAITING, Status.PENDING, *OVER))  # type: ignore[misc]
             self.verb("job-finalize", id=r.job.id)
         for r in ours:
             self.until(r, lambda r=r: r.reins.over)  # type: ignore[misc]
