@@ -32,7 +32,7 @@ def calls_of_one_fill(path: Path, granules: int, read_only: bool) -> int:
 
     sys.setprofile(count)
     try:
-        leases.fill(node, 0, 4096)
+        leases.fill(node, 0, node.size)
     finally:
         sys.setprofile(None)
     assert read_only or leases.tables[0][0] & DATA

@@ -374,33 +374,29 @@ def meeting(
 def test_M3_two_writes_that_are_apart_on_the_disk_meet_in_one_cluster_of_the_target(
     copy: Callable[..., Copy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = copy(
-        source=Image(64 * KIB), target=Image(2 * MIB), filled=False, copy_mode=BLOCKING
-    )  # fmt: skip
+    one = copy(source=Image(64 * KIB), target=Image(2 * MIB), filled=False, copy_mode=BLOCKING)
     one.until_ready()
     assert isinstance(one.target, Qcow2)
-    others = meeting(
-        monkeypatch, one.job, one.target, lambda: one.write(64 * KIB, 64 * KIB)
-    )  # fmt: skip
+    others = meeting(monkeypatch, one.job, one.target, lambda: one.write(64 * KIB, 64 * KIB))
     one.write(0, 64 * KIB)
     others[0].end()
     assert one.job.dirty.count() == 0
     assert not differs(contents(one.target), one.oracle)
 
 
-def test_M1_a_chunk_and_a_write_meet_in_one_cluster_of_the_target(
+def test_M1_what_is_being_copied_and_a_write_meet_in_one_cluster_of_the_target(
     copy: Callable[..., Copy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = copy(source=Image(64 * KIB), target=Image(2 * MIB), copy_mode=BLOCKING)
+    """The target has nothing there yet: each of them would make a cluster of its own."""
+    one = copy(source=Image(64 * KIB), target=Image(2 * MIB), filled=False)
     assert isinstance(one.target, Qcow2)
-    next(one.steps)  # the first bits
-    others = meeting(
-        monkeypatch, one.job, one.target, lambda: one.write(MIB + 512 * KIB, 64 * KIB)
-    )  # fmt: skip
-    one.job.copy(0, MIB)
-    others[0].end()
-    assert not one.behind()
     one.until_ready()
+    one.write(0, 64 * KIB)
+    one.job.change(BLOCKING)
+    others = meeting(monkeypatch, one.job, one.target, lambda: one.write(64 * KIB, 64 * KIB))
+    next(one.steps)
+    others[0].end()
+    assert one.job.dirty.count() == 0
     assert not differs(contents(one.target), one.oracle)
 
 
