@@ -222,6 +222,34 @@ def test_a_disk_that_was_copied_away_comes_back_under_its_first_name(tmp_path: P
     judge.each(7, also=also)
 
 
+def test_a_copy_under_a_name_that_the_disk_had_once_does_not_end_its_way(tmp_path: Path) -> None:
+    """From the first name one comes by there to where the disk is now."""
+    world = World(tmp_path)
+    path = a_disk(world, "qcow2")
+    once, now = world.there / "once.qcow2", world.there / "now.qcow2"
+    for name in (once, now):
+        opening.create_image(str(name), "qcow2", SIZE, {})
+    copied = sound(str(path), None, "before")
+    for name in (once, now):
+        node = opening.open_image(str(name))
+        node.pwrite(memoryview(copied), 0)
+        opening.close_chain(node)
+    moves.record([moves.Move("vm", str(path), str(once), "qcow2")])
+    moves.record([moves.Move("vm", str(once), str(now), "qcow2")])
+    world.open("vm", path)
+    once.unlink()
+    world.freezes[str(once)] = "vm"
+    with world:
+        world.churn(5)
+        world.execute("drive-mirror", device="vm", target=str(once), sync="full", speed=SPEED)
+        job = the_job(world)
+        work = world.ready(job)
+        job.cancel(force=False)
+        world.end([job], work)
+        world.churn(8)
+    assert Judge(world).each(8)
+
+
 @pytest.mark.parametrize("kind", ["copy", "snapshot"])
 def test_what_is_recorded_of_an_older_image_under_the_new_name_does_not_count(
     tmp_path: Path, kind: str
@@ -245,7 +273,7 @@ def test_what_is_recorded_of_an_older_image_under_the_new_name_does_not_count(
             )
             world.churn(5)
     judge = Judge(world)
-    judge.each(8)
+    judge.each(9)
     assert judge.outcomes == {False, True}
 
 
@@ -280,7 +308,7 @@ def test_S4_a_group_of_two_disks_moves_both_or_neither(tmp_path: Path, type: str
         assert "error" not in told.wait("JOB_GROUP_COMPLETED", id="both")
         assert all(daemon.graph.disk(d.name).root.filename == d.new for d in drives)
 
-    judge.each(9, again=again)
+    judge.each(10, again=again)
     assert judge.outcomes == {False, True}
 
 
@@ -308,4 +336,4 @@ def test_a_group_of_streams_ends_as_one(tmp_path: Path) -> None:
                 opening.close_chain(node)
                 assert node.backing is None
 
-    Judge(world).each(10, also=also)
+    Judge(world).each(11, also=also)
