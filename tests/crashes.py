@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from cowferry import daemon as daemons
 from cowferry.block.disk import Disk
 from cowferry.block.node import chain
 from cowferry.daemon import Daemon
-from cowferry.drivers import opening
+from cowferry.drivers import format_of, opening
 from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.errors import CowferryError
 from cowferry.jobs.commit import ActiveCommit, Commit
@@ -37,6 +38,7 @@ from cowferry.jobs.states import Status
 from cowferry.jobs.stream import Stream
 from cowferry.operations.snapshot import Change, Snapshot
 from daemons import Told
+from tests_support import need
 from writelog import Log, Oracle, State, states
 
 SOAK = os.environ.get("COWFERRY_SOAK") is not None
@@ -359,10 +361,21 @@ class Judge:
                     also(state)
             except (AssertionError, OSError, CowferryError) as error:
                 raise Wrong(f"{state.what}: {error}") from error
+            if number % 100 == 1:
+                self.ask_qemu()
             if again is not None and number % 40 == 1:
                 self.start_again(state, found, again)
         assert number
         return number
+
+    def ask_qemu(self) -> None:
+        """The same of every current image by somebody else: it is sound, leaks apart."""
+        need("qemu-img")
+        for drive in self.world.drives.values():
+            path, format = opening.current_image(drive.original)
+            if (format or format_of(path)) == "qcow2":
+                done = subprocess.run(["qemu-img", "check", path], capture_output=True, text=True)
+                assert done.returncode in (0, 3), done.stdout + done.stderr
 
     def start_again(self, state: State, found: dict[str, bytearray], again: Again) -> None:
         """By the name that the disk had first; at the end it has the bytes that it has now."""
