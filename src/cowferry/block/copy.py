@@ -32,7 +32,7 @@ from cowferry.block.node import Extent, Node, State, read, resolve
 
 BUFFER = 128 << 10  # bytes moved through memory at once: stays in the processor's cache
 CLONE_ALIGN = 4096  # what reflink file systems ask of offsets and lengths
-KERNEL_COPY = 4 << 20  # bytes asked of one copy_file_range: stays in the processor's cache
+KERNEL_COPY = 16 << 20  # bytes asked of one copy_file_range
 SHORT = 64 << 10  # bytes; a run that is shorter is not worth system calls of its own
 WRITEBACK = 1 << 20  # copies of this size are handed to the disk at once
 

@@ -26,6 +26,8 @@ from cowferry.block.node import Extent, Node, State, resolve
 
 SPAN_BITS = 10
 SPAN = 1 << SPAN_BITS  # granules in one array
+NEAR = 32  # granules around a miss that are resolved with it in any case
+FEW_RUNS = 4  # so few there say that the whole array is resolved soon
 TABLES = 4096  # arrays kept: 32 MiB
 
 NONE, DATA, ZERO, WRITABLE = 0, 1, 2, 4
@@ -75,28 +77,37 @@ class Leases:
             self.shift = granule.bit_length() - 1
 
     def fill(self, root: Node, offset: int, length: int) -> None:
-        """Resolve what is not known around `offset, length` (which the caller has entered), an
-        array's worth at the most, and keep it."""
+        """Resolve what is not known around `offset, length` (which the caller has entered), and
+        keep it: as much as one array holds, but where many runs make that slow, only the near."""
         shift = self.shift
         first, stop = offset >> shift, -(-(offset + length) >> shift)
         for key in range(first >> SPAN_BITS, ((stop - 1) >> SPAN_BITS) + 1):
             epoch = self.epoch
             base = key << SPAN_BITS
-            a, b = self._gap(key, max(first - base, 0), min(stop - base, SPAN))
-            start, end = (base + a) << shift, min((base + b) << shift, root.size)
-            runs = list(resolve(root, start, end - start))
+            a, b = max(first - base, 0), min(stop - base, SPAN)
+            near = self._gap(key, a, b, NEAR)
+            runs = self._resolve(root, base, *near)
+            if len(runs) <= FEW_RUNS:
+                whole = self._gap(key, a, b, SPAN)
+                if whole != near:
+                    near, runs = whole, self._resolve(root, base, *whole)
             with self.filling:
                 if self.epoch == epoch:
-                    self._keep(key, a, b, runs)
+                    self._keep(key, *near, runs)
 
-    def _gap(self, key: int, a: int, b: int) -> tuple[int, int]:
+    def _resolve(self, root: Node, base: int, a: int, b: int) -> list[Extent]:
+        start, end = (base + a) << self.shift, min((base + b) << self.shift, root.size)
+        return list(resolve(root, start, end - start))
+
+    def _gap(self, key: int, a: int, b: int, far: int) -> tuple[int, int]:
         """Granules `a` to `b` of an array, and what lies around them and is not known either."""
+        low, high = max(a - far, 0), min(b + far, SPAN)
         table = self.tables.get(key)
         if table is None:
-            return 0, SPAN
-        while a and not table[a - 1]:
+            return low, high
+        while a > low and not table[a - 1]:
             a -= 1
-        while b < SPAN and not table[b]:
+        while b < high and not table[b]:
             b += 1
         return a, b
 

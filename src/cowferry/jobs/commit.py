@@ -145,6 +145,7 @@ class Commit(Job):
 
     def approach(self) -> None:
         self.into.base.flush()
+        self.above.flush()  # the header's barrier in the drain is for what the guest writes, too
 
     def drains(self) -> list[Disk]:
         return self.disks()
