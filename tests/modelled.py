@@ -9,10 +9,11 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hypothesis import event
 from hypothesis import strategies as st
@@ -42,9 +43,29 @@ from modelling import (
 
 MEMORY = "/dev/shm"  # knows neither RWF_NOWAIT nor the zeroing of ranges
 which = st.sampled_from("ab")
-where = st.floats(0, 1)
-lengths = st.sampled_from([1, 511, 512, 513, 4096, 4097, 30_000, 65_536, 150_000])
-ways = st.sampled_from(["disk", "lane", "nbd"])
+
+
+class Request(NamedTuple):
+    """Of a guest: where as a part of the disk, how many bytes, by which way, what."""
+
+    at: float
+    length: int
+    via: str
+    what: str
+
+
+whats = ["write"] * 5 + ["fua", "zero", "unmap", "trim", "flush", "tick", "nothing"]
+requests = st.lists(
+    st.builds(
+        Request,
+        st.floats(0, 1),
+        st.sampled_from([1, 511, 512, 513, 4096, 4097, 30_000, 65_536, 150_000]),
+        st.sampled_from(["disk", "lane", "lane", "nbd"]),
+        st.sampled_from(whats),
+    ),
+    min_size=2,
+    max_size=10,
+)
 
 
 WORKING = (Status.CREATED, Status.RUNNING, Status.PAUSED, Status.READY, Status.STANDBY)
@@ -127,42 +148,38 @@ class Ground(RuleBasedStateMachine):
 
     # What a guest does -----------------------------------------------------------------------
 
-    @rule(g=which, at=where, length=lengths, via=ways, fua=st.booleans())
-    def write(self, g: str, at: float, length: int, via: str, fua: bool) -> None:
+    @rule(g=which, ops=requests)
+    def guest(self, g: str, ops: list[Request]) -> None:
+        for op in ops:
+            self.request(g, op)
+
+    def request(self, g: str, op: Request) -> None:
         guest = self.guests[g]
         self.touch()
-        offset, end = guest.range(at, length)
-        data = self.rnd.randbytes(end - offset)
-        if not guest.disk.read_only:
-            guest.write(offset, data, via, fua)
-        elif data:
+        offset, end = guest.range(op.at, op.length)
+        if op.what == "flush":
+            guest.disk.flush()
+            if not self.running and not guest.burst:
+                assert not guest.root.unflushed
+        elif op.what == "tick":  # what the daemon does every few seconds
+            for disk in self.daemon.graph.all_disks():
+                if disk.root.unflushed:
+                    disk.flush()
+        elif offset == end or op.what == "nothing":
+            return
+        elif guest.disk.read_only:
             try:
-                guest.disk.pwrite(memoryview(data), offset)
+                guest.disk.pwrite(memoryview(b"x"), offset)
             except PermissionError:
                 return
             raise AssertionError("a read-only disk was written")
-
-    @rule(g=which, at=where, length=lengths, unmap=st.booleans(), trim=st.booleans(), via=ways)
-    def clear(self, g: str, at: float, length: int, unmap: bool, trim: bool, via: str) -> None:
-        guest = self.guests[g]
-        self.touch()
-        offset, end = guest.range(at, length)
-        if guest.disk.read_only or offset == end:
-            return
-        if trim:
-            guest.trim(offset, end - offset, via)
+        elif op.what in ("write", "fua"):
+            data = self.rnd.randbytes(end - offset)
+            guest.write(offset, data, op.via, op.what == "fua")
+        elif op.what == "trim":
+            guest.trim(offset, end - offset, op.via)
         else:
-            guest.zero(offset, end - offset, unmap, via)
-
-    @rule(g=which, tick=st.booleans())
-    def flush(self, g: str, tick: bool) -> None:
-        """A guest's, or the one that the daemon does every few seconds."""
-        self.guests[g].disk.flush()
-        if not self.running and not self.guests[g].burst:
-            assert not self.guests[g].root.unflushed
-        for disk in self.daemon.graph.all_disks() if tick else []:
-            if disk.root.unflushed:
-                disk.flush()
+            guest.zero(offset, end - offset, op.what == "unmap", op.via)
 
     def touch(self) -> None:
         """Something is about to be done: what a job has brought about may then be otherwise."""
@@ -378,6 +395,9 @@ class Ground(RuleBasedStateMachine):
     # The end -----------------------------------------------------------------------------------
 
     def teardown(self) -> None:
+        if sys.exc_info()[0] is not None:  # what comes now would only hide it
+            self.leave()
+            return
         try:
             for guest in self.guests.values():
                 if guest.burst is not None:
@@ -394,8 +414,15 @@ class Ground(RuleBasedStateMachine):
                 if path.is_file():
                     self.check(path)
         finally:
-            self.daemon.close()
-            self.clean_up.close()
+            self.leave()
+
+    def leave(self) -> None:
+        for guest in self.guests.values():
+            if guest.burst is not None:
+                guest.burst.join()
+            guest.leave()
+        self.daemon.close()
+        self.clean_up.close()
 
     def comes_back(self, guest: Guest) -> None:
         """Who opens the disk where it once was finds it where it is."""

@@ -26,7 +26,7 @@ from cowferry.errors import CowferryError
 from cowferry.jobs.commit import ActiveCommit
 from cowferry.jobs.mirror import Mirror
 from cowferry.jobs.states import VERBS, Status
-from modelled import Ground, Running, lengths, ways, where, which
+from modelled import Ground, Request, Running, requests, which
 from modelling import OVER, Burst, Layer, clusters, files_of, image_bytes, make_image
 
 LIMIT = 1 << 19
@@ -34,8 +34,6 @@ SOAK = os.environ.get("COWFERRY_SOAK") is not None
 kinds = st.sampled_from(["raw", "v2", "v3", "v3", "ext"])
 number = st.integers(0, 7)
 modes = st.sampled_from(["background", "write-blocking"])
-Request = tuple[float, int, str, int]  # where, how long, by which way, of what kind
-requests = st.lists(st.tuples(where, lengths, ways, number), min_size=1, max_size=6)
 
 
 def led(model: Model) -> bool:
@@ -48,8 +46,14 @@ class Model(Ground):
 
     # Snapshots ---------------------------------------------------------------------------------
 
-    @rule(g=which, cluster=clusters, kind=kinds, how=st.sampled_from(["sync", "made", "bare"]))
+    @rule(
+        g=which, cluster=clusters, kind=kinds,
+        how=st.sampled_from(["sync", "made", "bare", "both", "abort"]),
+    )  # fmt: skip
     def snapshot(self, g: str, cluster: int, kind: str, how: str) -> None:
+        if how in ("both", "abort"):
+            self.snapshot_of_both(how == "abort")
+            return
         guest = self.guests[g]
         old, path = guest.root, self.path(f"{g}.snap")
         may = self.may(g, old, bad=self.odd(g))
@@ -67,7 +71,6 @@ class Model(Ground):
             self.freeze(old)
         self.sweep()
 
-    @rule(abort=st.booleans())
     def snapshot_of_both(self, abort: bool) -> None:
         names = {g: str(self.path(f"{g}.both")) for g in self.guests}
         olds = {g: self.guests[g].root for g in names}
@@ -86,8 +89,12 @@ class Model(Ground):
 
     # Jobs --------------------------------------------------------------------------------------
 
-    @rule(g=which, upper=number, lower=number, whole=st.booleans(), auto=st.booleans())
-    def stream(self, g: str, upper: int, lower: int, whole: bool, auto: bool) -> None:
+    @rule(
+        g=which, upper=number, lower=number, whole=st.booleans(), auto=st.booleans(), ops=requests
+    )
+    def stream(
+        self, g: str, upper: int, lower: int, whole: bool, auto: bool, ops: list[Request]
+    ) -> None:
         """Of the disk, or into a layer of it."""
         guest = self.guests[g]
         nodes = list(chain(guest.root))
@@ -108,9 +115,10 @@ class Model(Ground):
 
         if self.begin(g, "block-stream", given, may, done):
             self.thaw(top)
+            self.mix(self.running[-1], ops)
 
-    @rule(g=which, upper=number, lower=number, auto=st.booleans())
-    def commit(self, g: str, upper: int, lower: int, auto: bool) -> None:
+    @rule(g=which, upper=number, lower=number, auto=st.booleans(), ops=requests)
+    def commit(self, g: str, upper: int, lower: int, auto: bool, ops: list[Request]) -> None:
         guest = self.guests[g]
         nodes = list(chain(guest.root))
         if len(nodes) == 1:
@@ -137,16 +145,17 @@ class Model(Ground):
         elsewhere = sum(os.path.samefile(f, base.filename) for f in files_of(self.daemon)) > 1
         if self.begin(g, "block-commit", given, may, done, may_fail=elsewhere):
             self.thaw(base, *nodes[max(i - 1, 0) : i])
+            self.mix(self.running[-1], ops)
 
     @rule(
         g=which, how=st.sampled_from(["drive", "existing", "node", "copy"]),
         sync=st.sampled_from(["full", "full", "top", "none"]), kind=kinds, cluster=clusters,
         granularity=st.sampled_from([0, 512, 4096, 64 << 10]), mode=modes, keep=number,
-        auto=st.booleans(),
+        auto=st.booleans(), ops=requests,
     )  # fmt: skip
     def mirror(
         self, g: str, how: str, sync: str, kind: str, cluster: int, granularity: int, mode: str,
-        keep: int, auto: bool,
+        keep: int, auto: bool, ops: list[Request],
     ) -> None:  # fmt: skip
         guest = self.guests[g]
         old, size = guest.root, guest.disk.size
@@ -199,6 +208,7 @@ class Model(Ground):
         if self.begin(g, command, given, may, self.mirrored, may_fail=failing):
             self.frozen.pop(str(path), None)
             guest.left.pop(str(path), None)
+            self.mix(self.running[-1], ops)
         self.sweep()
 
     def mirrored(self, running: Running) -> None:
@@ -218,9 +228,9 @@ class Model(Ground):
 
     @rule(
         what=st.sampled_from(["copy", "commit", "stream"]),
-        policy=st.sampled_from(["all", "each"]), mode=modes,
+        policy=st.sampled_from(["all", "each"]), mode=modes, ops=requests,
     )  # fmt: skip
-    def group(self, what: str, policy: str, mode: str) -> None:
+    def group(self, what: str, policy: str, mode: str, ops: list[Request]) -> None:
         folder = self.path("group")
         members: list[dict[str, Any]] = [{"device": g} for g in self.guests]
         may: bool | None = None if self.running or self.locked else True
@@ -260,38 +270,18 @@ class Model(Ground):
         if self.begin("a", "x-group-start", given, (may, False), done, may_fail=fails):
             for nodes in chains:
                 self.thaw(nodes[0], nodes[-1])
+            self.mix(self.running[-1], ops[::2])
+            self.mix(self.running[-2], ops[1::2])
 
     # What is done to jobs ----------------------------------------------------------------------
 
     def chosen(self, n: int) -> Running:
         return self.running[n % len(self.running)]
 
-    @rule(n=number, steps=st.integers(1, 4))
-    @precondition(led)
-    def step(self, n: int, steps: int) -> None:
-        """Stepped: so many steps. Threaded: until it is ready or over."""
-        if not self.running:
-            return
-        running = self.chosen(n)
-        if not self.stepped:
-            job = running.job
-            with job.changed:
-                rest = (Status.READY, Status.PENDING, *OVER)
-                job.changed.wait_for(lambda: job.status in rest or job.user_paused, 1.0)
-            return
-        for _ in range(steps):
-            running.reins.step()
-
-    def request(self, running: Running, op: Request) -> None:
-        """One of the guest whose disk a job is on."""
-        at, length, via, kind = op
-        name = next(k for k, x in self.guests.items() if x is running.guest)
-        if running.reins.over:
-            return  # or what it has brought about could not be looked at any more
-        if kind < 5:
-            self.write(name, at, length, via, kind == 0)
-        else:
-            self.clear(name, at, length, kind == 5, kind == 6, via)
+    def serve(self, running: Running, op: Request) -> None:
+        """A request of the guest whose disk a job is on."""
+        if not running.reins.over:  # or what it has brought about could not be looked at any more
+            self.request(next(k for k, x in self.guests.items() if x is running.guest), op)
 
     @rule(n=number, ops=requests)
     @precondition(led)
@@ -299,9 +289,11 @@ class Model(Ground):
         """A guest's requests, with a step of a job on its disk after each."""
         if not self.running:
             return
-        running = self.chosen(n)
+        self.mix(self.chosen(n), ops)
+
+    def mix(self, running: Running, ops: list[Request]) -> None:
         for op in ops:
-            self.request(running, op)
+            self.serve(running, op)
             if self.stepped:
                 running.reins.step()
 
@@ -318,8 +310,8 @@ class Model(Ground):
         def all_are(*there: Status) -> None:
             for r in ours:
                 self.until(r, lambda r=r: r.job.status in (*there, *OVER))  # type: ignore[misc]
-                for op in itertools.islice(left, 1):
-                    self.request(r, op)
+                for op in itertools.islice(left, 2):
+                    self.serve(r, op)
 
         for r in ours:
             if r.job.user_paused:
@@ -404,7 +396,6 @@ class Model(Ground):
 
     # Other images ------------------------------------------------------------------------------
 
-    @rule(g=which, more=st.integers(1, 200))
     def grow(self, g: str, more: int) -> None:
         guest = self.guests[g]
         size = -(-min(guest.disk.size + more * 512, LIMIT) // 512) * 512
@@ -418,7 +409,10 @@ class Model(Ground):
 
     @rule(
         g=which, kind=kinds, cluster=clusters, n=number,
-        what=st.sampled_from(["lock", "read-only", "backing", "full", "link", "wrong"]),
+        what=st.sampled_from([
+            "grow", "grow", "change", "change", "over", "lock", "read-only", "backing", "full",
+            "link", "wrong",
+        ]),
     )  # fmt: skip
     def alter(self, g: str, what: str, kind: str, cluster: int, n: int) -> None:
         """What is done now and then, and most of it undone soon."""
@@ -428,6 +422,10 @@ class Model(Ground):
             self.reopen_read_only(g)
         elif what == "lock":
             self.lock(g)
+        elif what == "grow":
+            self.grow(g, self.rnd.randrange(200))
+        elif what in ("change", "over"):
+            self.change(g, kind, cluster, what == "over")
         elif what == "read-only":
             self.reopen_read_only(g)
         elif what == "backing":
@@ -514,7 +512,6 @@ class Model(Ground):
         if self.ask("change-backing-file", given, self.may(g, node, bad=how == "wrong")):
             self.thaw(node)
 
-    @rule(g=which, kind=kinds, cluster=clusters, over=st.booleans())
     def change(self, g: str, kind: str, cluster: int, over: bool) -> None:
         """Quietly, to an equal image: a copy of the disk, or an overlay on it."""
         guest = self.guests[g]
@@ -555,7 +552,7 @@ class Threaded(Model):
 
     stepped = False
 
-    @rule(g=which, at=where, length=st.integers(1, 200_000), writes=st.integers(1, 150))
+    @rule(g=which, at=st.floats(0, 1), length=st.integers(1, 200_000), writes=st.integers(1, 150))
     def burst(self, g: str, at: float, length: int, writes: int) -> None:
         """A guest goes on writing, to a range that is its own, while the next rules run."""
         guest = self.guests[g]
