@@ -46,13 +46,10 @@ SIZE = 256 << 10
 CLUSTER = "4k"
 SPEED = 640 << 10  # a tenth of it is a chunk, and nobody waits between steps
 ENDINGS = (Snapshot, Change, Stream, Commit, ActiveCommit, Mirror)
-
-
-Again = Callable[[Daemon, Told], None]
-
-# For the guard of these tests: what is broken while a world is recorded, and where to begin.
+# For the guard of these tests: what is broken while a world is recorded.
 BREAK: list[Callable[[pytest.MonkeyPatch], None]] = []
-FROM: list[str] = []
+
+Again = Callable[[Daemon, Told], None]  # the operation once more, to its end
 
 
 class Wrong(AssertionError):
@@ -101,8 +98,7 @@ class World:
         self.drives: dict[str, Drive] = {}
         self.freezes: dict[str, str] = {}  # image -> disk that it is a copy of from `switched` on
         self.frozen: dict[str, bytes] = {}  # and its bytes
-        self.within = False  # an operation is being finished
-        self.quiet = False  # the guest writes nothing
+        self.went_on = False  # guests have gone on after the drain that ended an operation
 
     def open(self, name: str, path: Path, new: Path | None = None) -> Disk:
         """A disk, and the image that it is to be in at the end."""
@@ -148,8 +144,8 @@ class World:
         """The first thing after the drain is a guest's write, and its flush."""
 
         def parted(ending: Any) -> None:
-            if not self.within:
-                self.within = True
+            if not self.went_on:
+                self.went_on = True
                 for path, name in self.freezes.items():
                     self.frozen[path] = bytes(contents(self.disk(name)))
                 self.log.mark(("switched",), look=True)
@@ -163,8 +159,6 @@ class World:
 
     def churn(self, steps: int, *names: str) -> None:
         """Requests to each disk, marked before they are sent and after a flush is answered."""
-        if self.quiet:
-            return
         for _ in range(steps):
             for name in names or self.drives:
                 self._request(name)
@@ -216,11 +210,11 @@ class World:
     def now(self, command: str, **arguments: Any) -> None:
         """A command that does its work at once, such as a snapshot."""
         self.log.mark(("finish",), look=True)
-        self.within = False
+        self.went_on = False
         self.execute(command, **arguments)
         self.log.mark(("done",), look=True)
 
-    def ready(self, *jobs: Job, writes: int = 1) -> list[Iterator[Any]]:
+    def ready(self, *jobs: Job) -> list[Iterator[Any]]:
         """Step jobs in turn, the guest writing in between, until each is ready or has no more."""
         work = [iter(job.run()) for job in jobs]
         waiting = list(zip(jobs, work, strict=True))
@@ -235,7 +229,7 @@ class World:
                         self._note_ready(job)
                     continue
                 assert step.error is None
-                self.churn(writes)
+                self.churn(1)
         return work
 
     def _note_ready(self, job: Job) -> None:
@@ -253,7 +247,7 @@ class World:
                 self.churn(1)
         self.churn(2)
         self.log.mark(("finish",), look=True)
-        self.within = False
+        self.went_on = False
         finish(jobs)
         for job in jobs:
             job.clean()
@@ -350,11 +344,9 @@ class Judge:
         entries = self.world.log.entries
         if SOAK:
             samples, count = samples * 10, count * 40
-        since = next((n for n, e in enumerate(entries) if e.mark and e.mark[0] in FROM), 0)
+        every = max(len(entries) // count, 1)
         number = 0
-        for number, state in enumerate(
-            states(self.world.log, seed, samples, max(len(entries) // count, 1), since=since), 1
-        ):
+        for number, state in enumerate(states(self.world.log, seed, samples, every), 1):
             try:
                 found = self.look(state)
                 if also is not None:

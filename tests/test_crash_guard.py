@@ -199,7 +199,7 @@ ROWS: list[tuple[str, Scenario, Break]] = [
     ("the copy's record", copy, Without("_store")),
     ("a finished copy's bytes", raw_copy, Without("Mirror.settle")),
     ("a finished copy's name", raw_copy, Without("File.create")),
-    ("a finished copy's past", raw_copy, Without("Mirror.parted")),
+    ("a finished copy's past", raw_copy, Without("apart")),
     ("a given target's name", given_target, Without("record", unless="_store")),
     ("the layers of a copied chain", chain, Without("Mirror._copy_layer")),
     (

@@ -232,8 +232,8 @@ class Disks:
         return found
 
 
-def states(log: Log, seed: int, samples: int, every: int = 1, *, since: int = 0) -> Iterator[State]:
-    """Crash states, in the log's order, from entry `since` on.
+def states(log: Log, seed: int, samples: int, every: int = 1) -> Iterator[State]:
+    """Crash states, in the log's order.
 
     `every`: at each so many-th entry, and at all around a change of names or the like."""
     rnd = random.Random(seed)
@@ -244,7 +244,7 @@ def states(log: Log, seed: int, samples: int, every: int = 1, *, since: int = 0)
         if e.kind == "mark":
             marks.append(e.mark)
         disks.happen(e)
-        if number < since or number not in wanted:
+        if number not in wanted:
             continue
         everything = f"all of the first {number + 1}"
         yield State(disks.files(disks.pending), list(marks), everything)
