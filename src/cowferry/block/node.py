@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
@@ -230,8 +230,13 @@ def chain(node: Node | None) -> Iterator[Node]:
 
 def read(node: Node | None, buf: memoryview, offset: int) -> None:
     """Fill `buf` through the chain under `node`. Raises `OSError`."""
+    read_runs(node, resolve(node, offset, len(buf)), buf, offset)
+
+
+def read_runs(node: Node | None, runs: Iterable[Extent], buf: memoryview, offset: int) -> None:
+    """Fill `buf`, or as much of it as there are runs, from what `resolve` said of `node`."""
     nodes = list(chain(node))
-    for e in resolve(node, offset, len(buf)):
+    for e in runs:
         part, buf = buf[: e.length], buf[e.length :]
         if e.state is State.ZERO:
             clear(part)
@@ -240,6 +245,16 @@ def read(node: Node | None, buf: memoryview, offset: int) -> None:
         else:
             nodes[e.depth].read_run(part, offset, e)
         offset += e.length
+
+
+def part(runs: Iterable[Extent], skip: int, length: int) -> Iterator[Extent]:
+    """Of the bytes that the runs are, those from `skip` on."""
+    for e in runs:
+        n = min(e.length - skip, length)
+        if n > 0:
+            yield e if n == e.length else e._replace(length=n, host=e.host + skip)
+            length -= n
+        skip = max(skip - e.length, 0)
 
 
 ZEROES = bytes(1 << 20)

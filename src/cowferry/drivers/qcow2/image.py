@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-from cowferry.block.node import ZEROES, Extent, Node, State, read, resolve
+from cowferry.block.node import ZEROES, Extent, Node, State, part, read, read_runs, resolve
 from cowferry.drivers import Common, register
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2 import snapshots
@@ -299,19 +299,21 @@ class Qcow2(Node):
 
         In a place that was never written (`fresh`), zeroes need not be."""
         end = within + len(data)
-        if fresh and self._reads_zero(guest + start, within - start):
+        old = list(resolve(self, guest + start, max(min(stop, self.size - guest) - start, 0)))
+        head = list(part(old, 0, within - start))
+        tail = list(part(old, end - start, stop - end))  # the disk may end before the cluster
+        if fresh and all(e.state is State.ZERO for e in head):
             start = within
-        if fresh and self._reads_zero(guest + end, stop - end):
+        if fresh and all(e.state is State.ZERO for e in tail):
             stop = end
         if start == within and stop == end:
             self.data.pwrite(data, host + within)
             return
-        piece = bytearray(stop - start)
-        view = memoryview(piece)
-        for a, b in ((start, within), (end, stop)):
-            b = min(b, self.size - guest)
-            if a < b:
-                read(self, view[a - start : b - start], guest + a)
+        view = memoryview(bytearray(stop - start))
+        if start < within:
+            read_runs(self, head, view[: within - start], guest + start)
+        if end < stop:
+            read_runs(self, tail, view[end - start :], guest + end)
         view[within - start : end - start] = data
         self.data.pwrite(view, host + start)
 
