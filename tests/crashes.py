@@ -356,7 +356,7 @@ class Judge:
             if number % 100 == 1:
                 self.ask_qemu()
             if again is not None and number % 40 == 1:
-                self.start_again(state, found, again)
+                self.start_again(state, found, again, number == 41 or SOAK)
         assert number
         return number
 
@@ -369,22 +369,36 @@ class Judge:
                 done = subprocess.run(["qemu-img", "check", path], capture_output=True, text=True)
                 assert done.returncode in (0, 3), done.stdout + done.stderr
 
-    def start_again(self, state: State, found: dict[str, bytearray], again: Again) -> None:
-        """By the name that the disk had first; at the end it has the bytes that it has now."""
-        daemon = Daemon()
-        try:
-            told = Told(daemon)
-            for drive in self.world.drives.values():
-                daemon.open_disk(drive.name, drive.original)
-            again(daemon, told)
-            for drive in self.world.drives.values():
-                assert contents(daemon.graph.disk(drive.name)) == found[drive.name]
-        finally:
-            daemon.close()
-            self.forget()
+    def start_again(
+        self, state: State, found: dict[str, bytearray], again: Again, twice: bool
+    ) -> None:
+        """By the name that the disk had first; at the end it has the bytes that it has now.
+
+        Nobody writes meanwhile, so with `twice`, the power fails once more at each moment of it,
+        it has them then, too."""
+        with Log(*self.folders) as log:
+            daemon = Daemon()
+            try:
+                told = Told(daemon)
+                for drive in self.world.drives.values():
+                    daemon.open_disk(drive.name, drive.original)
+                again(daemon, told)
+                for drive in self.world.drives.values():
+                    assert contents(daemon.graph.disk(drive.name)) == found[drive.name]
+            finally:
+                daemon.close()
+                self.forget()
+        self._unchanged(found, f"{state.what}, again")
+        every = max(len(log.entries) // (200 if SOAK else 10), 1)
+        for second in states(log, 1, 1, every) if twice else ():
+            self.put(second)
+            self._unchanged(found, f"{state.what}, and again {second.what}")
+        self.forget()
+
+    def _unchanged(self, found: dict[str, bytearray], what: str) -> None:
         for drive in self.world.drives.values():
-            got = sound(*opening.current_image(drive.original), f"{state.what}, again")
-            assert got == found[drive.name], "started again, the bytes differ"
+            got = sound(*opening.current_image(drive.original), what)
+            assert got == found[drive.name], f"{what}: the bytes differ"
 
 
 def hear(oracle: Oracle, kind: str, *more: Any) -> None:

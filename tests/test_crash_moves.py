@@ -27,7 +27,7 @@ def moved(command: str, goal: Path, **arguments: Any) -> Again:
         if daemon.graph.disk("vm").root.filename != str(goal):
             for left in goal.parent.iterdir():  # as the hint says, if something was left there
                 if left.suffix in (".qcow2", ".raw"):
-                    left.unlink()
+                    sysio.unlink(str(left))
             given = {k.replace("_", "-"): v for k, v in arguments.items()}
             daemon.execute(command, {"device": "vm", "target": str(goal), **given})
             told.wait("BLOCK_JOB_READY", device="vm")
@@ -301,7 +301,7 @@ def test_S4_a_group_of_two_disks_moves_both_or_neither(tmp_path: Path, type: str
         if all(daemon.graph.disk(d.name).root.filename == d.new for d in drives):
             return
         for left in world.there.iterdir():
-            left.unlink()
+            sysio.unlink(str(left))
         daemon.execute("x-group-start", {"id": "both", "type": type, "members": members})
         told.wait("JOB_GROUP_READY", id="both")
         daemon.execute("x-group-complete", {"id": "both"})

@@ -39,7 +39,8 @@ def snapshots(*wanted: tuple[str, Path]) -> Again:
         actions = []
         for name, path in wanted:
             if daemon.graph.disk(name).root.filename != str(path):
-                path.unlink(missing_ok=True)  # as the hint says, if something was left there
+                if path.exists():  # as the hint says, if something was left there
+                    sysio.unlink(str(path))
                 data = {"device": name, "snapshot-file": str(path)}
                 actions.append({"type": "blockdev-snapshot-sync", "data": data})
         daemon.execute("transaction", {"actions": actions})
