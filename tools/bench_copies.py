@@ -3,9 +3,8 @@
 Each is run on a plain file system and on one that shares extents, once with nobody there and once
 under a guest: fio, which writes 4 KiB at random places at a fixed rate, so that both daemons have
 the same load to carry. It is given many requests at once, or a stall would be seen by a few of
-them only and the others never be sent. What counts is what it sees between the start of the job
-and its end: the requests served per second, and the 99th percentile of their latencies over the
-requests of all rounds together.
+them only. What counts is what it sees between the start of the job and its end: the requests served
+per second, and the 99th percentile of the latencies of those that were due, of all rounds together.
 """
 
 from __future__ import annotations
@@ -126,13 +125,21 @@ class Guest:
         self.child.wait(30)
 
     def seen(self, begin: float, end: float) -> tuple[float, list[float]]:
-        """(requests answered per second, latencies in seconds) from `begin` to `end`."""
-        answered, waits = 0, []
+        """(requests answered per second, latencies in seconds) from `begin` to `end`.
+
+        In a stall fio sends nothing more, and makes up for it afterwards. So a request's latency
+        counts from when it was due, not from when it was sent."""
+        rows = []
         for line in Path(f"{self.log}_lat.1.log").read_text().splitlines():
             at, took = (int(field) for field in line.split(",")[:2])
-            answered += begin <= at / 1e3 < end
-            if at / 1e3 - took / 1e9 < end and at / 1e3 >= begin:
-                waits.append(took / 1e9)
+            rows.append((at / 1e3 - took / 1e9, took / 1e9))
+        rows.sort()
+        waits = []
+        for number, (sent, took) in enumerate(rows):
+            due = rows[0][0] + number / RATE
+            if begin <= due < end:
+                waits.append(took + max(sent - due, 0.0))
+        answered = sum(begin <= sent + took < end for sent, took in rows)
         return answered / (end - begin), waits
 
 
@@ -182,6 +189,8 @@ def once(name: str, folder: Path, case: Case, loaded: bool) -> Measured:
         before, begin = daemon.cpu(), time.time()
         took = daemon.job(case.command, **case.arguments)
         cpu = daemon.cpu() - before
+        if guest is not None:
+            time.sleep(SETTLE)  # what was held back at the end is answered, and counts
     if guest is None:
         return Measured(took, cpu, 0.0, [])
     return Measured(took, cpu, *guest.seen(begin, begin + took))
