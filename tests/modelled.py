@@ -310,8 +310,9 @@ class Ground(RuleBasedStateMachine):
 
     def compare(self, node: Node, guest: Guest) -> None:
         """Whoever opens the image now reads what the disk reads."""
-        for n in self.daemon.graph.every_node():
-            n.flush()
+        with self.daemon.graph.lock:  # or a job might close one of them meanwhile
+            for n in self.daemon.graph.every_node():
+                n.flush()
         wrong = guest.same(image_bytes(node.filename, node.driver))
         assert not wrong, f"'{node.filename}': {wrong}"
 

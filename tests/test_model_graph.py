@@ -90,10 +90,16 @@ class Model(Ground):
     # Jobs --------------------------------------------------------------------------------------
 
     @rule(
-        g=which, upper=number, lower=number, whole=st.booleans(), auto=st.booleans(), ops=requests
+        g=which,
+        upper=number,
+        lower=number,
+        whole=st.booleans(),
+        auto=st.booleans(),
+        ops=requests,
+        then=number,
     )
     def stream(
-        self, g: str, upper: int, lower: int, whole: bool, auto: bool, ops: list[Request]
+        self, g: str, upper: int, lower: int, whole: bool, auto: bool, ops: list[Request], then: int
     ) -> None:
         """Of the disk, or into a layer of it."""
         guest = self.guests[g]
@@ -115,10 +121,12 @@ class Model(Ground):
 
         if self.begin(g, "block-stream", given, may, done):
             self.thaw(top)
-            self.mix(self.running[-1], ops)
+            self.follow(self.running[-1], ops, then)
 
-    @rule(g=which, upper=number, lower=number, auto=st.booleans(), ops=requests)
-    def commit(self, g: str, upper: int, lower: int, auto: bool, ops: list[Request]) -> None:
+    @rule(g=which, upper=number, lower=number, auto=st.booleans(), ops=requests, then=number)
+    def commit(
+        self, g: str, upper: int, lower: int, auto: bool, ops: list[Request], then: int
+    ) -> None:
         guest = self.guests[g]
         nodes = list(chain(guest.root))
         if len(nodes) == 1:
@@ -145,17 +153,17 @@ class Model(Ground):
         elsewhere = sum(os.path.samefile(f, base.filename) for f in files_of(self.daemon)) > 1
         if self.begin(g, "block-commit", given, may, done, may_fail=elsewhere):
             self.thaw(base, *nodes[max(i - 1, 0) : i])
-            self.mix(self.running[-1], ops)
+            self.follow(self.running[-1], ops, then)
 
     @rule(
         g=which, how=st.sampled_from(["drive", "existing", "node", "copy"]),
         sync=st.sampled_from(["full", "full", "top", "none"]), kind=kinds, cluster=clusters,
         granularity=st.sampled_from([0, 512, 4096, 64 << 10]), mode=modes, keep=number,
-        auto=st.booleans(), ops=requests,
+        auto=st.booleans(), ops=requests, then=number,
     )  # fmt: skip
     def mirror(
         self, g: str, how: str, sync: str, kind: str, cluster: int, granularity: int, mode: str,
-        keep: int, auto: bool, ops: list[Request],
+        keep: int, auto: bool, ops: list[Request], then: int,
     ) -> None:  # fmt: skip
         guest = self.guests[g]
         old, size = guest.root, guest.disk.size
@@ -208,7 +216,7 @@ class Model(Ground):
         if self.begin(g, command, given, may, self.mirrored, may_fail=failing):
             self.frozen.pop(str(path), None)
             guest.left.pop(str(path), None)
-            self.mix(self.running[-1], ops)
+            self.follow(self.running[-1], ops, then)
         self.sweep()
 
     def mirrored(self, running: Running) -> None:
@@ -228,9 +236,9 @@ class Model(Ground):
 
     @rule(
         what=st.sampled_from(["copy", "commit", "stream"]),
-        policy=st.sampled_from(["all", "each"]), mode=modes, ops=requests,
+        policy=st.sampled_from(["all", "each"]), mode=modes, ops=requests, then=number,
     )  # fmt: skip
-    def group(self, what: str, policy: str, mode: str, ops: list[Request]) -> None:
+    def group(self, what: str, policy: str, mode: str, ops: list[Request], then: int) -> None:
         folder = self.path("group")
         members: list[dict[str, Any]] = [{"device": g} for g in self.guests]
         may: bool | None = None if self.running or self.locked else True
@@ -270,8 +278,8 @@ class Model(Ground):
         if self.begin("a", "x-group-start", given, (may, False), done, may_fail=fails):
             for nodes in chains:
                 self.thaw(nodes[0], nodes[-1])
-            self.mix(self.running[-1], ops[::2])
-            self.mix(self.running[-2], ops[1::2])
+            self.mix(self.running[-2], ops)
+            self.follow(self.running[-1], ops, then)
 
     # What is done to jobs ----------------------------------------------------------------------
 
@@ -291,6 +299,12 @@ class Model(Ground):
             return
         self.mix(self.chosen(n), ops)
 
+    def follow(self, running: Running, ops: list[Request], then: int) -> None:
+        """What comes right after the start of a job: it may be all of it."""
+        self.mix(running, ops)
+        if then < 4:
+            self.conclude(running, ops[::-1])
+
     def mix(self, running: Running, ops: list[Request]) -> None:
         for op in ops:
             self.serve(running, op)
@@ -300,10 +314,12 @@ class Model(Ground):
     @rule(n=number, ops=requests)
     @precondition(led)
     def finish(self, n: int, ops: list[Request]) -> None:
+        if self.running:
+            self.conclude(self.chosen(n), ops)
+
+    def conclude(self, running: Running, ops: list[Request]) -> None:
         """To the end: ready, completed, finalised, with requests between. A group as a whole."""
-        if not self.running:
-            return
-        job = self.chosen(n).job
+        job = running.job
         group, left = job.group, iter(ops)
         ours = [r for r in self.running if r.job is job or (group and r.job.group is group)]
 
