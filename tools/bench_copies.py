@@ -131,8 +131,8 @@ class Guest:
         counts from when it was due, not from when it was sent."""
         rows = []
         for line in Path(f"{self.log}_lat.1.log").read_text().splitlines():
-            at, took = (int(field) for field in line.split(",")[:2])
-            rows.append((at / 1e3 - took / 1e9, took / 1e9))
+            answered_ms, took_ns = (int(field) for field in line.split(",")[:2])
+            rows.append((answered_ms / 1e3 - took_ns / 1e9, took_ns / 1e9))
         rows.sort()
         waits = []
         for number, (sent, took) in enumerate(rows):
