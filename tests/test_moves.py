@@ -55,8 +55,8 @@ def image(folder: Path, name: str) -> str:
     return str(path)
 
 
-def move(*pairs: tuple[str, str]) -> None:
-    moves.record([Move(f"d{n}", a, b, "raw") for n, (a, b) in enumerate(pairs)])
+def move(*pairs: tuple[str, str], origins: tuple[str, ...] = ("", "")) -> None:
+    moves.record([Move(f"d{n}", a, b, "raw", origin=origins[n]) for n, (a, b) in enumerate(pairs)])
 
 
 def test_without_a_record_the_image_itself_is_current(tmp_path: Path) -> None:
@@ -81,12 +81,29 @@ def test_wherever_a_disk_wanders_every_image_on_its_way_leads_to_it(
     at, visited = names[0], {names[0]}
     for _ in range(30):
         to = rnd.choice([n for n in names if n != at])
-        move((at, to))
+        move((at, to), origins=(names[0] if seed % 2 else "",))
         at = to
         visited.add(at)
         assert follow(names[0]).path == at
         for name in visited:
             assert follow(name).path == at, "an image that was left leads elsewhere"
+
+
+def test_the_name_by_which_a_disk_was_opened_leads_straight_to_it(tmp_path: Path) -> None:
+    """Whoever makes another image under a name in between takes nothing from the way."""
+    a, p, q, r = (str(tmp_path / f"{n}.raw") for n in "apqr")
+    for path in (a, p, q, r):
+        opening.create_image(path, "raw", 1 << 20, {})
+    for left, current in ((a, p), (p, q), (q, r)):
+        moves.record([Move("vm", left, current, "raw", origin=a)])
+        assert follow(a).path == current
+    for gone in (p, q):
+        os.unlink(gone)
+        opening.create_image(gone, "raw", 1 << 20, {})
+        assert follow(gone).path == gone
+        assert follow(a).path == r
+    moves.record([Move("vm", r, a, "raw", origin=a)])  # home again
+    assert follow(a).path == a and follow(r).path == a
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -111,7 +128,7 @@ def test_a_power_cut_at_each_call_leaves_the_old_or_the_new_and_never_a_third(
                 patch.setattr(moves, "_void", lambda path: None)  # nobody is there to mend
                 calls = cut_at(patch, cut)
                 try:
-                    move((at[0], to[0]), (at[1], to[1]))
+                    move((at[0], to[0]), (at[1], to[1]), origins=(ones[0], twos[0]))
                     done = calls[0] <= cut
                 except PowerCut:
                     done = False

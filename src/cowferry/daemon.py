@@ -103,7 +103,9 @@ class Daemon:
         options = opening.image_options(now, format, read_only=read_only)
         if window is not None:
             options["size"] = window
-        return self.graph.open_disk(name, options, copy_on_read)
+        disk = self.graph.open_disk(name, options, copy_on_read)
+        disk.origin = path
+        return disk
 
     def remove_disk(self, device: str, force: bool = False) -> None:
         """Close a named disk and withdraw its exports.

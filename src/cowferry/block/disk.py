@@ -62,6 +62,7 @@ class Disk:
 
     def __init__(self, root: Node, name: str = "", copy_on_read: bool = False) -> None:
         self.name = name
+        self.origin = ""  # the image by whose name it was opened, if it has moved since or may
         self.root = root  # swapped only inside exclusive() over the whole disk
         self.gate = Gate()
         self.leases = Leases(root.granule)

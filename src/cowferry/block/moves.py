@@ -52,13 +52,15 @@ MAX_NAME = 200  # characters of a record's name in the state folder
 class Move(NamedTuple):
     """A disk leaves one image for another; both are named as one opens them.
 
-    `size` in bytes if the disk is the beginning of something larger (a device)."""
+    `size` in bytes if the disk is the beginning of something larger (a device). `origin` is the
+    image by whose name the disk was opened, if that is known."""
 
     disk: str
     left: str
     current: str
     format: str
     size: int | None = None
+    origin: str = ""
 
 
 class Current(NamedTuple):
@@ -122,16 +124,7 @@ def record(moves: list[Move]) -> None:
         _forget_others(m)
     images = [i for m in moves for i in (m.left, m.current)]
     generation = max((s.generation for i in images for s in _steps(i)), default=0) + 1
-    bodies = {
-        _place(m.left, MOVED): {
-            "disk": m.disk,
-            "current": _named(m.current),
-            "format": m.format,
-            "generation": generation,
-            **({} if m.size is None else {"size": m.size}),
-        }
-        for m in moves
-    }
+    bodies = {_place(m.left, MOVED): _body(m, generation) for m in moves}
     if len(bodies) == 1:
         for path, body in bodies.items():
             _store(path, body)
@@ -140,6 +133,27 @@ def record(moves: list[Move]) -> None:
     with contextlib.suppress(OSError):  # this only tidies up: `follow` tells it right already
         for m in moves:
             settled(m.current)
+        for m in moves:
+            _shorten(m, generation)
+
+
+def _body(m: Move, generation: int) -> dict[str, Any]:
+    return {
+        "disk": m.disk,
+        "current": _named(m.current),
+        "format": m.format,
+        "generation": generation,
+        **({} if m.size is None else {"size": m.size}),
+    }
+
+
+def _shorten(m: Move, generation: int) -> None:
+    """Let the name by which a disk is opened lead straight to it: whoever makes another image
+    under a name in between takes nothing from the way."""
+    if m.origin and _named(m.origin) not in (_named(m.left), _named(m.current)):
+        steps = list(_steps(m.origin))
+        if len(steps) > 1 and follow(m.origin).path == _named(m.current):
+            _store(_place(m.origin, MOVED), _body(m, generation), undo=False)
 
 
 def _forget_others(m: Move) -> None:

@@ -119,4 +119,4 @@ def move_of(disk: Disk, left: Node, current: Node) -> Move:
     size = None
     if current.driver == "raw" and current.file is not None and current.file.size != current.size:
         size = current.size
-    return Move(disk.name, left.filename, current.filename, current.driver, size)
+    return Move(disk.name, left.filename, current.filename, current.driver, size, disk.origin)
