@@ -40,7 +40,7 @@ WAY_DOWN = {
     "Qcow2.pwrite", "Qcow2.zero", "Qcow2.discard", "Qcow2.link",
     "Raw.flush", "Raw.reopen", "Raw.close", "Raw.resize", "Raw.pwrite", "File.flush", "File.pwrite",
     "Disk.pwrite", "Disk.zero", "Disk.discard", "Disk.flush", "Disk.resize",
-    "Mirror._flush_target", "_flushed", "Job.attempt", "_remove", "settled", "committed", "fresh",
+    "_flushed", "Job.attempt", "_remove", "settled", "committed", "fresh",
 }  # fmt: skip
 
 # Flushes whose loss no crash can show, and why.

@@ -152,12 +152,12 @@ class Job:
         says None itself.
 
         Use: `copied = yield from self.attempt("read", lambda: ...)`. Work that both reads and
-        writes may raise an `OSError` with the attribute `operation`."""
+        writes raises `ReadFailed` where it was the reading that failed."""
         while True:
             try:
                 return work()
             except OSError as error:
-                operation = getattr(error, "operation", operation)
+                operation = "read" if isinstance(error, ReadFailed) else operation
                 action = self._action(error, self.policy(operation))
                 log.warning("job %s: %s failed, action %s: %s", self.id, operation, action, error)
                 if self.is_block_job:
@@ -460,6 +460,10 @@ class Job:
         self.status = to
         self._emit("JOB_STATUS_CHANGE", {"id": self.id, "status": to.value})
         self.changed.notify_all()
+
+
+class ReadFailed(OSError):
+    """Of work that reads and writes, the reading failed."""
 
 
 class Cancelled(Exception):

@@ -45,7 +45,7 @@ from cowferry.block.node import Node, chain, read
 from cowferry.block.rates import WINDOW, Rates
 from cowferry.block.throttle import Brake
 from cowferry.errors import CowferryError
-from cowferry.jobs.job import Job, Progress
+from cowferry.jobs.job import Job, Progress, ReadFailed
 from cowferry.jobs.states import Status, allow
 
 MIN_CHUNK = 1 << 20
@@ -277,7 +277,7 @@ class Mirror(Job):
         """Bring a dirty range of the target up to date; the bytes that had to be moved.
 
         Blocked, a guest's write is exclusive, so being inside along with others keeps it out.
-        Raises `OSError` with `operation`; the range is dirty again then."""
+        Raises `OSError`, `ReadFailed`; the range is dirty again then."""
         self.dirty.clear(offset, length)
         try:
             with self.disk.shared(offset, length):
@@ -361,17 +361,14 @@ class Mirror(Job):
 
     def _blame(self, error: OSError, offset: int, length: int) -> OSError:
         """Whose error it was: the source's, if it cannot be read now."""
-        operation = "write"
         try:
             scratch = memoryview(bytearray(min(length, MIN_CHUNK)))
             for at in range(offset, offset + length, len(scratch)):
                 part = scratch[: min(len(scratch), offset + length - at)]
                 read(self.source, part, at)
         except OSError as cause:
-            error, operation = cause, "read"
-        blamed = OSError(error.errno, error.strerror or str(error))
-        blamed.operation = operation  # type: ignore[attr-defined]
-        return blamed
+            return ReadFailed(cause.errno, cause.strerror or str(cause))
+        return OSError(error.errno, error.strerror or str(error))
 
     def policy(self, operation: str) -> str:
         return self.on_error if operation == "read" else self.on_target_error
@@ -395,16 +392,8 @@ class Mirror(Job):
                 left = self.dirty.count()
                 self._copy_all()
         if not self.completing:  # or `approach` is about to
-            self._flush_target()
-        return left
-
-    def _flush_target(self) -> None:
-        try:
             self.target.flush()
-        except OSError as error:
-            blamed = OSError(error.errno, error.strerror or str(error))
-            blamed.operation = "write"  # type: ignore[attr-defined]
-            raise blamed from error
+        return left
 
     def _copy_all(self) -> None:
         """Inside a drain: every bit that is left."""
@@ -483,9 +472,7 @@ class Mirror(Job):
             nonlocal tried
             if not tried:  # told once; the range itself is dirty, and copied in its turn
                 tried = True
-                blamed = OSError(error.errno, error.strerror or str(error))
-                blamed.operation = "write"  # type: ignore[attr-defined]
-                raise blamed
+                raise error
             return 0
 
         yield from self.attempt("write", again)
@@ -641,7 +628,7 @@ class Mirror(Job):
             self.target.set_backing(os.path.abspath(below.filename), below.driver)
         elif not self.inside and self.target.backing is None and self.target.backing_spec:
             self.target.set_backing(None, None)  # a whole copy: what it was over must not show
-        self._flush_target()
+        self.target.flush()
 
     @property
     def _lasts(self) -> bool:
