@@ -587,7 +587,7 @@ class Threaded(Model):
 
 for machine in (Stepped, Threaded):
     machine.TestCase.settings = settings(
-        max_examples=1500 if SOAK else 60,
+        max_examples=1500 if SOAK else 100,
         stateful_step_count=60 if SOAK else 30,
         deadline=None,
         suppress_health_check=list(HealthCheck),
