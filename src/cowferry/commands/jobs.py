@@ -23,6 +23,28 @@ class Device(Args):
     device: str
 
 
+OnError = Literal["report", "ignore", "enospc", "stop", "auto"]
+
+
+class JobOptions(Args, kw_only=True):
+    """What every command takes that starts a job on a disk."""
+
+    device: str
+    job_id: str | None = None
+    speed: int = 0
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+    def common(self) -> dict[str, Any]:
+        """The same, as operations take it; the device goes before."""
+        return {
+            "job_id": self.job_id,
+            "speed": self.speed,
+            "auto_finalize": self.auto_finalize,
+            "auto_dismiss": self.auto_dismiss,
+        }
+
+
 def job(daemon: Daemon, id: str) -> Job:
     """The job of that id, for the `job-*` commands."""
     found = daemon.jobs.get(id)

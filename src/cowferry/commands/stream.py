@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-from cowferry.commands import Args, command
+from cowferry.commands import command
+from cowferry.commands.jobs import JobOptions, OnError
 from cowferry.operations import stream
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
 
-OnError = Literal["report", "ignore", "enospc", "stop", "auto"]
 
+class AlongTheChain(JobOptions, kw_only=True):
+    """What jobs take that move data between the layers of one chain."""
 
-class BlockStream(Args):
-    device: str
-    job_id: str | None = None
     base: str | None = None
     base_node: str | None = None
-    bottom: str | None = None
     backing_file: str | None = None
     backing_mask_protocol: bool = False
-    speed: int = 0
     on_error: OnError = "report"
     filter_node_name: str | None = None
-    auto_finalize: bool = True
-    auto_dismiss: bool = True
+
+    def common(self) -> dict[str, Any]:
+        return {
+            **super().common(),
+            "base": self.base,
+            "base_node": self.base_node,
+            "backing_file": self.backing_file,
+            "on_error": self.on_error,
+        }
+
+
+class BlockStream(AlongTheChain, kw_only=True):
+    bottom: str | None = None
 
 
 @command("block-stream")
 def block_stream(daemon: Daemon, args: BlockStream) -> None:
     """Fill a disk from its backing chain, down to a base or all of it."""
     daemon.graph.check_name(args.filter_node_name)  # there is no filter here to bear it
-    stream.start(
-        daemon,
-        args.device,
-        job_id=args.job_id,
-        base=args.base,
-        base_node=args.base_node,
-        bottom=args.bottom,
-        backing_file=args.backing_file,
-        speed=args.speed,
-        on_error=args.on_error,
-        auto_finalize=args.auto_finalize,
-        auto_dismiss=args.auto_dismiss,
-    )
+    stream.start(daemon, args.device, bottom=args.bottom, **args.common())
