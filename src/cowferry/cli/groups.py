@@ -28,6 +28,11 @@ from cowferry.cli.sizes import human
 from cowferry.cli.waiting import AtReady, GroupWork, Words, follow, started
 from cowferry.errors import CowferryError
 
+PIVOTED = {
+    "stream": "every disk has been filled",
+    "copy": "every disk has moved",
+    "commit": "every disk has moved",
+}
 CANCELLED = {
     "stream": "the disks keep their backing files",
     "commit": "every disk reads as before; the bases are of no use by themselves until it is done",
@@ -150,7 +155,7 @@ def _start(
             return started(work, as_json)
         words = Words(
             f"group {id}", CANCELLED[kind], FAILED,
-            pivoted="every disk has moved",
+            pivoted=PIVOTED[kind],
             finished="every disk stays where it is, and there is a copy of each at one moment",
             ready="    every destination follows its disk. To go on:\n"
             f"    move all of them:  cowferry group complete {id}\n"
