@@ -36,7 +36,7 @@ PIVOTED = {
 CANCELLED = {
     "stream": "the disks keep their backing files",
     "commit": "every disk reads as before; the bases are of no use by themselves until it is done",
-    "copy": "every disk stays where it is; what was written to the destinations is incomplete",
+    "copy": "every disk stays where it is; the copies are gone (a device keeps a part)",
 }
 FAILED = "every disk is intact, and reads as before; once the cause is mended, run it again"
 

@@ -137,7 +137,7 @@ def complete_job(id: str, in_background: bool, as_json: bool, path: str | None) 
 def cancel_job(id: str, soft: bool, as_json: bool, path: str | None) -> int:
     """Call a job off, and wait until it has stopped. Its disk stays where it is.
 
-    What a cancelled copy has written is of no use; what a stream has filled is kept. With --soft a
+    What a cancelled copy has made is removed; what a stream has filled is kept. With --soft a
     job that is ready ends well instead: the target is a consistent copy of this moment. One that
     is not ready is cancelled all the same.
 

@@ -190,7 +190,7 @@ def copy_command(
         cowferry copy vm /backup/vm.qcow2 --finish
         cowferry copy vm /dev/vg/vm --format raw --pivot
 
-    Ctrl-C cancels: DISK stays where it is, and DEST is of no use.
+    Ctrl-C cancels: DISK stays where it is, and a DEST that was made is removed.
     """
     at_ready = exclusive(pivot, finish, in_background) or "stay"
     dest = absolute(dest)
