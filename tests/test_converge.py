@@ -243,7 +243,7 @@ def test_a_guest_whose_writes_are_braked_reads_as_ever(tmp_path: Path) -> None:
         let_go.wait(PATIENCE)
 
     disk.taps = (Nobody(),)  # as in write-blocking, the only mode in which there is a brake
-    disk.leases.reset(disk.root.granule, in_place=False)
+    disk.leases.reset(disk.root.granule, None)
     disk.brake = Brake(1, lambda: 0.0, until_let_go)
     server = NbdServer()
     server.add(NbdExport("vm", disk))
@@ -262,6 +262,8 @@ def test_a_guest_whose_writes_are_braked_reads_as_ever(tmp_path: Path) -> None:
 
 class Nobody:
     """A tap that does nothing."""
+
+    holds = None
 
     def before(self, offset: int, length: int) -> None: ...
     def after(self, offset: int, length: int, data: memoryview | None) -> None: ...

@@ -2,6 +2,10 @@
 
 A set bit says "perhaps changed", a clear one "certainly not". One byte of Python per bit
 would be a gigabyte for a large disk; `bitarray` packs them, little-endian like qcow2's own.
+
+Bitmaps that have a name for users belong to a node (`Node.bitmaps`), as in QEMU: a snapshot leaves
+them with the image whose changes they tell. Those of jobs belong to a disk (`Disk.bitmaps`). What
+makes the persistent ones outlive a crash is a *keeper* (`block/keeper.py`), not this class.
 """
 
 from __future__ import annotations
@@ -15,8 +19,13 @@ from bitarray import bitarray
 class Bitmap:
     """Bits over `size` bytes at `granularity` bytes each (a power of two). Thread-safe."""
 
-    def __init__(self, name: str, size: int, granularity: int = 64 << 10) -> None:
+    def __init__(
+        self, name: str, size: int, granularity: int = 64 << 10, *, persistent: bool = False
+    ) -> None:
         self.name = name
+        self.persistent = persistent  # its node's keeper makes it durable
+        self.inconsistent = False  # nobody kept it for a while: it can be removed, nothing else
+        self.busy = ""  # who uses it now and must not be disturbed; "" nobody
         self.granularity = granularity
         self.recording = True  # written only inside a drain of the disk
         self.written = 0  # bytes marked in all, recorded or not; near enough for a rate
@@ -57,6 +66,30 @@ class Bitmap:
         with self.lock:
             self.bits |= one.bits & other.bits
             self.ones = self.bits.count()
+
+    def merge(self, other: Bitmap) -> None:
+        """Set what is set in `other`, of whatever granularity, too."""
+        for offset, length in other.runs():
+            self.set(offset, length)
+
+    def copy(self, name: str = "") -> Bitmap:
+        """The same bits at this moment, kept by nobody."""
+        with self.lock:
+            other = Bitmap(name or self.name, self.size, self.granularity)
+            other.bits, other.ones = self.bits.copy(), self.ones
+        return other
+
+    def replace(self, bits: bitarray) -> None:
+        """These bits instead: as many, of the same granularity."""
+        with self.lock:
+            assert len(bits) == len(self.bits)
+            self.bits, self.ones = bits.copy(), bits.count()
+
+    def any(self, offset: int, length: int) -> bool:
+        """Whether a bit of the range is set."""
+        with self.lock:
+            stop = -(-(offset + length) // self.granularity)
+            return self.bits.find(1, offset // self.granularity, stop) >= 0
 
     def count(self) -> int:
         """Dirty bytes, rounded up to granules."""

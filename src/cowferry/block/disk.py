@@ -33,8 +33,12 @@ COPY_ON_READ_MAX = 1 << 20
 class Tap(Protocol):
     """Somebody who has to be there when the disk changes: a write-blocking mirror, a backup.
 
-    While a disk has taps no write lease is handed out, so every write comes by `Disk`, and both
-    calls happen inside `exclusive` over the range. What they raise is the guest's answer."""
+    Where `holds` is set (everywhere, if it is None) no write lease is handed out, so every write
+    there comes by `Disk`, and both calls happen inside `exclusive` over the range. What they raise
+    is the guest's answer. Bits of `holds` may be cleared at any time, and set inside a drain."""
+
+    @property
+    def holds(self) -> Bitmap | None: ...
 
     def before(self, offset: int, length: int) -> None:
         """The range is about to change."""
@@ -66,7 +70,7 @@ class Disk:
         self.root = root  # swapped only inside exclusive() over the whole disk
         self.gate = Gate()
         self.leases = Leases(root.granule)
-        self.bitmaps: dict[str, Bitmap] = {}  # changed only inside a drain
+        self.bitmaps: dict[str, Bitmap] = {}  # of jobs, beside the root's. Changed inside a drain
         self.taps: tuple[Tap, ...] = ()  # changed only inside a drain
         self.brake: Brake | None = None  # slows writes down, a little each, while it is held
         self.copy_on_read = copy_on_read and not root.read_only
@@ -108,7 +112,7 @@ class Disk:
             yield
         finally:
             if length is None:
-                self.leases.reset(self.root.granule, in_place=not self.taps)
+                self.leases.reset(self.root.granule, self._holds())
             else:
                 self.leases.drop(start, end)
             self.gate.release(claim)
@@ -176,7 +180,7 @@ class Disk:
         with self.shared(offset, length):
             self.check(offset, length, write=True)
             runs = self._leased(offset, offset + length, WRITABLE)
-            if runs is None and not self.taps and self._leased(offset, offset + length, 0) is None:
+            if runs is None and self._leased(offset, offset + length, 0) is None:
                 self.leases.fill(self.root, offset, length)
                 runs = self._leased(offset, offset + length, WRITABLE)
             if runs is not None:
@@ -234,14 +238,19 @@ class Disk:
         """Change the disk's size under a drain."""
         with self.exclusive():
             self.root.resize(size)
-            for bitmap in self.bitmaps.values():
+            for bitmap in (*self.bitmaps.values(), *self.root.bitmaps.values()):
                 bitmap.resize(size)
+            if self.root.keeper is not None:
+                self.root.keeper.resized()
 
     @contextmanager
     def _changing(self, offset: int, length: int, data: memoryview | None = None) -> Iterator[None]:
         """A change of the root's range, alone in it, with bitmaps and taps there."""
         with self.exclusive(offset, length):
             self.check(offset, length, write=True)
+            keeper = self.root.keeper
+            if keeper is not None and keeper.holds.any(offset, length):
+                self.leases.drop(*keeper.protect(offset, length))  # they may be written in place
             self.mark(offset, length)
             for tap in self.taps:
                 tap.before(offset, length)
@@ -258,6 +267,24 @@ class Disk:
         """A write of the range is about to be visible: tell the bitmaps. Caller is inside."""
         for bitmap in self.bitmaps.values():
             bitmap.mark(offset, length)
+        for bitmap in self.root.bitmaps.values():
+            bitmap.mark(offset, length)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a write may have to wait for more than the file it goes to: not to be done by
+        one whose wait would hold up others."""
+        return bool(self.taps or self.brake is not None or self.root.keeper is not None)
+
+    def _holds(self) -> tuple[Bitmap, ...] | None:
+        """Where write leases are not handed out. Inside a drain."""
+        keeper = self.root.keeper
+        holds = [] if keeper is None else [keeper.holds]
+        for tap in self.taps:
+            if tap.holds is None:
+                return None
+            holds.append(tap.holds)
+        return tuple(holds)
 
     # -------------------------------------------------------------------------------------
 

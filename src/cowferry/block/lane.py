@@ -109,7 +109,7 @@ class Lane:
             try:
                 sysio.pwrite(fd, buf, (entry >> 24 << 9) + offset - (granule << shift))
             finally:  # a write that failed may have changed some of it
-                if disk.bitmaps:
+                if disk.bitmaps or root.bitmaps:
                     disk.mark(offset, length)
             return DONE
         finally:
@@ -198,7 +198,7 @@ class Lane:
                 sysio.pwrite(fd, buf[at - offset : at - offset + run], host)
                 at += run
         finally:
-            if self.disk.bitmaps:
+            if self.disk.bitmaps or self.disk.root.bitmaps:
                 self.disk.mark(offset, end - offset)
         return DONE
 

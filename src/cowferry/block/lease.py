@@ -22,6 +22,7 @@ import threading
 from array import array
 from collections.abc import Iterator
 
+from cowferry.block.bitmap import Bitmap
 from cowferry.block.node import Extent, Node, State, resolve
 
 SPAN_BITS = 10
@@ -41,7 +42,9 @@ class Leases:
 
     def __init__(self, granule: int) -> None:
         self.shift = granule.bit_length() - 1  # a granule is 1 << shift bytes
-        self.in_place = True  # False: no write lease is handed out. Changed by `reset` only
+        # Ranges set in any of these get no write lease: somebody has to be there when they change.
+        # None: nothing gets one. Changed by `reset` only; bits are set inside `exclusive` only.
+        self.holds: tuple[Bitmap, ...] | None = ()
         self.tables: dict[int, array[int]] = {}  # written under `filling`, read inside the gate
         self.fds: list[int] = []  # append-only between resets
         self._index: dict[int, int] = {}  # fd -> its place in fds; guarded by `filling`
@@ -66,10 +69,10 @@ class Leases:
                 b = min(last - (key << SPAN_BITS), SPAN - 1) + 1
                 table[a:b] = EMPTY[a:b]
 
-    def reset(self, granule: int, in_place: bool = True) -> None:
+    def reset(self, granule: int, holds: tuple[Bitmap, ...] | None = ()) -> None:
         """Forget everything, descriptors included: the root changed. Inside a drain."""
         with self.filling:
-            self.in_place = in_place
+            self.holds = holds
             self.epoch += 1
             self.tables = {}
             self.fds = []
@@ -128,6 +131,7 @@ class Leases:
                 elif e.fd >= 0:
                     self._lay(part, first, stop, e.host + first * granule - at, e)
             at += e.length
+        self._withhold(part, ((key << SPAN_BITS) + a) << self.shift)
         table = self.tables.get(key)
         if table is not None:
             table[a:b] = part
@@ -149,10 +153,19 @@ class Leases:
             index = self._index[e.fd] = len(self.fds)
             self.fds.append(e.fd)
         entry = (host >> 9) << 24 | index << 8 | DATA
-        if e.writable and self.in_place:
+        if e.writable and self.holds is not None:
             entry |= WRITABLE
         step = (granule >> 9) << 24
         table[first:stop] = array("q", range(entry, entry + step * (stop - first), step))
+
+    def _withhold(self, part: array[int], start: int) -> None:
+        """Make what lies in a held range read-only; `part` begins with the granule at `start`."""
+        for hold in self.holds or ():
+            for offset, length in hold.runs(start, len(part) << self.shift):
+                first = max((offset - start) >> self.shift, 0)
+                stop = min(-(-(offset + length - start) >> self.shift), len(part))
+                for i in range(first, stop):
+                    part[i] &= ~WRITABLE
 
 
 def _joined(runs: list[Extent]) -> Iterator[Extent]:

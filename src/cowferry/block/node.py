@@ -26,9 +26,14 @@ import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
-from typing import Any, ClassVar, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from cowferry.errors import NotSupported
+
+if TYPE_CHECKING:
+    from cowferry.block.bitmap import Bitmap
+    from cowferry.block.keeper import Keeper
 
 
 class State(Enum):
@@ -73,6 +78,15 @@ class Node:
     #: The protocol node that holds this format's bytes, if it is a format.
     file: Node | None = None
     lent: frozenset[str] = frozenset()  # roles of children added by name, which outlive this node
+    #: Whether the format has room for dirty bitmaps of its own (`read_bitmaps`, `write_bitmaps`).
+    stores_bitmaps: bool = False
+    #: Makes the persistent ones among `bitmaps` outlive a crash; None if there are none.
+    keeper: Keeper | None = None
+
+    @cached_property
+    def bitmaps(self) -> dict[str, Bitmap]:
+        """The dirty bitmaps of this node by name. Changed inside a drain of the disk over it."""
+        return {}
 
     @classmethod
     def companions(cls, children: Mapping[str, Node]) -> Mapping[str, str]:
@@ -110,6 +124,36 @@ class Node:
     def resize(self, size: int) -> None:
         """Grow (or, where the driver can, shrink) to `size` bytes. New bytes read as zeroes."""
         raise NotSupported(f"{self.driver} node '{self.name or self.filename}' cannot be resized")
+
+    # Dirty bitmaps -----------------------------------------------------------------------
+
+    def changing(self, offset: int, length: int) -> None:
+        """The bytes are about to change: the bitmaps know, durably where they have to.
+
+        A disk sees to this for its root. Whoever writes a node by itself (a commit into a base, a
+        copy into a target) calls it first. Raises `OSError`; then nothing may be written."""
+        if self.keeper is not None:
+            self.keeper.protect(offset, length)
+        for bitmap in self.bitmaps.values():
+            bitmap.mark(offset, length)
+
+    def read_bitmaps(self) -> list[Bitmap]:
+        """The bitmaps that the image itself holds; one in use by somebody who is gone is
+        `inconsistent`. Raises `ImageError`."""
+        return []
+
+    def write_bitmaps(self, bitmaps: list[Bitmap], token: bytes = b"") -> None:
+        """Durably make these the bitmaps that the image holds, all or none of it.
+
+        With a `token` of 16 bytes they are in use, by the keeper whose file has that token: others
+        must not rely on them, and `bitmap_token` tells whether others have written meanwhile.
+        Without, they are at rest. Raises `OSError`, `CowferryError`."""
+        raise NotSupported(f"{self.driver} images have no room for bitmaps")
+
+    def bitmap_token(self) -> bytes:
+        """The token that `write_bitmaps` left, if nobody else has opened the image for writing
+        since; else b""."""
+        return b""
 
     # Placing bytes in two steps: room first, mapping later -------------------------------
 

@@ -21,11 +21,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
+from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
-from cowferry.block.node import Extent, State
+from cowferry.block.node import State
 from cowferry.errors import CowferryError
 from cowferry.exports import Export
-from cowferry.exports.nbd_lane import Connection, Context
+from cowferry.exports.nbd_lane import Connection, Context, Describe
 from cowferry.wire import nbd
 
 log = logging.getLogger(__name__)
@@ -35,15 +36,36 @@ MAX_CONTEXTS = 64
 TICK = 0.5  # seconds; how long a stop may go unnoticed by accept
 
 
-def allocation(extents: list[Extent]) -> list[tuple[int, int]]:
+def allocation(disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
     """base:allocation. A hole in the chain reads as zero and is not allocated."""
     hole = nbd.STATE_HOLE | nbd.STATE_ZERO
+    extents = disk.extents(offset, length)
     return [(e.length, 0 if e.state is State.DATA else hole) for e in extents]
 
 
-def depth(extents: list[Extent]) -> list[tuple[int, int]]:
+def depth(disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
     """qemu:allocation-depth: 0 nowhere, 1 in the top, 2 in its backing, ..."""
-    return [(e.length, e.depth + 1) for e in extents]
+    return [(e.length, e.depth + 1) for e in disk.extents(offset, length)]
+
+
+def dirty(bitmap: Bitmap) -> Describe:
+    """qemu:dirty-bitmap:NAME: 1 where the bitmap is set."""
+
+    def describe(disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
+        disk.check(offset, length)
+        out: list[tuple[int, int]] = []
+        end = offset + length
+        for start, run in bitmap.runs(offset, length):
+            start, stop = max(start, offset), min(start + run, end)
+            if start > offset:
+                out.append((start - offset, 0))
+            out.append((stop - start, nbd.STATE_DIRTY))
+            offset = stop
+        if offset < end:
+            out.append((end - offset, 0))
+        return out
+
+    return describe
 
 
 class NbdExport(Export):
@@ -62,6 +84,7 @@ class NbdExport(Export):
         allocation_depth: bool = True,
         default: bool = False,
         writethrough: bool = False,
+        bitmaps: tuple[Bitmap, ...] = (),
     ) -> None:
         super().__init__(id, disk, writable and not disk.read_only)
         self.name = id if name is None else name
@@ -70,11 +93,11 @@ class NbdExport(Export):
         self.description = description
         self.default = default
         self.writethrough = writethrough  # every write is durable when it is answered
-        self.contexts: dict[str, Callable[[list[Extent]], list[tuple[int, int]]]] = {
-            "base:allocation": allocation
-        }
+        self.contexts: dict[str, Describe] = {"base:allocation": allocation}
         if allocation_depth:
             self.contexts["qemu:allocation-depth"] = depth
+        for bitmap in bitmaps:
+            self.contexts[f"qemu:dirty-bitmap:{bitmap.name}"] = dirty(bitmap)
         self.lanes: set[Connection] = set()  # guarded by `changed`
         self.changed = threading.Condition()
         # An export's own: one stalled disk (a remote base, say) stalls no other.

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from cowferry.block.disk import Disk
 from cowferry.block.lane import SLOW, ZEROES, Lane
 from cowferry.block.lease import SPAN
-from cowferry.block.node import Extent, State, clear
+from cowferry.block.node import State, clear
 from cowferry.wire import nbd
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ MAX_RUNS = 4096  # extents in one block status reply
 SEND_PARTS = 64  # buffers in one sendmsg
 
 Buffer = bytes | memoryview
-Describe = Callable[[list[Extent]], list[tuple[int, int]]]
+Describe = Callable[[Disk, int, int], list[tuple[int, int]]]  # (length, flags) of a range
 Context = tuple[int, str, Describe]
 
 
@@ -199,7 +199,7 @@ class Connection:
             return False
         try:
             if self.lane.write(data, offset, len(data)) == SLOW:
-                if self.disk.gate.contended or self.disk.brake is not None:
+                if self.disk.gate.contended or self.disk.may_wait:
                     return False
                 self.disk.pwrite(data, offset)  # allocate now: cheaper than waking a worker
         except OSError:
@@ -441,7 +441,7 @@ class Connection:
         piece = max(SPAN * self.disk.root.granule, 1 << 20)
         while length:
             now = min(piece, length)
-            for n, flags in describe(self.disk.extents(offset, now)):
+            for n, flags in describe(self.disk, offset, now):
                 if runs and runs[-1][1] == flags:
                     runs[-1] = (runs[-1][0] + n, flags)
                 elif len(runs) == (1 if one else MAX_RUNS):

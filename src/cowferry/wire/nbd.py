@@ -47,6 +47,7 @@ CHUNK_NONE, CHUNK_DATA, CHUNK_HOLE, CHUNK_STATUS = 0, 1, 2, 5
 CHUNK_ERROR, CHUNK_ERROR_OFFSET = 32769, 32770
 
 STATE_HOLE, STATE_ZERO = 1, 2
+STATE_DIRTY = 1  # of qemu:dirty-bitmap:NAME
 
 REQUEST = struct.Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
 SIMPLE = struct.Struct(">IIQ")  # magic, error, cookie
