@@ -17,3 +17,7 @@ class Keeper:
     def resized(self) -> None:
         """The node has another size now."""
         raise NotImplementedError
+
+    def checkpoint(self) -> None:
+        """What is on disk becomes the precise bits again. Inside a drain of every disk above."""
+        raise NotImplementedError
