@@ -24,15 +24,14 @@ import errno
 import os
 import struct
 import threading
-from array import array
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from cowferry.block.node import ZEROES, Extent, Node, State, part, read, read_runs, resolve
 from cowferry.drivers import Common, register
+from cowferry.drivers.qcow2 import changes, snapshots
 from cowferry.drivers.qcow2 import header as headers
-from cowferry.drivers.qcow2 import snapshots
 from cowferry.drivers.qcow2.clusters import (
     ALL,
     COMPRESSED,
@@ -43,7 +42,7 @@ from cowferry.drivers.qcow2.clusters import (
 )
 from cowferry.drivers.qcow2.compressed import inflate
 from cowferry.drivers.qcow2.refcounts import OFFSET, Refcounts, swapped
-from cowferry.errors import CowferryError, ImageError, NotSupported
+from cowferry.errors import CowferryError, ImageError
 
 MAX_DIRTY = 32 << 20  # bytes of L2 tables that may wait for a flush
 
@@ -572,107 +571,12 @@ class Qcow2(Node):
     def set_backing(self, filename: str | None, format: str | None) -> None:
         """Record another backing file, or none, so that a tear leaves the old or the new (Q6)."""
         self._writable()
-        name = (filename or "").encode("utf-8", "surrogateescape")
-        if len(name) > headers.MAX_BACKING_NAME:
-            raise CowferryError(
-                f"backing file name of {len(name)} bytes is too long (1023 at most)"
-            )
-        with self.flushing, self.meta:
-            h = self.header
-            old = (h.backing_file, h.backing_format, h.backing_offset, h.backing_length)
-            try:
-                h.backing_file, h.backing_format = filename or None, format
-                at = headers.place_name(h, h.backing_offset, h.backing_length) if name else 0
-                sector = headers.layout(h, at)
-            except NotSupported:
-                h.backing_file, h.backing_format = old[0], old[1]
-                raise
-            if at >= headers.SECTOR:
-                self._write(at, name)
-                self.file.flush()
-            elif name:
-                sector = sector.ljust(at, b"\0") + name
-            self._write(0, sector.ljust(headers.SECTOR, b"\0"))
-            self.file.flush()
-            h.backing_offset, h.backing_length = at, len(name)
-            self.backing_spec = (filename, format) if filename else None
+        changes.record_backing(self, filename, format)
 
     def resize(self, size: int) -> None:
         """Grow. The new L1 table is durable before the header names it."""
         self._writable()
-        if size < self.size:
-            raise NotSupported(
-                f"'{self.filename}': a qcow2 image cannot be made smaller",
-                "convert it into a new, smaller image; nothing was changed",
-            )
-        if self.snapshots and self.header.version < 3:
-            raise NotSupported(f"'{self.filename}': cannot resize a version 2 image with snapshots")
-        if size > 1 << 62:
-            raise CowferryError(f"'{self.filename}': absurd size of {size} bytes")
-        if size == self.size:
-            return
-        self.flush()
-        old_size = self.size
-        self._zero_tail(old_size)
-        need = -(-size // (self.cluster_size * self.map.per_table))
-        if need * 8 > headers.MAX_L1:
-            raise CowferryError(
-                f"'{self.filename}': {size} bytes need too large an L1 table",
-                "use larger clusters (convert -o cluster_size=2M)",
-            )
-        # No other flush comes between: it would give back the L1 table that the header still names.
-        h, table_map = self.header, self.map
-        was = (table_map.l1_offset, h.l1_size, h.size)
-        with self.flushing:
-            try:
-                with self.meta:
-                    old = self._move_l1(need) if need > len(table_map.l1) else []
-                self._write_tables()
-                h.l1_offset, h.l1_size, h.size = table_map.l1_offset, len(table_map.l1), size
-                self.write_header()
-            except BaseException:
-                with self.meta:  # the header names the old table: what changes goes there
-                    table_map.l1_offset, h.l1_size, h.size = was
-                    h.l1_offset = was[0]
-                    del table_map.l1[h.l1_size :]
-                    table_map.l1_dirty = set(range(h.l1_size))
-                raise
-            with self.meta:
-                self._punch(self.refcounts.settle(old))
-        self.size = size
-        below = self.backing.size if self.backing is not None else 0
-        if below > old_size:  # or the backing file's bytes would show in the new room
-            self.zero(old_size, min(below, size) - old_size)
-            self.flush()
-
-    def _move_l1(self, entries: int) -> list[tuple[int, int]]:
-        """A larger L1 table in another place; the header follows. Where the old one lies.
-
-        Under `flushing` and `meta`."""
-        bits = self.header.cluster_bits
-        clusters = (entries * 8 + self.cluster_size - 1) >> bits
-        old = (self.map.l1_offset >> bits, -(-self.header.l1_size * 8 // self.cluster_size))
-        self.map.l1_offset = self.refcounts.contiguous(clusters) << bits
-        first = self.map.l1_offset >> bits
-        self.metadata.update(range(first, first + clusters))
-        self.map.l1.extend(array("Q", bytes(8 * (entries - len(self.map.l1)))))
-        self.map.l1_dirty.update(range(entries))
-        self._write(self.map.l1_offset, bytes(clusters << bits))
-        return [old]
-
-    def _zero_tail(self, size: int) -> None:
-        """What a cluster holds beyond the old end becomes visible: it has to be zero."""
-        within = size % self.cluster_size
-        if not within:
-            return
-        cluster = size // self.cluster_size
-        with self.meta:
-            entry, bitmap = self.map.entry(cluster)
-        if self._in_place(entry, bitmap):
-            self.data.pwrite(
-                memoryview(bytes(self.cluster_size - within)), (entry & OFFSET) + within
-                if not self.external else size
-            )  # fmt: skip
+        changes.grow(self, size)
 
     # The image as a whole ----------------------------------------------------------------
 

@@ -1,0 +1,119 @@
+"""Changes that a header makes true: another backing file, another size.
+
+Everything that the new header will refer to is written elsewhere and durable before; then sector 0
+changes in one write, so that a crash or a tear leaves the image as it was or as it is to be (Q6).
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from cowferry.drivers.qcow2 import header as headers
+from cowferry.drivers.qcow2.refcounts import OFFSET
+from cowferry.errors import CowferryError, NotSupported
+
+if TYPE_CHECKING:
+    from cowferry.drivers.qcow2.image import Qcow2
+
+
+def record_backing(image: Qcow2, filename: str | None, format: str | None) -> None:
+    """Another backing file, or none. Raises `NotSupported` if the header has no room for it."""
+    name = (filename or "").encode("utf-8", "surrogateescape")
+    if len(name) > headers.MAX_BACKING_NAME:
+        raise CowferryError(f"backing file name of {len(name)} bytes is too long (1023 at most)")
+    with image.flushing, image.meta:
+        h = image.header
+        old = (h.backing_file, h.backing_format, h.backing_offset, h.backing_length)
+        try:
+            h.backing_file, h.backing_format = filename or None, format
+            at = headers.place_name(h, h.backing_offset, h.backing_length) if name else 0
+            sector = headers.layout(h, at)
+        except NotSupported:
+            h.backing_file, h.backing_format = old[0], old[1]
+            raise
+        if at >= headers.SECTOR:
+            image._write(at, name)
+            image.file.flush()
+        elif name:
+            sector = sector.ljust(at, b"\0") + name
+        image._write(0, sector.ljust(headers.SECTOR, b"\0"))
+        image.file.flush()
+        h.backing_offset, h.backing_length = at, len(name)
+        image.backing_spec = (filename, format) if filename else None
+
+
+def grow(image: Qcow2, size: int) -> None:
+    """Make the disk larger. The new L1 table is durable before the header names it."""
+    if size < image.size:
+        raise NotSupported(
+            f"'{image.filename}': a qcow2 image cannot be made smaller",
+            "convert it into a new, smaller image; nothing was changed",
+        )
+    if image.snapshots and image.header.version < 3:
+        raise NotSupported(f"'{image.filename}': cannot resize a version 2 image with snapshots")
+    if size > 1 << 62:
+        raise CowferryError(f"'{image.filename}': absurd size of {size} bytes")
+    if size == image.size:
+        return
+    image.flush()
+    old_size = image.size
+    _zero_tail(image, old_size)
+    need = -(-size // (image.cluster_size * image.map.per_table))
+    if need * 8 > headers.MAX_L1:
+        raise CowferryError(
+            f"'{image.filename}': {size} bytes need too large an L1 table",
+            "use larger clusters (convert -o cluster_size=2M)",
+        )
+    # No other flush comes between: it would give back the L1 table that the header still names.
+    h, table_map = image.header, image.map
+    was = (table_map.l1_offset, h.l1_size, h.size)
+    with image.flushing:
+        try:
+            with image.meta:
+                old = _move_l1(image, need) if need > len(table_map.l1) else []
+            image._write_tables()
+            h.l1_offset, h.l1_size, h.size = table_map.l1_offset, len(table_map.l1), size
+            image.write_header()
+        except BaseException:
+            with image.meta:  # the header names the old table: what changes goes there
+                table_map.l1_offset, h.l1_size, h.size = was
+                h.l1_offset = was[0]
+                del table_map.l1[h.l1_size :]
+                table_map.l1_dirty = set(range(h.l1_size))
+            raise
+        with image.meta:
+            image._punch(image.refcounts.settle(old))
+    image.size = size
+    below = image.backing.size if image.backing is not None else 0
+    if below > old_size:  # or the backing file's bytes would show in the new room
+        image.zero(old_size, min(below, size) - old_size)
+        image.flush()
+
+
+def _move_l1(image: Qcow2, entries: int) -> list[tuple[int, int]]:
+    """A larger L1 table in another place; the header follows. Where the old one lies.
+
+    Under `flushing` and `meta`."""
+    bits, table_map = image.header.cluster_bits, image.map
+    clusters = (entries * 8 + image.cluster_size - 1) >> bits
+    old = (table_map.l1_offset >> bits, -(-image.header.l1_size * 8 // image.cluster_size))
+    table_map.l1_offset = image.refcounts.contiguous(clusters) << bits
+    first = table_map.l1_offset >> bits
+    image.metadata.update(range(first, first + clusters))
+    table_map.l1.extend(array("Q", bytes(8 * (entries - len(table_map.l1)))))
+    table_map.l1_dirty.update(range(entries))
+    image._write(table_map.l1_offset, bytes(clusters << bits))
+    return [old]
+
+
+def _zero_tail(image: Qcow2, size: int) -> None:
+    """What a cluster holds beyond the old end becomes visible: it has to be zero."""
+    cluster, within = divmod(size, image.cluster_size)
+    if not within:
+        return
+    with image.meta:
+        entry, bitmap = image.map.entry(cluster)
+    if image._in_place(entry, bitmap):
+        at = size if image.external else (entry & OFFSET) + within
+        image.data.pwrite(memoryview(bytes(image.cluster_size - within)), at)
