@@ -23,10 +23,10 @@ import test_crash_moves as copies
 import test_crash_snapshot as snapshots
 from cowferry.block import moves, sysio
 from cowferry.commands import change as change_command
-from cowferry.commands import snapshot as snapshot_command
 from cowferry.drivers import opening
 from cowferry.jobs.job import Ending
 from cowferry.jobs.mirror import Mirror
+from cowferry.operations import transaction as transactions
 
 Break = Callable[[pytest.MonkeyPatch], None]
 Scenario = Callable[[Path], None]
@@ -37,7 +37,7 @@ FLUSHES = ("fdatasync", "flush_directory")
 WAY_DOWN = {
     "Qcow2.flush", "Qcow2._barrier", "Qcow2._write_tables", "Qcow2.write_header", "Qcow2.reopen",
     "Qcow2.close_tables", "Qcow2.close", "Qcow2.set_backing", "Qcow2.resize", "Qcow2._bound_dirty",
-    "Qcow2.pwrite", "Qcow2.zero", "Qcow2.discard", "Qcow2.link",
+    "Qcow2.pwrite", "Qcow2.zero", "Qcow2.discard", "Qcow2.link", "record_backing", "grow",
     "Raw.flush", "Raw.reopen", "Raw.close", "Raw.resize", "Raw.pwrite", "File.flush", "File.pwrite",
     "Disk.pwrite", "Disk.zero", "Disk.discard", "Disk.flush", "Disk.resize",
     "_flushed", "Job.attempt", "_remove", "settled", "committed", "fresh",
@@ -105,7 +105,7 @@ def record_last(patch: pytest.MonkeyPatch) -> None:
             job.parted()
         moves.record(moving)
 
-    for module in (crashes, snapshot_command, change_command):
+    for module in (crashes, transactions, change_command):
         patch.setattr(module, "finish", finish)
 
 

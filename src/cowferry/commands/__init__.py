@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from cowferry.daemon import Daemon
 
 MODULES = (
-    "monitor", "block", "disks", "jobs", "stream", "commit", "mirror", "snapshot", "change",
-    "groups", "descriptors", "exports", "legacy",
+    "monitor", "block", "disks", "jobs", "stream", "commit", "mirror", "transaction", "snapshot",
+    "change", "groups", "descriptors", "exports", "legacy",
 )  # fmt: skip
 
 

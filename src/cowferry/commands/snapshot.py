@@ -1,26 +1,21 @@
-"""Live snapshots, and transactions of them."""
+"""Live snapshots."""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from cowferry.commands import Args, command, convert
+from cowferry.commands import Args, command
+from cowferry.commands.transaction import action, alone
 from cowferry.errors import CowferryError
-from cowferry.jobs.job import finish
 from cowferry.operations.quiesce import Guests
 from cowferry.operations.snapshot import Snapshot, beside
+from cowferry.operations.transaction import Transaction
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
-
-
-log = logging.getLogger(__name__)
 
 
 class BlockdevSnapshot(Args):
@@ -37,16 +32,14 @@ class BlockdevSnapshotSync(Args):
     mode: Literal["absolute-paths", "existing"] = "absolute-paths"
 
 
-class Abort(Args):
-    pass
-
-
-def by_node(daemon: Daemon, args: BlockdevSnapshot) -> Snapshot:
+@action("blockdev-snapshot")
+def by_node(daemon: Daemon, args: BlockdevSnapshot, so_far: Transaction) -> Snapshot:
     """An overlay that was opened before."""
     return Snapshot(daemon, args.node).with_node(args.overlay)
 
 
-def by_file(daemon: Daemon, args: BlockdevSnapshotSync) -> Snapshot:
+@action("blockdev-snapshot-sync")
+def by_file(daemon: Daemon, args: BlockdevSnapshotSync, so_far: Transaction) -> Snapshot:
     """An overlay in a file."""
     name = args.device or args.node_name
     if name is None:
@@ -58,46 +51,16 @@ def by_file(daemon: Daemon, args: BlockdevSnapshotSync) -> Snapshot:
     )
 
 
-def by_abort(daemon: Daemon, args: Abort) -> Snapshot:
-    """Nothing at all, for tests of the roll-back."""
-    raise CowferryError("Transaction aborted using Abort action")
-
-
-@contextmanager
-def all_or_none(daemon: Daemon, parts: list[Snapshot]) -> Iterator[None]:
-    """What fails inside is undone on every disk. Raises `CowferryError`."""
-    try:
-        yield
-    except BaseException as error:
-        with daemon.commands:
-            for part in reversed(parts):
-                try:
-                    part.abort()
-                except (OSError, CowferryError):
-                    log.exception("'%s' could not be put back", part.device)
-        if isinstance(error, OSError):
-            raise CowferryError(
-                f"the snapshot failed: {error.strerror or error}", "every disk is as it was"
-            ) from error
-        raise
-
-
-def together(daemon: Daemon, parts: list[Snapshot]) -> None:
-    """All of them or none. Raises `CowferryError`."""
-    with all_or_none(daemon, parts):
-        finish(parts)
-
-
 @command("blockdev-snapshot")
 def blockdev_snapshot(daemon: Daemon, args: BlockdevSnapshot) -> None:
     """Put an overlay, opened with "backing": null, on top of a disk."""
-    together(daemon, [by_node(daemon, args)])
+    alone(daemon, "snapshot", by_node, args)
 
 
 @command("blockdev-snapshot-sync")
 def blockdev_snapshot_sync(daemon: Daemon, args: BlockdevSnapshotSync) -> None:
     """Make an overlay file, or take one that exists, and put it on top of a disk."""
-    together(daemon, [by_file(daemon, args)])
+    alone(daemon, "snapshot", by_file, args)
 
 
 class SnapshotBlkdev(Args):
@@ -109,60 +72,10 @@ class SnapshotBlkdev(Args):
 @command("snapshot_blkdev")
 def snapshot_blkdev(daemon: Daemon, args: SnapshotBlkdev) -> None:
     """The same under the name of 2011."""
-    together(daemon, [Snapshot(daemon, args.device).with_file(args.snapshot_file, args.format)])
-
-
-class Action(NamedTuple):
-    """A type of action: its arguments, and how it is prepared."""
-
-    args: type[Args]
-    prepare: Callable[[Daemon, Any], Snapshot]
-
-
-ACTIONS = {
-    "blockdev-snapshot": Action(BlockdevSnapshot, by_node),
-    "blockdev-snapshot-sync": Action(BlockdevSnapshotSync, by_file),
-    "abort": Action(Abort, by_abort),
-}
-
-
-class TransactionAction(msgspec.Struct, forbid_unknown_fields=True):
-    type: str
-    data: dict[str, Any] = {}
-
-
-class Properties(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
-    completion_mode: Literal["individual", "grouped"] = "individual"
-
-
-class Transaction(Args):
-    actions: list[TransactionAction]
-    properties: Properties | None = None
-
-
-@command("transaction")
-def transaction(daemon: Daemon, args: Transaction) -> None:
-    """Several actions at one point in time: all, or none and everything as it was."""
-    chosen = []
-    grouped = args.properties is not None and args.properties.completion_mode == "grouped"
-    for n, action in enumerate(args.actions):
-        known = ACTIONS.get(action.type)
-        if known is None:
-            raise CowferryError(
-                f"Parameter 'type' does not accept value '{action.type}'",
-                f"in action {n}; there are: {', '.join(ACTIONS)}",
-            )
-        if grouped:
-            raise CowferryError(
-                f"Action '{action.type}' does not support transaction property "
-                "completion-mode = grouped"
-            )
-        chosen.append((known, convert(known.args, action.data)))
-    parts: list[Snapshot] = []
-    with all_or_none(daemon, parts):
-        for known, given in chosen:
-            parts.append(known.prepare(daemon, given))
-        finish(parts)
+    given = BlockdevSnapshotSync(
+        device=args.device, snapshot_file=args.snapshot_file, format=args.format
+    )
+    alone(daemon, "snapshot", by_file, given)
 
 
 class DiskToSnapshot(Args):
@@ -201,14 +114,15 @@ def disk_snapshot(daemon: Daemon, args: DiskSnapshot) -> DiskSnapshotTaken:
     with Guests(args.quiesce or [], args.quiesce_timeout) as guests, daemon.at_end(guests.call_off):
         guests.greet()
         parts: list[Snapshot] = []
-        with all_or_none(daemon, parts):
+        with Transaction(daemon, "snapshot") as so_far:
             with daemon.turn(guests.patience):
                 for wanted in args.disks:
                     parts.append(by_name(daemon, wanted, parts))
+                    so_far.parts.append(parts[-1])
             for part in parts:
                 part.approach()  # once while the guests run: most of the flush is done then
             with guests.frozen(), daemon.turn(guests.patience):
-                finish([*parts, guests])
+                so_far.finish(guests)
     guests.check()
     tops = [p.overlay for p in parts if p.overlay is not None]
     return DiskSnapshotTaken(

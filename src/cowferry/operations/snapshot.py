@@ -2,9 +2,9 @@
 
     before: base <- sx            after:  base <- sx <- sx+1
 
-`Snapshot` is an ending like a job's (approach, drains, settle, moves, switch, parted), so any
-number of them go through `finish` under one drain: all the disks' old images stand at the same
-point in time (S4), and never change a byte afterwards (S2). The overlay and its name are durable
+`Snapshot` is a part of a transaction, so any number of them go through `finish` under one drain:
+all the disks' old images stand at the same point in time (S4), and never change a byte afterwards
+(S2). The overlay and its name are durable
 before the switch (S1), and so is the record that says which image is current (S3).
 """
 
@@ -22,12 +22,13 @@ from cowferry.block.node import Node, chain
 from cowferry.drivers import driver, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.operations import find, free, move_of, root_disk
+from cowferry.operations.transaction import Part
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
 
 
-class Snapshot:
+class Snapshot(Part):
     """One disk's part. `prepare` first; then `finish` or `abort`."""
 
     def __init__(self, daemon: Daemon, device: str) -> None:
@@ -181,6 +182,9 @@ class Snapshot:
         assert self.overlay is not None
         self.graph.reroot(self.disk, self.overlay)
         self.graph.release(self.claimed, self.why)
+
+    def becomes(self, disk: Disk) -> Node | None:
+        return self.overlay if disk is self.disk else None
 
     def abort(self) -> None:
         """Nothing has been switched: everything is as it was."""

@@ -1,0 +1,108 @@
+"""Several things at one point in time: all of them, or none.
+
+A transaction's *parts* are prepared one after another, so that each may rely on what those before
+it are going to do (`Transaction.parts`, `root`), then brought to their end together, under one
+drain of all their disks (`jobs/job.py`, `finish`). In it each part is settled in the same order:
+what the first has settled, the second finds done. The first failure is the only one that is told;
+everything is undone then, in reverse.
+
+A job is a part as well. It is made and claims its nodes when it is prepared, attaches itself to its
+disk in `settle`, at the same moment at which the other parts take effect, and starts in `parted`.
+Where a `group` is given the job joins it there, and ends together with the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from cowferry.block.disk import Disk
+from cowferry.block.moves import Move
+from cowferry.block.node import Node
+from cowferry.errors import CowferryError
+from cowferry.jobs.job import Ending, finish
+
+if TYPE_CHECKING:
+    from cowferry.daemon import Daemon
+    from cowferry.jobs.group import Group
+
+log = logging.getLogger(__name__)
+
+
+class Part:
+    """One part: an ending (the steps of `jobs/job.py`) that can be called off before it has begun.
+
+    Made in the turn of its command; making it raises `CowferryError`, with nothing changed."""
+
+    def approach(self) -> None:
+        """Before the drain: whatever makes it short. May raise."""
+
+    def drains(self) -> list[Disk]:
+        """The disks that have to stand still."""
+        return []
+
+    def settle(self) -> None:
+        """Inside the drain: take effect, so far as it may fail. Sees what parts before it did."""
+
+    def unsettle(self) -> None:
+        """Inside the drain: as it was, exactly. Also after a `settle` that failed half-way."""
+
+    def moves(self) -> list[Move]:
+        """Which disks are about to leave which image, to be recorded."""
+        return []
+
+    def switch(self) -> None:
+        """Inside the drain, once nothing can fail any more."""
+
+    def parted(self) -> None:
+        """After the drain. Errors are only logged."""
+
+    def abort(self) -> None:
+        """It will not be: let go of whatever was made and claimed for it."""
+
+    def becomes(self, disk: Disk) -> Node | None:
+        """What this part makes the root of `disk`, if it does."""
+        return None
+
+
+class Transaction:
+    """The parts of one; a context that undoes all of them if something in it fails.
+
+    Raises `CowferryError` for an `OSError`, too; `what` is what failed then."""
+
+    def __init__(self, daemon: Daemon, what: str, group: Group | None = None) -> None:
+        self.daemon = daemon
+        self.what = what
+        self.group = group  # what the jobs among the parts are to end with; None: each by itself
+        self.parts: list[Part] = []
+
+    def root(self, disk: Disk) -> Node:
+        """The root that the disk is going to have after the parts so far."""
+        tops = (part.becomes(disk) for part in reversed(self.parts))
+        return next((top for top in tops if top is not None), disk.root)
+
+    def finish(self, *others: Ending) -> None:
+        """Make all of them true at one moment, along with `others`. Raises before any is."""
+        finish([*self.parts, *others])
+        if self.group is not None:
+            self.group.open()
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        with self.daemon.commands:
+            for part in reversed(self.parts):
+                try:
+                    part.abort()
+                except (OSError, CowferryError):
+                    log.exception("%s: a part could not be undone", self.what)
+        if isinstance(error, OSError):
+            raise CowferryError(
+                f"the {self.what} failed: {error.strerror or error}", "every disk is as it was"
+            ) from error
