@@ -7,7 +7,6 @@ writes between the steps. The last test is the real thing, with fio and by the w
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from daemons import PATIENCE
 from fio import guest, need_fio
 from test_use_cases import Vm, converted, digest, serving
 from tests_support import need
+from timers import AtOnce, ByHand
 
 SIZE = 8 << 20
 GRANULE = 64 << 10
@@ -62,7 +62,7 @@ class Course:
         self.at = 0
         self.owed = 0.0  # bytes that the guest has still to write
         self.ready = False
-        self.slept: list[float] = []  # by a guest that was braked
+        self.timer = AtOnce()  # of the brake
 
     def steps(self, guest: Writer, rate: float, seconds: float = 1000) -> Iterator[None]:
         """The copy goes on for so long, or until it is ready; `guest` writes `rate` bytes a second,
@@ -72,7 +72,7 @@ class Course:
             before = self.job._rates.total
             self.ready = next(self.work).ready
             if self.disk.brake is not None:
-                self.disk.brake.sleep = self.slept.append
+                self.disk.brake.timer = self.timer
             took = max(self.job._rates.total - before, GRANULE) / self.copies
             self.now += took
             self.owed += rate * took
@@ -198,53 +198,44 @@ def test_rates_are_measured_anew_after_a_change() -> None:
 
 def test_a_brake_holds_back_no_write_for_long_and_forgives_the_rest() -> None:
     now = 0.0
-    slept: list[float] = []
-    brake = Brake(1000, lambda: now, slept.append)
-    brake.wait(50)
-    assert slept == [pytest.approx(0.05)]
+    brake = Brake(1000, lambda: now)
+    assert brake.charge(150) == pytest.approx(0.05)
     now = 1.0
-    brake.wait(int(1000 * SLICE))
-    assert slept[1:] == [], "within the credit"
-    brake.wait(10**9)
-    assert slept[1:] == [LONGEST], "however much was written"
+    assert not brake.charge(int(1000 * SLICE)), "within the credit"
+    assert brake.charge(10**9) == pytest.approx(LONGEST), "however much was written"
     now = 1.0 + LONGEST + SLICE
-    brake.wait(int(1000 * SLICE))
-    assert slept[2:] == [], "that much later it is forgotten"
+    assert not brake.charge(int(1000 * SLICE)), "that much later it is forgotten"
 
 
 def test_a_brake_that_nobody_holds_down_is_off() -> None:
     now = 0.0
     brake = Brake(1000, lambda: now)
-    assert brake.charge(5000) == LONGEST
+    assert brake.charge(5000) == pytest.approx(LONGEST)
     now = HOLD
     assert brake.charge(5000) == 0
     brake.hold()
-    assert brake.charge(5000) == LONGEST
+    assert brake.charge(5000) == pytest.approx(LONGEST)
 
 
 def test_a_disk_with_a_brake_holds_back_its_writers_and_nobody_else(tmp_path: Path) -> None:
     make_base(tmp_path, SIZE)
     disk = Disk(opening.open_image(str(tmp_path / "base.raw"), "raw"), "vm")
-    slept: list[float] = []
-    disk.brake = Brake(1 << 20, lambda: 0.0, slept.append)
+    timer = AtOnce()
+    disk.brake = Brake(1 << 20, lambda: 0.0, timer)
     disk.pwrite(memoryview(bytes(1 << 20)), 0)
-    assert slept == [LONGEST]
+    assert timer.asked == [pytest.approx(LONGEST)]
     disk.pread(memoryview(bytearray(1 << 20)), 0)
-    assert slept == [LONGEST]
+    assert len(timer.asked) == 1
     disk.root.close()
 
 
 def test_a_guest_whose_writes_are_braked_reads_as_ever(tmp_path: Path) -> None:
     make_base(tmp_path, SIZE)
     disk = Disk(opening.open_image(str(tmp_path / "base.raw"), "raw"), "vm")
-    let_go = threading.Event()
-
-    def until_let_go(seconds: float) -> None:
-        let_go.wait(PATIENCE)
-
+    timer = ByHand()
     disk.taps = (Nobody(),)  # as in write-blocking, the only mode in which there is a brake
     disk.leases.reset(disk.root.granule, None)
-    disk.brake = Brake(1, lambda: 0.0, until_let_go)
+    disk.brake = Brake(1, lambda: 0.0, timer)
     server = NbdServer()
     server.add(NbdExport("vm", disk))
     server.listen_unix(str(tmp_path / "s"))
@@ -253,9 +244,9 @@ def test_a_guest_whose_writes_are_braked_reads_as_ever(tmp_path: Path) -> None:
             client._request(nbd.WRITE, 0, 0, 4096)
             client.sock.sendall(bytes(4096))
             assert client.pread(4096, 8192) == contents(disk)[8192 : 8192 + 4096]
-            let_go.set()
+            timer.advance(LONGEST)
     finally:
-        let_go.set()
+        timer.advance(LONGEST)
         server.stop()
         disk.root.close()
 
@@ -388,7 +379,7 @@ def test_then_a_brake_harder_and_harder_and_bounded(
             speeds.append(brake.speed)
     assert speeds[0] == pytest.approx(3 << 19, rel=0.1), "half of what the copy does"
     assert speeds[1:] == [SLOWEST]
-    assert c.slept and max(c.slept) <= LONGEST
+    assert c.timer.asked and max(c.timer.asked) <= LONGEST + 1e-9
     assert c.ready
     assert len(c.job.did) == 1, "one brake, however hard"
     assert "braking the guest's writes towards 1 MB/s" in c.told()["x-note"]
@@ -443,11 +434,11 @@ def test_the_brake_goes_when_somebody_wants_background(course: Callable[..., Cou
 def test_the_brake_is_off_while_the_job_is_paused(course: Callable[..., Course]) -> None:
     c = braked(course)
     brake = c.disk.brake
-    assert brake is not None and brake.charge(64 << 20) == LONGEST
+    assert brake is not None and brake.charge(64 << 20) == pytest.approx(LONGEST)
     c.now += HOLD
     assert brake.charge(64 << 20) == 0
     next(c.work)
-    assert brake.charge(64 << 20) == LONGEST
+    assert brake.charge(64 << 20) == pytest.approx(LONGEST)
 
 
 def test_no_brake_where_the_job_s_own_speed_limit_is_too_low(

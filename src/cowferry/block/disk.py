@@ -24,8 +24,9 @@ from cowferry.block import sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.gate import END, Gate, Slot
 from cowferry.block.lease import DATA, SPAN, SPAN_BITS, WRITABLE, ZERO, Leases
+from cowferry.block.limits import Group, Member
 from cowferry.block.node import Extent, Node, State, clear, read, read_fully, with_holes
-from cowferry.block.throttle import Brake
+from cowferry.block.throttle import READ, WRITE, Brake, Turnstile, let_through
 
 COPY_ON_READ_MAX = 1 << 20
 
@@ -72,7 +73,11 @@ class Disk:
         self.leases = Leases(root.granule)
         self.bitmaps: dict[str, Bitmap] = {}  # of jobs, beside the root's. Changed inside a drain
         self.taps: tuple[Tap, ...] = ()  # changed only inside a drain
-        self.brake: Brake | None = None  # slows writes down, a little each, while it is held
+        # What a request passes before it enters the gate, in this order: none, on most disks.
+        self.turnstiles: tuple[Turnstile, ...] = ()
+        self.limits: Member | None = None  # the first of them. Set by `limit`
+        self._brake: Brake | None = None  # the second. Set by `brake`
+        self._turning = threading.Lock()  # guards the three above
         self.copy_on_read = copy_on_read and not root.read_only
         self._local = threading.local()  # .place: this thread's place in the gate
 
@@ -85,6 +90,44 @@ class Disk:
     def read_only(self) -> bool:
         """Whether writes are refused with EPERM."""
         return self.root.read_only
+
+    def limit(self, group: Group | None) -> None:
+        """Its guests' requests keep to a group's limits from now on, or to none.
+
+        The limits are the disk's: they stay, whatever its root is."""
+        with self._turning:
+            old = self.limits
+            if old is None or group is None:
+                self.limits = None if group is None else Member(group)
+                self._turn()
+        if old is not None and group is None:
+            old.leave()
+        elif old is not None and group is not None:
+            old.move(group)
+
+    @property
+    def brake(self) -> Brake | None:
+        """What slows writes down, a little each, while a job holds it down."""
+        return self._brake
+
+    @brake.setter
+    def brake(self, brake: Brake | None) -> None:
+        with self._turning:
+            self._brake = brake
+            self._turn()
+
+    def _turn(self) -> None:
+        self.turnstiles = tuple(t for t in (self.limits, self._brake) if t is not None)
+
+    def wait(self, direction: int, length: int) -> None:
+        """Pass the turnstiles with a request of so many bytes. For a thread that may sleep."""
+        turnstiles = self.turnstiles
+        while turnstiles and turnstiles[0].admit(direction, length):
+            turnstiles = turnstiles[1:]
+        if turnstiles:
+            passed = threading.Event()
+            let_through(turnstiles, direction, length, lambda _: passed.set(), passed)
+            passed.wait()
 
     def slot(self) -> Slot:
         """The calling thread's own place in the gate."""
@@ -139,13 +182,15 @@ class Disk:
                 code, f"disk '{self.name}': {offset}+{length} is past its end at {self.root.size}"
             )
 
-    # Requests ----------------------------------------------------------------------------
+    # Requests. `paid`: the caller has passed the turnstiles already ------------------------
 
-    def pread(self, buf: memoryview, offset: int) -> None:
+    def pread(self, buf: memoryview, offset: int, paid: bool = False) -> None:
         """Fill `buf` with the disk's bytes at `offset`."""
         length = len(buf)
         if not length:
             return
+        if self.turnstiles and not paid:
+            self.wait(READ, length)
         with self.shared(offset, length):
             self.check(offset, length)
             if not self.copy_on_read and self.serve_read(buf, offset):
@@ -171,11 +216,13 @@ class Disk:
             buf = buf[length:]
         return True
 
-    def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
+    def pwrite(self, buf: memoryview, offset: int, fua: bool = False, paid: bool = False) -> None:
         """Write; with `fua` durable on return (N2). A part may be written if it raises."""
         length = len(buf)
         if not length:
             return
+        if self.turnstiles and not paid:
+            self.wait(WRITE, length)
         runs: list[tuple[int, int, int]] | None
         with self.shared(offset, length):
             self.check(offset, length, write=True)
@@ -196,25 +243,27 @@ class Disk:
                 self.root.pwrite(buf, offset)
         if fua:
             self.flush()
-        brake = self.brake
-        if brake is not None:
-            brake.wait(length)
 
     def zero(
-        self, offset: int, length: int, unmap: bool = False, fua: bool = False, fast: bool = False
-    ) -> None:
+        self, offset: int, length: int, unmap: bool = False, fua: bool = False, fast: bool = False,
+        paid: bool = False,
+    ) -> None:  # fmt: skip
         """Make the range read as zeroes. `fast`: EOPNOTSUPP rather than a slow way."""
         if not length:
             return
+        if self.turnstiles and not paid:
+            self.wait(WRITE, 0)
         with self._changing(offset, length):
             self.root.zero(offset, length, unmap, fast)
         if fua:
             self.flush()
 
-    def discard(self, offset: int, length: int, fua: bool = False) -> None:
+    def discard(self, offset: int, length: int, fua: bool = False, paid: bool = False) -> None:
         """The range is needed no more; it never reads as an older layer again (ST4)."""
         if not length:
             return
+        if self.turnstiles and not paid:
+            self.wait(WRITE, 0)
         with self._changing(offset, length):
             self.root.discard(offset, length)
         if fua:
@@ -274,7 +323,7 @@ class Disk:
     def may_wait(self) -> bool:
         """Whether a write may have to wait for more than the file it goes to: not to be done by
         one whose wait would hold up others."""
-        return bool(self.taps or self.brake is not None or self.root.keeper is not None)
+        return bool(self.taps or self.root.keeper is not None)
 
     def _holds(self) -> tuple[Bitmap, ...] | None:
         """Where write leases are not handed out. Inside a drain."""

@@ -136,16 +136,9 @@ class NbdExport(Export):
             self.shutting_down = True
             if force:
                 for lane in self.lanes:
-                    hang_up(lane)
+                    lane.hang_up()
             self.changed.wait_for(lambda: not self.lanes)
         self.workers.shutdown()
-
-
-def hang_up(lane: Connection) -> None:
-    """Close a lane's socket; what is in flight still finishes."""
-    lane.closed = True
-    with contextlib.suppress(OSError):
-        lane.sock.shutdown(socket.SHUT_RDWR)
 
 
 class NbdServer:

@@ -7,6 +7,12 @@ range may be entered without waiting, its leases are there, and the system call 
 workers, which answer by themselves: allocation and copy on write under contention, cold reads,
 flushes, trims. So the reader never waits at the gate, and one cold read stalls nobody.
 
+A disk with limits, or a brake, has turnstiles in front of its gate. A request that they do not
+admit at once waits in their queue, where it is no thread; a timer then hands it to the workers. It
+takes its place among the requests that are in work, so whoever sends more than that many is not
+read any further; his own connection stands, nobody else's. When the client is gone, or sent away,
+what waits is dropped: it was never answered. After an orderly goodbye it is served at once.
+
 It knows no format. What it does with a disk is: enter, look at `leases`, `preadv` or `pwritev`,
 leave; sockets are touched only outside. It is written to be compiled later: typed state, one
 receive and one send buffer for the connection's whole life, memoryviews, no allocation per
@@ -19,8 +25,10 @@ memoryview does not; tmpfs refuses RWF_NOWAIT, and says so each time, so it is a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import select
 import socket
 import threading
 from collections import deque
@@ -31,6 +39,7 @@ from cowferry.block.disk import Disk
 from cowferry.block.lane import SLOW, ZEROES, Lane
 from cowferry.block.lease import SPAN
 from cowferry.block.node import State, clear
+from cowferry.block.throttle import READ, WRITE, let_through
 from cowferry.wire import nbd
 
 log = logging.getLogger(__name__)
@@ -42,6 +51,7 @@ PENDING = 64  # requests in the workers' hands; more wait in the socket
 BUDGET = 33 << 20  # bytes of those requests and of their unsent answers
 MAX_RUNS = 4096  # extents in one block status reply
 SEND_PARTS = 64  # buffers in one sendmsg
+LOOK = 0.5  # seconds after which a reader that waits looks whether its client is still there
 
 Buffer = bytes | memoryview
 Describe = Callable[[Disk, int, int], list[tuple[int, int]]]  # (length, flags) of a range
@@ -92,8 +102,21 @@ class Connection:
             if not self.closed:
                 log.info("nbd connection to '%s' ended: %s", self.disk.name, error)
         finally:
+            self._dismiss(go=False)
             with self.idle:
                 self.idle.wait_for(lambda: not self.pending)
+
+    def hang_up(self) -> None:
+        """Send the client away. What waits for its turn is dropped, what is in work finishes."""
+        self.closed = True
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self._dismiss(go=False)
+
+    def _dismiss(self, go: bool) -> None:
+        """None of our requests waits at a turnstile any longer."""
+        for turnstile in self.disk.turnstiles:
+            turnstile.dismiss(self, go)
 
     def close(self) -> None:
         """Leave the disk's in-flight table."""
@@ -105,6 +128,7 @@ class Connection:
         head = nbd.REQUEST.size
         unpack = nbd.REQUEST.unpack_from
         recv = self.sock.recv_into
+        disk = self.disk
         filled = taken = 0  # [taken, filled) of the buffer is not parsed yet
         need = head
         while True:
@@ -133,7 +157,9 @@ class Connection:
                     return
                 if kind == nbd.READ:
                     taken += head
-                    if flags or length > INLINE or not self._read(cookie, offset, length):
+                    if disk.turnstiles and self._held_up(kind, flags, cookie, offset, length, None):
+                        pass
+                    elif flags or length > INLINE or not self._read(cookie, offset, length):
                         self._hand_over(kind, flags, cookie, offset, length, None)
                 elif kind == nbd.WRITE:
                     if length > nbd.MAX_REQUEST:  # cannot be skipped at a sane price
@@ -145,14 +171,19 @@ class Connection:
                     flags |= self.implied
                     data = view[taken + head : taken + head + length]
                     taken += head + length
-                    if flags or length > INLINE or not self._write(cookie, offset, data):
+                    if disk.turnstiles and self._held_up(kind, flags, cookie, offset, length, data):
+                        pass
+                    elif flags or length > INLINE or not self._write(cookie, offset, data):
                         self._hand_over(kind, flags, cookie, offset, length, bytearray(data))
                     data.release()
                 elif kind == nbd.DISC:
                     self._flush_out()
+                    self._dismiss(go=True)
                     return
                 else:
                     taken += head
+                    if disk.turnstiles and self._held_up(kind, flags, cookie, offset, length, None):
+                        continue
                     self._hand_over(kind, flags, cookie, offset, length, None)
             if self.filled:
                 self._flush_out()
@@ -201,7 +232,8 @@ class Connection:
             if self.lane.write(data, offset, len(data)) == SLOW:
                 if self.disk.gate.contended or self.disk.may_wait:
                     return False
-                self.disk.pwrite(data, offset)  # allocate now: cheaper than waking a worker
+                # Allocate now: that is cheaper than waking a worker.
+                self.disk.pwrite(data, offset, paid=True)
         except OSError:
             return False  # a worker tries again, and tells the client why it failed
         self._simple(cookie, 0)
@@ -270,20 +302,75 @@ class Connection:
     def _hand_over(
         self, kind: int, flags: int, cookie: int, offset: int, length: int, data: bytearray | None
     ) -> None:
+        weight = self._take_room(kind, length)
+        self._submit(kind, flags, cookie, offset, length, data, weight)
+
+    def _held_up(
+        self, kind: int, flags: int, cookie: int, offset: int, length: int, data: memoryview | None
+    ) -> bool:
+        """Pass the turnstiles. False: it has, or need not; True: it waits, and is seen to."""
+        if kind in (nbd.READ, nbd.CACHE):
+            direction, moved = READ, length
+        elif kind in (nbd.WRITE, nbd.WRITE_ZEROES, nbd.TRIM):
+            direction, moved = WRITE, length if kind == nbd.WRITE else 0
+        else:
+            return False
+        if not length or moved > nbd.MAX_REQUEST or offset + length > self.disk.size:
+            return False  # what is refused is free
+        turnstiles = self.disk.turnstiles
+        while turnstiles and turnstiles[0].admit(direction, moved):
+            turnstiles = turnstiles[1:]
+        if not turnstiles:
+            return False
+        weight = self._take_room(kind, length)
+        kept = bytearray(data) if data is not None else None
+
+        def go(passed: bool) -> None:
+            if passed:
+                self._submit(kind, flags, cookie, offset, length, kept, weight)
+            else:
+                self._finished(weight)
+
+        let_through(turnstiles, direction, moved, go, self)
+        if self.closed:  # sent away meanwhile: nobody may be left behind
+            raise ConnectionError("the export is gone")
+        return True
+
+    def _take_room(self, kind: int, length: int) -> int:
+        """A place among the requests in work; its weight in bytes, for `_finished`."""
         weight = 4096 + (length if kind in (nbd.READ, nbd.WRITE) else 0)
         with self.idle:
             full = not self._room(weight)
         if full:
             self._flush_out()  # the client may wait for these before it sends more
         with self.idle:
-            self.idle.wait_for(lambda: self._room(weight))
+            while not self.idle.wait_for(lambda: self._room(weight), LOOK):
+                if self.closed or (self.disk.turnstiles and self._left()):
+                    raise ConnectionError("the client has left")
             self.pending += 1
             self.held += weight
+        return weight
+
+    def _left(self) -> bool:
+        """Whether the client has hung up, as a reader that does not read cannot notice."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def _submit(
+        self,
+        kind: int,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        data: bytearray | None,
+        weight: int,
+    ) -> None:
         try:
             self.workers.submit(self._work, kind, flags, cookie, offset, length, data, weight)
-        except RuntimeError:
+        except RuntimeError:  # the server is stopping; the reader finds out by itself
             self._finished(weight)
-            raise ConnectionError("the server is stopping") from None
 
     def _room(self, weight: int) -> bool:
         return not self.pending or (self.pending < PENDING and self.held + weight <= BUDGET)
@@ -336,14 +423,15 @@ class Connection:
             return self._read_reply(cookie, offset, length, bool(flags & nbd.CMD_DF))
         if kind == nbd.WRITE:
             assert data is not None
-            disk.pwrite(memoryview(data), offset, fua)
+            disk.pwrite(memoryview(data), offset, fua, paid=True)
         elif kind == nbd.FLUSH:
             disk.flush()
         elif kind == nbd.TRIM:
-            disk.discard(offset, length, fua)
+            disk.discard(offset, length, fua, paid=True)
         elif kind == nbd.WRITE_ZEROES:
             unmap = not flags & nbd.CMD_NO_HOLE
-            disk.zero(offset, length, unmap, fua, fast=bool(flags & nbd.CMD_FAST_ZERO))
+            fast = bool(flags & nbd.CMD_FAST_ZERO)
+            disk.zero(offset, length, unmap, fua, fast, paid=True)
         elif kind == nbd.CACHE:
             self._prefetch(offset, length)
         elif kind == nbd.BLOCK_STATUS:
@@ -382,7 +470,7 @@ class Connection:
     def _read_reply(self, cookie: int, offset: int, length: int, whole: bool) -> list[Buffer]:
         if not self.structured:
             data = memoryview(bytearray(length))
-            self.disk.pread(data, offset)
+            self.disk.pread(data, offset, paid=True)
             return [nbd.SIMPLE.pack(nbd.SIMPLE_MAGIC, 0, cookie), data]
         if length == 0:
             return [nbd.CHUNK.pack(nbd.CHUNK_MAGIC, nbd.CHUNK_DONE, nbd.CHUNK_NONE, cookie, 0)]
@@ -395,7 +483,7 @@ class Connection:
                 out.append(head + offset.to_bytes(8, "big") + n.to_bytes(4, "big"))
             else:
                 data = memoryview(bytearray(n))
-                self.disk.pread(data, offset)
+                self.disk.pread(data, offset, paid=True)
                 out.append(
                     nbd.DATA.pack(nbd.CHUNK_MAGIC, done, nbd.CHUNK_DATA, cookie, n + 8, offset)
                 )
@@ -420,7 +508,7 @@ class Connection:
         """CACHE: have the bytes read ahead; a copy-on-read disk keeps them, too."""
         while length:
             n = min(length, 1 << 20)
-            self.disk.pread(memoryview(bytearray(n)), offset)
+            self.disk.pread(memoryview(bytearray(n)), offset, paid=True)
             offset, length = offset + n, length - n
 
     def _status_reply(self, cookie: int, offset: int, length: int, one: bool) -> list[Buffer]:
