@@ -108,8 +108,8 @@ def places(image: str, suffix: str) -> list[str]:
     return [apart] if elsewhere else [name + suffix, apart]
 
 
-def _place(image: str, suffix: str) -> str:
-    """The one of them that can be written."""
+def place(image: str, suffix: str) -> str:
+    """The one of its `places` that can be written."""
     found = places(image, suffix)
     beside = os.access(os.path.dirname(found[0]), os.W_OK | os.X_OK)
     return found[0] if beside else found[-1]
@@ -124,7 +124,7 @@ def record(moves: list[Move]) -> None:
         _forget_others(m)
     images = [i for m in moves for i in (m.left, m.current)]
     generation = max((s.generation for i in images for s in _steps(i)), default=0) + 1
-    bodies = {_place(m.left, MOVED): _body(m, generation) for m in moves}
+    bodies = {place(m.left, MOVED): _body(m, generation) for m in moves}
     if len(bodies) == 1:
         for path, body in bodies.items():
             _store(path, body)
@@ -153,7 +153,7 @@ def _shorten(m: Move, generation: int) -> None:
     if m.origin and _named(m.origin) not in (_named(m.left), _named(m.current)):
         steps = list(_steps(m.origin))
         if len(steps) > 1 and follow(m.origin).path == _named(m.current):
-            _store(_place(m.origin, MOVED), _body(m, generation), undo=False)
+            _store(place(m.origin, MOVED), _body(m, generation), undo=False)
 
 
 def _forget_others(m: Move) -> None:
@@ -222,7 +222,7 @@ def follow(image: str, format: str | None = None) -> Current:
 
 def committing(image: str, top: str) -> None:
     """From now on `image` is no good without `top` (C2)."""
-    _store(_place(image, COMMITTING), {"top": _named(top), "generation": 1}, undo=False)
+    _store(place(image, COMMITTING), {"top": _named(top), "generation": 1}, undo=False)
 
 
 def committed(image: str) -> None:
@@ -289,7 +289,7 @@ def _store(path: str, body: dict[str, Any], undo: bool = True) -> None:
     Without `undo` it is the old or the new one."""
     folder = os.path.dirname(path)
     if folder == state_folder():
-        _make_folder(folder)
+        make_folder(folder)
     new = f"{path}.{secrets.token_hex(4)}"
     fd = sysio.create(new, os.O_WRONLY | os.O_EXCL | os.O_NOFOLLOW)
     renamed = False
@@ -310,11 +310,11 @@ def _store(path: str, body: dict[str, Any], undo: bool = True) -> None:
         os.close(fd)
 
 
-def _make_folder(folder: str) -> None:
-    """With those above it, each durably in its own."""
+def make_folder(folder: str) -> None:
+    """Make a folder for records, with those above it, each durably in its own."""
     if not os.path.isdir(folder):
         above = os.path.dirname(os.path.abspath(folder))
-        _make_folder(above)
+        make_folder(above)
         os.makedirs(folder, exist_ok=True)
         sysio.flush_directory(above)
 

@@ -1,0 +1,439 @@
+"""The bitmap file: bits about an image, in a file beside it (`docs/bitmaps.md` has each field).
+
+An image whose format has no room for bitmaps has them in `IMAGE.bitmaps`; every image has them
+there while it is written, because a file of our own can be marked in place, a few sectors and one
+fdatasync at a time. A raw image that is still being filled from another one has `IMAGE.filling`,
+in the same format: which of its granules it holds already.
+
+There is one way to make or replace the file, `write`: a new file, flushed, renamed into place, the
+folder flushed; whoever crashes finds the old or the new one. And one way to change it, `Marks`: the
+sectors of some bits are written in place. Sectors do not tear, so a crash leaves each of them as
+it was before or after; that is all right for bits whose meaning is "perhaps".
+
+The checksums of the bits count in a file *at rest* only. One *in use* has bits that somebody was
+setting, and that may say more than they have to, never less. One that is *void* does not count at
+all: it was about to be removed.
+
+Nothing that a file says is believed before it is checked, and no more is allocated than `MAX_BITS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import struct
+import threading
+import zlib
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from bitarray import bitarray
+
+from cowferry.block import moves, sysio
+from cowferry.errors import ImageError
+
+MAGIC = b"CFBITMAP"
+VERSION = 1
+SECTOR = 512
+UNIT = 8 * SECTOR  # bits in a sector
+ALIGN = 4096  # of each bitmap's bits in the file
+MAX_BITMAPS = 65535
+MAX_NAME = 1023  # bytes
+MAX_BACKING = 4095  # bytes
+MAX_DIRECTORY = 8 << 20
+MAX_BITS = 512 << 20  # bytes of bits in one file
+MIN_GRANULARITY, MAX_GRANULARITY = 512, 1 << 31
+
+AT_REST, IN_USE, VOID = 0, 1, 2  # what state a file is in
+KINDS = ("dirty", "allocated")
+RECORDING, GUARDED, INCONSISTENT = 1, 2, 4  # flags of a bitmap
+NO_SIZE = (1 << 64) - 1
+
+# magic, version, header length, incompatible, compatible; state, bitmaps, generation, token;
+# size, next size, inode, mtime_ns, region; directory: offset, length, crc32; backing name, format
+HEADER = struct.Struct("<8sIIQQ IIQ16s QQQqQ QII HH4x")
+CHECKSUM = struct.Struct("<I")  # of all bytes of the sector before it, in its last four bytes
+# offset and length of the bits, their crc32, kind, granularity, flags, bytes of the name
+ENTRY = struct.Struct("<QQIIIIH6x")
+
+
+class Stamp(NamedTuple):
+    """What ties a file to an image: the image's inode and time of change, 0 for a device."""
+
+    inode: int = 0
+    mtime_ns: int = 0
+
+
+NO_STAMP = Stamp()
+
+
+@dataclass
+class Entry:
+    """One bitmap. `granularity` in bytes; one bit for each granule, little-endian.
+
+    `recording`: it follows writes; `guarded`: regions are marked before a write, although writes
+    are not recorded; `inconsistent`: it was not kept for a while and may be removed, no more."""
+
+    name: str
+    kind: str  # one of KINDS
+    granularity: int
+    bits: bitarray
+    recording: bool = True
+    guarded: bool = False
+    inconsistent: bool = False
+
+
+@dataclass
+class Contents:
+    """What a file says. `size` is the image's, in bytes; the bits are for the larger of it and
+    `next_size`, which an image has instead that was about to be resized.
+
+    `backing` is the name and format of the image that has the granules without a bit, if this is
+    `IMAGE.filling`."""
+
+    size: int
+    generation: int = 1
+    token: bytes = bytes(16)
+    in_use: bool = False
+    stamp: Stamp = NO_STAMP
+    region: int = 0  # bytes that are marked together, 0 if nothing is
+    backing: tuple[str, str] | None = None
+    entries: list[Entry] = field(default_factory=list)
+    next_size: int | None = None
+
+    def bits(self, granularity: int) -> int:
+        """How many a bitmap of this image has."""
+        return -(-max(self.size, self.next_size or 0) // granularity)
+
+
+class Damaged(ImageError):
+    """A file that cannot be used. `names` are those of its bitmaps, as far as they can be told."""
+
+    def __init__(self, path: str, what: str, names: list[tuple[str, int]] | None = None) -> None:
+        super().__init__(
+            f"'{path}': the bitmap file is {what}",
+            "the image is intact; its bitmaps are not: remove them, and make a full backup",
+        )
+        self.what = what
+        self.names = names or []  # (name, granularity)
+
+
+class Unknown(ImageError):
+    """A sound file of a version or with a feature that we do not know."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(
+            f"'{path}': the bitmap file has {what}, which this version of cowferry does not know",
+            "use the version that made it; or remove the file, and the bitmaps in it, to go on "
+            "without",
+        )
+
+
+def read(path: str) -> Contents | None:
+    """What the file says; None if it is void.
+
+    Raises `Damaged` (an `ImageError`; cut short, damaged, absurd), `Unknown` (an `ImageError`),
+    `OSError` if it cannot be read, FileNotFoundError if it is not there."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode):
+            raise Damaged(path, "no file")
+        return _read(path, fd, st.st_size)
+    finally:
+        os.close(fd)
+
+
+def _read(path: str, fd: int, length: int) -> Contents | None:
+    sector = os.pread(fd, SECTOR, 0)
+    if len(sector) < SECTOR:
+        raise Damaged(path, f"cut short: {length} bytes")
+    (magic, version, header_length, incompatible, _, state, count, generation, token,
+     size, next_size, inode, mtime_ns, region,
+     at, directory_length, directory_crc, name_length, format_length,
+     ) = HEADER.unpack_from(sector)  # fmt: skip
+    if magic != MAGIC:
+        raise Damaged(path, "none: it does not begin like one")
+    if zlib.crc32(sector[:-4]) != CHECKSUM.unpack_from(sector, SECTOR - 4)[0]:
+        raise Damaged(path, "damaged: its header's checksum is wrong")
+    if version != VERSION:
+        raise Unknown(path, f"version {version}")
+    if incompatible:
+        raise Unknown(path, f"features {incompatible:#x}")
+    if state == VOID:
+        return None
+    if header_length < HEADER.size or header_length > SECTOR - 4:
+        raise Damaged(path, f"damaged: a header of {header_length} bytes")
+    if state not in (AT_REST, IN_USE):
+        raise Damaged(path, f"damaged: there is no state {state}")
+    if size >> 63 or (next_size != NO_SIZE and next_size >> 63):
+        raise Damaged(path, "damaged: no image has its size")
+    if count > MAX_BITMAPS or directory_length > MAX_DIRECTORY or at < SECTOR:
+        raise Damaged(path, f"damaged: {count} bitmaps, {directory_length} bytes about them")
+    if at + directory_length > length:
+        raise Damaged(path, f"cut short: {length} bytes, its directory ends later")
+    directory = os.pread(fd, directory_length, at)
+    if len(directory) < directory_length or zlib.crc32(directory) != directory_crc:
+        raise Damaged(path, "damaged: its directory's checksum is wrong")
+    contents = Contents(
+        size=size,
+        generation=generation,
+        token=token,
+        in_use=state == IN_USE,
+        stamp=Stamp(inode, mtime_ns),
+        region=region,
+        next_size=None if next_size == NO_SIZE else next_size,
+    )
+    try:
+        if name_length:
+            name = directory[:name_length].decode()
+            contents.backing = name, directory[name_length:][:format_length].decode()
+        places = _entries(contents, directory, name_length + format_length, count)
+    except (ValueError, struct.error) as error:
+        raise Damaged(path, f"damaged: {error}") from None
+    names = [(e.name, e.granularity) for e, *_ in places]
+    if any(n and offset + n > length for _, offset, n, _ in places):
+        raise Damaged(path, f"cut short: {length} bytes, its bits end later", names)
+    for e, offset, n, crc in places:
+        bits = os.pread(fd, n, offset)
+        if len(bits) < n:
+            raise Damaged(path, "cut short while it was read", names)
+        if not contents.in_use and zlib.crc32(bits) != crc:
+            raise Damaged(path, f"damaged: the checksum of bitmap '{e.name}' is wrong", names)
+        e.bits.frombytes(bits)
+        del e.bits[contents.bits(e.granularity) :]
+        contents.entries.append(e)
+    return contents
+
+
+def _entries(
+    contents: Contents, directory: bytes, at: int, count: int
+) -> list[tuple[Entry, int, int, int]]:
+    """(bitmap without its bits, their offset, length and checksum). Raises `ValueError`."""
+    places = []
+    total = 0
+    seen: set[str] = set()
+    for _ in range(count):
+        at = -(-at // 8) * 8
+        offset, n, crc, kind, granularity, flags, length = ENTRY.unpack_from(directory, at)
+        at += ENTRY.size
+        name = directory[at : at + length].decode()
+        at += length
+        if at > len(directory) or not 0 < length <= MAX_NAME or name in seen:
+            raise ValueError("the name of a bitmap is wrong")
+        seen.add(name)
+        if kind >= len(KINDS):
+            raise ValueError(f"bitmap '{name}' is of no known kind")
+        if granularity & granularity - 1 or not (MIN_GRANULARITY <= granularity <= MAX_GRANULARITY):
+            raise ValueError(f"bitmap '{name}' has granules of {granularity} bytes")
+        total += n
+        if n != -(-contents.bits(granularity) // 8) or total > MAX_BITS:
+            raise ValueError(f"bitmap '{name}' has {n} bytes of bits")
+        if offset < SECTOR or offset % ALIGN:
+            raise ValueError(f"bitmap '{name}' has its bits at {offset}")
+        entry = Entry(
+            name,
+            KINDS[kind],
+            granularity,
+            bitarray(endian="little"),
+            recording=bool(flags & RECORDING),
+            guarded=bool(flags & GUARDED),
+            inconsistent=bool(flags & INCONSISTENT),
+        )
+        places.append((entry, offset, n, crc))
+    return places
+
+
+def write(path: str, contents: Contents) -> None:
+    """Make or replace the file, durably. On an error the old or the new one is there.
+
+    One caller at a time for each path. Raises `OSError`, and `ImageError` for bitmaps that are too
+    many or too large."""
+    Marks(path, contents).close()
+
+
+class Marks:
+    """A file that was just written and is open, to be marked in place.
+
+    The bits of `contents` are the picture in memory of what the file holds, and changed by us
+    alone. Thread-safe: `set` and `replace` may come while a `flush` runs."""
+
+    def __init__(self, path: str, contents: Contents) -> None:
+        """`write`, and keep it open. Raises as that does."""
+        self.path = path
+        self.contents = contents
+        sector, directory, places = _layout(path, contents)
+        self._offsets = {id(e): offset for e, offset in zip(contents.entries, places, strict=True)}
+        # Duty: what is written of a sector is the picture, and no older one is written after it.
+        self._writing = threading.Lock()
+        self._grouped = threading.Condition(threading.Lock())  # guards the next four
+        self._started = 0  # fdatasyncs begun
+        self._finished = 0
+        self._running = False
+        self._failed: OSError | None = None  # what one fdatasync did not do, no later one does
+        self._sector = sector
+        folder = os.path.dirname(os.path.abspath(path))
+        if folder == moves.state_folder():
+            moves.make_folder(folder)
+        new = f"{path}.new"
+        with contextlib.suppress(FileNotFoundError):
+            sysio.unlink(new)  # of somebody who crashed
+        self._fd = sysio.create(new, os.O_RDWR | os.O_EXCL | os.O_NOFOLLOW)
+        renamed = False
+        try:
+            sysio.pwrite(self._fd, directory, SECTOR)
+            for (
+                e
+            ) in contents.entries:  # with the rest of the last sector: marking lets nothing grow
+                self._put(e, 0, len(e.bits))
+            sysio.pwrite(self._fd, sector, 0)
+            sysio.fdatasync(self._fd)
+            sysio.rename(new, path)
+            renamed = True
+            sysio.flush_directory(folder)
+        except BaseException:
+            os.close(self._fd)
+            self._fd = -1
+            if not renamed:
+                with contextlib.suppress(OSError):
+                    sysio.unlink(new)
+            raise
+
+    def set(self, entry: Entry, first: int, stop: int) -> None:
+        """Set the bits, in the picture and in the file; durable after `flush`."""
+        with self._writing:
+            stop = min(stop, len(entry.bits))
+            if first < stop and entry.bits.find(0, first, stop) >= 0:
+                entry.bits[first:stop] = True
+                self._put(entry, first, stop)
+
+    def replace(self, entry: Entry, bits: bitarray) -> None:
+        """These bits instead, in the picture and in the file; durable after `flush`.
+
+        Until then any sector may be found as it was. Bits that are missing are clear."""
+        with self._writing:
+            new = bits[: len(entry.bits)]
+            new.extend(bitarray(len(entry.bits) - len(new), endian="little"))
+            if len(bits) < len(new):
+                new[len(bits) :] = False
+            changed = entry.bits ^ new
+            entry.bits[:] = new
+            at = changed.find(1)
+            while at >= 0:  # sectors that lie together are written at once
+                first = at // UNIT
+                stop = first + 1
+                while changed.find(1, stop * UNIT, (stop + 1) * UNIT) >= 0:
+                    stop += 1
+                self._put(entry, first * UNIT, min(stop * UNIT, len(new)))
+                at = changed.find(1, stop * UNIT)
+
+    def _put(self, entry: Entry, first: int, stop: int) -> None:
+        """Write the sectors that hold these bits, as they are in the picture."""
+        a, b = first // UNIT, -(-stop // UNIT)
+        step = (1 << 20) // SECTOR
+        for at in range(a, b, step):
+            part = entry.bits[at * UNIT : min(at + step, b) * UNIT].tobytes()
+            part = part.ljust(-(-len(part) // SECTOR) * SECTOR, b"\0")
+            sysio.pwrite(self._fd, part, self._offsets[id(entry)] + at * SECTOR)
+
+    def flush(self) -> None:
+        """All that was set before the call is durable on return; those who wait together wait for
+        one fdatasync. Raises `OSError`, and goes on doing so once it has: write a new file then."""
+        with self._grouped:
+            mine = self._started + 1  # the next one to start covers us
+            while self._failed is None and self._finished < mine:
+                if self._running:
+                    self._grouped.wait()
+                    continue
+                self._running = True
+                self._started += 1
+                number = self._started
+                self._grouped.release()
+                failure: OSError | None = None
+                try:
+                    sysio.fdatasync(self._fd)
+                except OSError as error:
+                    failure = error
+                finally:
+                    self._grouped.acquire()
+                    self._running = False
+                    self._finished = number
+                    self._failed = self._failed or failure
+                    self._grouped.notify_all()
+            if self._failed is not None:
+                raise OSError(
+                    self._failed.errno,
+                    f"the bitmap file '{self.path}' cannot be flushed: {self._failed.strerror}",
+                )
+
+    def void(self) -> None:
+        """Durably: nothing in this file counts any more, wherever its name may still be found."""
+        sector = bytearray(self._sector)
+        head = list(HEADER.unpack_from(sector))
+        head[5] = VOID
+        sysio.pwrite(self._fd, _sealed(HEADER.pack(*head)), 0)
+        self.flush()
+
+    def close(self) -> None:
+        """Let the file go. Idempotent; does not flush."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def remove(path: str) -> None:
+    """Durably remove the file, if it is there. Raises `OSError`."""
+    for name in (path, f"{path}.new"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            sysio.unlink(name)
+            sysio.flush_directory(os.path.dirname(os.path.abspath(path)))
+
+
+def _sealed(header: bytes) -> bytes:
+    """The header's sector with its checksum."""
+    sector = header.ljust(SECTOR - 4, b"\0")
+    return sector + CHECKSUM.pack(zlib.crc32(sector))
+
+
+def _layout(path: str, contents: Contents) -> tuple[bytes, bytes, list[int]]:
+    """The header's sector, the directory, and where each bitmap's bits go. Raises `ImageError`."""
+    name, format = (text.encode() for text in contents.backing or ("", ""))
+    if len(name) > MAX_BACKING or len(format) > MAX_BACKING:
+        raise ImageError(
+            f"'{path}': the name of the backing file is longer than {MAX_BACKING} bytes"
+        )
+    names = [e.name.encode() for e in contents.entries]
+    length = -(-(len(name) + len(format)) // 8) * 8
+    length += sum(ENTRY.size + -(-len(n) // 8) * 8 for n in names)
+    total = sum(-(-contents.bits(e.granularity) // 8) for e in contents.entries)
+    if len(names) > MAX_BITMAPS or length > MAX_DIRECTORY or total > MAX_BITS:
+        raise ImageError(
+            f"'{path}': {len(names)} bitmaps with {total >> 20} MiB of bits are too many",
+            f"a bitmap file holds {MAX_BITS >> 20} MiB; use larger granules",
+        )
+    directory = bytearray(name + format)
+    at = -(-(SECTOR + length) // ALIGN) * ALIGN
+    places = []
+    for e, text in zip(contents.entries, names, strict=True):
+        if not 0 < len(text) <= MAX_NAME:
+            raise ImageError(f"a bitmap's name has 1 to {MAX_NAME} bytes, not {len(text)}")
+        bits = contents.bits(e.granularity)
+        assert len(e.bits) == bits, f"bitmap '{e.name}' has {len(e.bits)} bits, not {bits}"
+        flags = RECORDING * e.recording | GUARDED * e.guarded | INCONSISTENT * e.inconsistent
+        data = e.bits.tobytes()
+        directory.extend(bytes(-len(directory) % 8))
+        directory += ENTRY.pack(
+            at, len(data), zlib.crc32(data), KINDS.index(e.kind), e.granularity, flags, len(text)
+        )
+        directory += text
+        places.append(at)
+        at += -(-len(data) // ALIGN) * ALIGN
+    header = HEADER.pack(
+        MAGIC, VERSION, HEADER.size, 0, 0,
+        IN_USE if contents.in_use else AT_REST, len(names), contents.generation, contents.token,
+        contents.size, NO_SIZE if contents.next_size is None else contents.next_size,
+        *contents.stamp, contents.region,
+        SECTOR, len(directory), zlib.crc32(directory), len(name), len(format),
+    )  # fmt: skip
+    return _sealed(header), bytes(directory), places
