@@ -53,7 +53,7 @@ class Throttle:
     """A job's bytes per second; 0 is unlimited. One thread charges; any may change `speed`.
 
     A job asks after it has moved bytes, not before. What is owed is owed at the speed at which it
-    was moved: a new speed begins with nothing owed."""
+    was moved: a new speed begins with nothing owed, and no credit."""
 
     def __init__(
         self, speed: int = 0, clock: Clock = time.monotonic, most: float = math.inf
@@ -71,6 +71,7 @@ class Throttle:
             return 0.0
         if bucket.rate != speed:
             bucket = self._bucket = Bucket(speed, SLICE * speed)
+            bucket.level, self._last = bucket.size, now
         bucket.leak(now - self._last)
         self._last = now
         bucket.level = min(bucket.level + length, bucket.size + self._most * speed)
