@@ -22,12 +22,16 @@ import msgspec
 from cowferry.block.node import Node
 from cowferry.errors import CowferryError, ImageError
 
-MODULES = {"file": "file", "host_device": "file", "raw": "raw", "qcow2": "qcow2"}
+MODULES = {"file": "file", "host_device": "file", "raw": "raw", "qcow2": "qcow2", "qed": "qed"}
+
+#: Formats of images that have a backing file.
+OVERLAYS = ("qcow2", "qed")
 
 #: File name extensions that say what format a file has. Content never says it.
 EXTENSIONS = {
     ".qcow2": "qcow2",
     ".qcow": "qcow2",
+    ".qed": "qed",
     ".raw": "raw",
     ".iso": "raw",
     ".bin": "raw",
@@ -47,6 +51,7 @@ class Common(msgspec.Struct, kw_only=True, rename="kebab"):
     detect_zeroes: str = "off"
     force_share: bool = False
     cache: dict[str, bool] | None = None
+    repair: bool = False  # to be mended: damage is no reason to refuse it
 
 
 class Driver(Protocol):
@@ -102,7 +107,7 @@ def format_of(path: str) -> str:
     """The format that a file's name says, "raw" if it says none or is a block device.
 
     The content is looked at only to *refuse*: a file whose name says raw (or nothing) but
-    which begins like a qcow2 image needs an explicit format, for a guest could have written
+    which begins like another image needs an explicit format, for a guest could have written
     that header. Raises `ImageError` then."""
     found = EXTENSIONS.get(os.path.splitext(path)[1].lower())
     if found is not None:
@@ -115,7 +120,7 @@ def format_of(path: str) -> str:
     if magic in (b"QFI\xfb", b"QED\0"):
         raise ImageError(
             f"'{path}': its name does not say its format",
-            "give the format explicitly (-f qcow2, or -f raw if a guest wrote that header); "
+            "give the format explicitly (-f qcow2 or qed, or -f raw if a guest wrote that header); "
             "formats are never guessed from the content",
         )
     return "raw"

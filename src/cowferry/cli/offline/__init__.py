@@ -25,13 +25,15 @@ def image(
     backing: bool = True,
     force_share: bool = False,
     image_opts: bool = False,
+    repair: bool = False,
 ) -> Iterator[Node]:
     """The node that an image argument names, closed at the end. Raises `CowferryError`."""
     if image_opts:
         if format is not None:
             raise CowferryError("--image-opts and --format are mutually exclusive")
         options = parse_option(name, "driver")
-        options = {"read-only": read_only, "force-share": force_share, **options}
+        given = {"read-only": read_only, "force-share": force_share, "repair": repair}
+        options = {**given, **options}
         node = opening.open_node(options)
     else:
         if not os.path.exists(name):
@@ -42,6 +44,7 @@ def image(
             read_only=read_only,
             backing=backing,
             force_share=force_share,
+            repair=repair,
         )
     try:
         yield node

@@ -28,7 +28,7 @@ def check_command(
     """Check FILENAME. Exit code: 0 clean, 1 could not check, 2 corrupt, 3 leaks, 63 no checker."""
     with image(
         filename, format, read_only=repair is None, backing=False, force_share=force_share,
-        image_opts=image_opts,
+        image_opts=image_opts, repair=repair is not None,
     ) as node:  # fmt: skip
         checker = getattr(node, "check", None)
         if checker is None:

@@ -10,42 +10,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2 import snapshots
 from cowferry.drivers.qcow2.clusters import ALL, COMPRESSED, COPIED, ZERO_FLAG
 from cowferry.drivers.qcow2.refcounts import OFFSET, big_endian
+from cowferry.drivers.result import Result
 
 if TYPE_CHECKING:
     from cowferry.drivers.qcow2.image import Qcow2
-
-
-@dataclass
-class Result:
-    """What qemu-img's check counts; `image_end_offset` in bytes."""
-
-    corruptions: int = 0
-    leaks: int = 0
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
-    check_errors: int = 0
-    total_clusters: int = 0
-    allocated_clusters: int = 0
-    compressed_clusters: int = 0
-    fragmented_clusters: int = 0
-    image_end_offset: int = 0
-    messages: tuple[str, ...] = ()
-
-    @property
-    def exit_code(self) -> int:
-        """qemu-img's: 0 clean, 1 the check failed, 2 corrupt, 3 leaks."""
-        if self.check_errors:
-            return 1
-        if self.corruptions:
-            return 2
-        return 3 if self.leaks else 0
 
 
 class Counter:

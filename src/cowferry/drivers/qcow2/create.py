@@ -15,25 +15,16 @@ from typing import Any
 from cowferry.block import sysio
 from cowferry.block.node import Extent, State
 from cowferry.drivers import driver
+from cowferry.drivers.options import number
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2.refcounts import CODES, swapped
 from cowferry.errors import CowferryError, ImageError, NotSupported
 
-SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40}
 KNOWN = {
     "compat", "cluster_size", "refcount_bits", "lazy_refcounts", "preallocation",
     "backing_file", "backing_fmt", "extended_l2", "compression_type", "data_file",
     "data_file_raw", "encryption", "encrypt.format", "size",
 }  # fmt: skip
-
-
-def _number(options: Mapping[str, Any], key: str, default: int) -> int:
-    value = str(options.get(key, default)).strip().lower().removesuffix("b")
-    shift = SUFFIXES.get(value[-1:], 0)
-    try:
-        return int(value[:-1] if shift else value) << shift
-    except ValueError:
-        raise CowferryError(f"Parameter '{key}' expects a size, not '{options[key]}'") from None
 
 
 def _flag(options: Mapping[str, Any], key: str) -> bool:
@@ -59,10 +50,10 @@ def plan(path: str, size: int, options: Mapping[str, Any]) -> headers.Header:
     versions = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
     if compat not in versions:
         raise CowferryError(f"Parameter 'compat' does not accept value '{compat}'")
-    cluster = _number(options, "cluster_size", 64 << 10)
+    cluster = number(options, "cluster_size", 64 << 10)
     if cluster & (cluster - 1) or not 512 <= cluster <= 2 << 20:
         raise CowferryError("Cluster size must be a power of two between 512 and 2048k")
-    width = _number(options, "refcount_bits", 16)
+    width = number(options, "refcount_bits", 16)
     if width & (width - 1) or not 1 <= width <= 64:
         raise CowferryError("Refcount width must be a power of two and may not exceed 64 bits")
     h = headers.Header(version=versions[compat], cluster_bits=cluster.bit_length() - 1, size=size)

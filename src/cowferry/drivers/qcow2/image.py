@@ -115,7 +115,7 @@ class Qcow2(Node):
             raise ImageError(
                 f"'{file.filename}': 'data-file' can only be set for an image with one"
             )
-        if not read_only and header.incompatible & headers.CORRUPT:
+        if not (read_only or options.repair) and header.incompatible & headers.CORRUPT:
             raise ImageError(
                 f"'{file.filename}' is marked corrupt; it cannot be opened for writing",
                 "it can still be read; repair it with: cowferry check -r all",

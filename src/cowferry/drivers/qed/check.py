@@ -1,0 +1,196 @@
+"""Checking an image: each cluster belongs to one owner at most, and lies in the file.
+
+An entry that points nowhere, or to what has an owner already, is a *corruption*. A cluster without
+an owner is a *leak*: room lost, nothing worse.
+
+What can be mended: `crash` drops entries that point beyond the end of the file, which is what a
+writer leaves that crashed before the file had grown (it had promised nothing yet); `all` drops
+those that can be no place at all, too. Where two entries point to one cluster nobody can tell whose
+it is: that stays, and whoever reads it gets what is there. Leaks at the end of the file are cut
+off; others stay, for the format has no list of free room.
+
+Tables may be large and files sparse, so only what is no hole is read. Source: the specification,
+section Consistency checking.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from bitarray import bitarray
+from bitarray.util import zeros
+
+from cowferry.block.node import State
+from cowferry.drivers.qed.tables import HOLE, PAGE, ZERO, Tables, entries_of
+from cowferry.drivers.result import Result
+from cowferry.errors import ImageError
+
+if TYPE_CHECKING:
+    from cowferry.drivers.qed.image import Qed
+
+MOST_CLUSTERS = 1 << 30  # of a file that can be checked
+MOST_MESSAGES = 100
+
+
+class Wrong(NamedTuple):
+    """An entry that can be dropped."""
+
+    root: bool  # of the L1 table; else of an L2 table
+    number: int  # its index; else the guest cluster
+    beyond: bool  # points beyond the end of the file
+
+
+class Walk:
+    """One look at all tables as they are in the file."""
+
+    def __init__(self, image: Qed) -> None:
+        self.image = image
+        self.bits = image.header.bits
+        self.clusters = image.whole >> self.bits
+        if self.clusters > MOST_CLUSTERS:
+            raise ImageError(
+                f"'{image.filename}': a file of {image.whole} bytes is too large to be checked",
+                f"it may have {MOST_CLUSTERS} clusters; nothing was changed",
+            )
+        self.used: bitarray = zeros(self.clusters)
+        self.wrong: list[Wrong] = []
+        self.messages: list[str] = []
+        self.result = Result(total_clusters=-(-image.size >> self.bits))
+        self._last = -1  # host offset of the data cluster before
+        self._own(0, image.header.header_bytes)
+        self._own(image.header.l1_offset, image.header.table_bytes)
+        tables = image.tables.l1
+        sound = [index for index, offset in enumerate(tables) if offset and self._table(index)]
+        for index in sound:
+            for first, entries in self._entries(tables[index]):
+                self._data(index * image.header.entries + first, entries)
+        self.result.leaks = self.clusters - self.used.count()
+        self.result.messages = tuple(self.messages)
+
+    def _own(self, host: int, length: int) -> bool:
+        """The clusters have an owner now. False if one of them had before."""
+        part = slice(host >> self.bits, (host + length) >> self.bits)
+        free = not self.used[part].any()
+        if free:
+            self.used[part] = 1
+        return free
+
+    def _bad(self, text: str) -> None:
+        self.result.corruptions += 1
+        if len(self.messages) < MOST_MESSAGES:
+            self.messages.append(f"ERROR {text}")
+
+    def _drop(self, root: bool, number: int, host: int, length: int) -> None:
+        image = self.image
+        beyond = (
+            not host % image.cluster_size
+            and host >= image.header.header_bytes
+            and host + length > image.whole
+        )
+        self.wrong.append(Wrong(root, number, beyond))
+
+    def _table(self, index: int) -> bool:
+        """Whether an L2 table lies where one can, and nowhere else."""
+        image, offset = self.image, self.image.tables.l1[index]
+        length = image.header.table_bytes
+        if not image.holds(offset, length):
+            self._bad(f"L2 table {index} has the invalid offset {offset:#x}")
+            self._drop(True, index, offset, length)
+        elif not self._own(offset, length):
+            self._bad(f"L2 table {index} at {offset:#x} lies over another table")
+        else:
+            return True
+        return False
+
+    def _entries(self, offset: int) -> Iterator[tuple[int, array[int]]]:
+        """(first slot, entries) of those parts of a table that are no holes in the file."""
+        at = offset
+        for e in self.image.file.extents(offset, self.image.header.table_bytes):
+            for piece in range(at, at + e.length, PAGE) if e.state is State.DATA else ():
+                data = bytearray(min(PAGE, at + e.length - piece))
+                self.image.file.pread(memoryview(data), piece)
+                if any(data):
+                    yield (piece - offset) // 8, entries_of(data)
+            at += e.length
+
+    def _data(self, cluster: int, entries: array[int]) -> None:
+        size, count = 1 << self.bits, len(entries)
+        slot = 0
+        while slot < count:
+            host, run = entries[slot], 1
+            if host in (HOLE, ZERO):
+                slot += 1
+                continue
+            while slot + run < count and entries[slot + run] == host + run * size:
+                run += 1
+            if self.image.holds(host, run * size) and self._own(host, run * size):
+                self._count(host, run)
+            else:
+                for n in range(run):
+                    self._one(cluster + slot + n, host + n * size)
+            slot += run
+
+    def _one(self, cluster: int, host: int) -> None:
+        where = f"the cluster at guest offset {cluster << self.bits}"
+        if not self.image.holds(host, 1 << self.bits):
+            self._bad(f"{where} has the invalid offset {host:#x}")
+            self._drop(False, cluster, host, 1 << self.bits)
+        elif not self._own(host, 1 << self.bits):
+            self._bad(f"{where} lies at {host:#x}, where something else lies, too")
+        else:
+            self._count(host, 1)
+
+    def _count(self, host: int, clusters: int) -> None:
+        self.result.allocated_clusters += clusters
+        if self._last >= 0 and host != self._last + (1 << self.bits):
+            self.result.fragmented_clusters += 1
+        self._last = host + (clusters - 1 << self.bits)
+
+
+def check(image: Qed, fix: Literal["crash", "leaks", "all"] | None = None) -> Result:
+    """Check, and mend if asked and open for writing. Not while anybody writes.
+
+    An image without corruptions is marked clean if it was to be mended. Raises `OSError` if it
+    cannot be read, `ImageError` if it is too large."""
+    if not image.read_only:
+        image.flush()
+    walk = Walk(image)
+    result = walk.result
+    if fix is None:
+        return result
+    drop = [w for w in walk.wrong if fix == "all" or (fix == "crash" and w.beyond)]
+    if drop:
+        _drop(image, drop)
+        walk = Walk(image)
+        result.corruptions_fixed = result.corruptions - walk.result.corruptions
+        result.corruptions, result.leaks = walk.result.corruptions, walk.result.leaks
+        if walk.messages:
+            result.messages = walk.result.messages
+    image.broken = bool(result.corruptions)
+    if not image.broken:
+        end = walk.used.find(1, right=True) + 1
+        result.leaks_fixed = walk.clusters - end
+        result.leaks -= result.leaks_fixed
+        with image.meta:
+            if end << walk.bits < image.file.size:
+                image.cut_off(end << walk.bits)
+        image.mark_clean()
+    return result
+
+
+def _drop(image: Qed, drop: list[Wrong]) -> None:
+    """The clusters are not allocated, durably."""
+    with image.meta:
+        tables = image.tables
+        for w in drop:
+            if w.root:
+                tables.l1[w.number] = 0
+                tables.l1_dirty.add(w.number)
+            else:
+                tables.fill(w.number, 1, HOLE)
+                image._bound_dirty()
+    image.flush()
+    with image.meta:
+        image.tables = Tables(image)
