@@ -13,10 +13,11 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from cowferry.block.disk import Disk
+from cowferry.block.limits import Group
 from cowferry.block.node import Node, chain
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound, ImageError
@@ -47,6 +48,7 @@ class Graph:
         self.claims: dict[int, Held] = {}  # by id(node)
         self.locks: dict[int, str] = {}  # id(disk) -> why an administrator locked it
         self.users: dict[int, list[bool]] = {}  # id(disk) -> of each export, whether it writes
+        self.groups: dict[str, Group] = {}  # of limits, by name
         self._number = 100
 
     # Nodes -------------------------------------------------------------------------------
@@ -87,6 +89,7 @@ class Graph:
         """Open under `lock`: two opens at once could take one name."""
         self._check_names(options, set())
         self._check_references(options)
+        self._check_groups(options)
         made: list[Node] = []
         node = opening.open_node(options, self.node, lambda n, given: made.append(n))
         for n in made:
@@ -143,6 +146,18 @@ class Graph:
                     "what lies below another node must not change",
                 )
 
+    def _check_groups(self, options: Mapping[str, Any]) -> None:
+        group = options.get("throttle-group")
+        if isinstance(group, str) and group not in self.groups:
+            raise CowferryError(
+                f"Throttle group '{group}' does not exist",
+                "make it first: object-add qom-type=throttle-group",
+            )
+        for key in ("file", "backing", "data-file"):
+            child = options.get(key)
+            if isinstance(child, Mapping):
+                self._check_groups(child)
+
     def _generated(self) -> str:
         self._number += 1
         return f"#block{self._number}"
@@ -184,8 +199,8 @@ class Graph:
             below = node.backing
             self.nodes.pop(node.name, None)
             self.bare.pop(node.name, None)
-            for key, child in children(node):
-                if key != "backing" and child.name not in self.explicit:
+            for child in _parts(node):
+                if child.name not in self.explicit:
                     self.nodes.pop(child.name, None)
             try:
                 node.close()
@@ -212,8 +227,15 @@ class Graph:
             if name in self.disks or name in self.nodes:
                 raise CowferryError(f"there is a disk or node named '{name}' already")
             root = self._open(options)
-            disk = self.disks[name] = Disk(root, name, copy_on_read)
+            disk = self.disks[name] = self._disk(root, name, copy_on_read)
             return disk
+
+    def _disk(self, root: Node, name: str, copy_on_read: bool = False) -> Disk:
+        """A new disk, which keeps to the limits of a throttle node from the beginning."""
+        disk = Disk(root, name, copy_on_read)
+        if root.throttle_group:
+            disk.limit(self.groups[root.throttle_group])
+        return disk
 
     def remove_disk(self, name: str) -> None:
         """Forget a named disk; its node is closed unless somebody else uses it.
@@ -250,7 +272,7 @@ class Graph:
             for disk in (*self.disks.values(), *self.bare.values()):
                 if disk.root is node:
                     return disk
-            disk = self.bare[node.name] = Disk(node, node.name)
+            disk = self.bare[node.name] = self._disk(node, node.name)
             return disk
 
     def names(self) -> list[str]:
@@ -484,6 +506,14 @@ def children(node: Node) -> list[tuple[str, Node]]:
     if node.backing is not None:
         out.append(("backing", node.backing))
     return out
+
+
+def _parts(node: Node) -> Iterator[Node]:
+    """What a node is made of, down to the protocol: all below it but its backing."""
+    for role, child in children(node):
+        if role != "backing":
+            yield child
+            yield from _parts(child)
 
 
 def parents_first(nodes: list[Node]) -> list[Node]:

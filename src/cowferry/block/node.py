@@ -77,6 +77,8 @@ class Node:
     backing_refused: bool = False  # opened with "backing": null
     #: The protocol node that holds this format's bytes, if it is a format.
     file: Node | None = None
+    filter: ClassVar[str] = ""  # the driver's name, if `driver` is that of the node below
+    throttle_group: str = ""  # whose limits hold for a disk over this node
     lent: frozenset[str] = frozenset()  # roles of children added by name, which outlive this node
     #: Whether the format has room for dirty bitmaps of its own (`read_bitmaps`, `write_bitmaps`).
     stores_bitmaps: bool = False

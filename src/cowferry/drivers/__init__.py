@@ -23,6 +23,7 @@ from cowferry.block.node import Node
 from cowferry.errors import CowferryError, ImageError
 
 MODULES = {"file": "file", "host_device": "file", "raw": "raw", "qcow2": "qcow2", "qed": "qed"}
+MODULES["throttle"] = "throttle"
 
 #: Formats of images that have a backing file.
 OVERLAYS = ("qcow2", "qed")

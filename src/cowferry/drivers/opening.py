@@ -242,6 +242,8 @@ def _open(
             children[key] = _open({**inherited, **child}, lookup, made, opened)
         else:
             raise CowferryError(f"Invalid parameter type for '{key}', expected: object or string")
+    for key, child in children.items():
+        _check_limits(child, name, key)
     try:
         for key, recorded in cls.companions(children).items():
             path = _beside(children["file"].filename, recorded)
@@ -270,9 +272,21 @@ def _open(
         if lookup is None:
             raise CowferryError(f"Cannot find device='' nor node-name='{backing}'")
         node.backing = lookup(backing)
+    if node.backing is not None:
+        _check_limits(node.backing, name, "backing")
     if opened is not None:
         opened(node, options)
     return node
+
+
+def _check_limits(child: Node, driver_name: str, role: str) -> None:
+    """Raise `CowferryError` if a node is to lie where it limits nobody."""
+    if child.throttle_group:
+        raise CowferryError(
+            f"A throttle node cannot be the '{role}' of a '{driver_name}' node: it limits the disk "
+            "over it, and there is none",
+            'put it on top: {"driver": "throttle", "throttle-group": ..., "file": {...}}',
+        )
 
 
 def _name(children: Mapping[str, Node]) -> str:

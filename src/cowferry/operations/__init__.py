@@ -39,6 +39,16 @@ def find(daemon: Daemon, name: str) -> Node:
     return found
 
 
+def check_unlimited(node: Node, what: str) -> None:
+    """Raise `CowferryError` for a throttle node where it would limit nobody."""
+    if node.throttle_group:
+        raise CowferryError(
+            f"Filters cannot be used as {what}",
+            f"'{node.name}' limits a disk that is put over it, and no job; the disk keeps its own "
+            "limits wherever it moves: name the node below",
+        )
+
+
 def root_disk(daemon: Daemon, device: str) -> Disk:
     """The disk of that name, over which nothing else lies.
 

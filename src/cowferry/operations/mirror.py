@@ -14,7 +14,16 @@ from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.job import POLICIES, Job
 from cowferry.jobs.mirror import MODES, MOST_BITS, Layer, Mirror, default_granularity
 from cowferry.jobs.states import Status
-from cowferry.operations import Claim, begin, check_mode, free, job_name, move_of, root_disk
+from cowferry.operations import (
+    Claim,
+    begin,
+    check_mode,
+    check_unlimited,
+    free,
+    job_name,
+    move_of,
+    root_disk,
+)
 
 if TYPE_CHECKING:
     from cowferry.block.disk import Disk
@@ -91,6 +100,7 @@ def into_node(
     node = graph.disk(target).root
     if node is disk.root:
         raise CowferryError("Can't mirror node into itself")
+    check_unlimited(node, "targets")
     if _same_image(disk.root, node):
         raise CowferryError("Can't mirror node into itself", "both are over one file")
     _check(disk, sync, granularity, more)

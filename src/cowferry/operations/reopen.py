@@ -71,8 +71,11 @@ def _plan(
     if not isinstance(name, str):
         raise CowferryError("node-name not specified")
     node = graph.node(name)
-    if given.get("driver") != node.driver:
-        raise CowferryError("Cannot change the option 'driver'", f"'{name}' is {node.driver}")
+    kind = node.filter or node.driver
+    if given.get("driver") != kind:
+        raise CowferryError("Cannot change the option 'driver'", f"'{name}' is {kind}")
+    if node.throttle_group:
+        return node, _throttle_group(daemon, node, given)
     steps: list[tuple[Callable[[], None], Callable[[], None]]] = []
     if node.backing is not None and "backing" not in given:
         raise CowferryError(f"backing is missing for '{name}'")
@@ -96,6 +99,30 @@ def _plan(
                         )
         steps.append((lambda: node.reopen(read_only), lambda: node.reopen(was)))
     return node, steps
+
+
+def _throttle_group(
+    daemon: Daemon, node: Node, given: Mapping[str, Any]
+) -> list[tuple[Callable[[], None], Callable[[], None]]]:
+    """The one thing about a throttle node that can be changed; its disks move along."""
+    graph = daemon.graph
+    wanted = given.get("throttle-group")
+    if not isinstance(wanted, str):
+        raise CowferryError("Parameter 'throttle-group' is missing")
+    if wanted not in graph.groups:
+        raise CowferryError(f"Throttle group '{wanted}' does not exist")
+    assert node.file is not None
+    if given.get("file", node.file.name) != node.file.name:
+        raise NotSupported("the 'file' of a throttle node cannot be replaced")
+    old = node.throttle_group
+
+    def put(name: str, before: str) -> None:
+        node.throttle_group = name
+        for disk in graph.disks_above(node):
+            if disk.limits is not None and disk.limits.group is graph.groups[before]:
+                disk.limit(graph.groups[name])
+
+    return [(lambda: put(wanted, old), lambda: put(old, wanted))]
 
 
 def _backing(

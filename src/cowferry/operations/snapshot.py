@@ -21,7 +21,7 @@ from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
 from cowferry.drivers import driver, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
-from cowferry.operations import find, free, move_of, root_disk
+from cowferry.operations import check_unlimited, find, free, move_of, root_disk
 from cowferry.operations.transaction import Part
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Snapshot(Part):
     def with_node(self, name: str) -> Snapshot:
         """An overlay that was opened with `"backing": null`. Raises `CowferryError`."""
         overlay = find(self.daemon, name)
+        check_unlimited(overlay, "overlays")
         if overlay.driver in ("raw", "file", "nbd"):
             raise CowferryError("The overlay does not support backing images")
         if overlay.backing is not None:
