@@ -186,6 +186,9 @@ class Node:
         """Whether places were given out that the file has no bytes for yet."""
         return False
 
+    def check_backing(self, filename: str, format: str | None) -> None:
+        """Raise `CowferryError` if the header has no way to record that backing file."""
+
     def set_backing(self, filename: str | None, format: str | None) -> None:
         """Durably record another backing file (None: no backing file) in the header (Q6).
 

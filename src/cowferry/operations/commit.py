@@ -117,6 +117,7 @@ def start(
     assert record is not None
     if backing_file is not None:
         record = (backing_file, record[1])
+    above.check_backing(*record)
 
     def make(held: Claim) -> Job:
         def detached(old: Node, base_now: Node) -> None:

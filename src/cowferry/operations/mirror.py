@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowferry.block import sysio
 from cowferry.block.node import Node, chain
-from cowferry.drivers import EXTENSIONS, format_of, opening
+from cowferry.drivers import EXTENSIONS, OVERLAYS, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.job import POLICIES, Job
 from cowferry.jobs.mirror import MODES, MOST_BITS, Layer, Mirror, default_granularity
@@ -80,6 +80,8 @@ def _check_backing(target: Node, backing: Node | None) -> None:
                 f"'{target.filename}' names another backing file: '{path}'",
                 f"make it over '{backing.filename}', which is not copied",
             )
+    else:
+        target.check_backing(os.path.abspath(backing.filename), backing.driver)
 
 
 def into_node(
@@ -219,7 +221,7 @@ def into_file(
     if mode == "existing":
         format = format or format_of(target)
     else:
-        format = format or (root.driver if root.driver in ("raw", "qcow2") else "raw")
+        format = format or (root.driver if root.driver in ("raw", *OVERLAYS) else "raw")
         if backing is not None and format == "raw":
             raise NotSupported("a raw image has no backing file", "use format=qcow2 or sync=full")
         _create(target, format, disk.size, root, backing, made)
@@ -292,7 +294,8 @@ def copy(
             path = os.path.join(os.path.dirname(target), os.path.basename(source.filename))
             if any(_is_file(n, path) for n in chain(root)) or path == target:
                 raise CowferryError(f"'{path}' would be overwritten", "copy to another folder")
-            kind = "raw" if previous is None and source.driver == "raw" else "qcow2"
+            as_it_is = (*OVERLAYS, "raw") if previous is None else OVERLAYS
+            kind = source.driver if source.driver in as_it_is else "qcow2"
             under = previous[1] if previous is not None else None
             _create(path, kind, source.size, source, under, made)
             copied = _opened(daemon, path, kind, under, made, source.size)
@@ -333,9 +336,9 @@ def _create(
             f"'{path}' exists", "remove it, or use mode=existing to have it overwritten"
         )
     options: dict[str, Any] = {}
-    if format == "qcow2":
-        if like.driver == "qcow2":
-            options["cluster_size"] = like.granule
+    if format in OVERLAYS:
+        if like.driver == format:
+            options |= getattr(like, "geometry", {"cluster_size": like.granule})
         if backing is not None:
             options |= {
                 "backing_file": os.path.abspath(backing.filename),

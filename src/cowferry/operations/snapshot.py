@@ -19,7 +19,7 @@ from cowferry.block import sysio
 from cowferry.block.disk import Disk
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
-from cowferry.drivers import driver, opening
+from cowferry.drivers import OVERLAYS, driver, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.operations import check_unlimited, find, free, move_of, root_disk
 from cowferry.operations.transaction import Part
@@ -76,7 +76,7 @@ class Snapshot(Part):
         """An overlay made here, or one that exists already. Raises `CowferryError`."""
         free(self.daemon, self.device, "snapshot")
         driver(format)  # there is such a format
-        if format != "qcow2":
+        if format not in OVERLAYS:
             raise NotSupported(f"Format '{format}' does not support backing files", "use qcow2")
         if mode not in ("absolute-paths", "existing"):
             raise CowferryError(f"Parameter 'mode' does not accept value '{mode}'")
@@ -127,6 +127,8 @@ class Snapshot(Part):
                     f"'{self.device}' is in '{self.old.filename}'",
                     "make it with that backing file, or with none",
                 )
+            if spec is None:
+                overlay.check_backing(self._old_name(), self.old.driver)
             if any(overlay.extents_with_data()):
                 raise CowferryError(
                     f"The overlay '{overlay.filename}' is not empty",

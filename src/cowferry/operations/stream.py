@@ -60,6 +60,8 @@ def start(
     record = graph.backing_name(top, below)
     if record is not None and backing_file is not None:
         record = (backing_file, record[1])
+    if record is not None:
+        top.check_backing(*record)
     between = [n for n in chain(top) if below is None or n not in list(chain(below))]
 
     def make(held: Claim) -> Job:

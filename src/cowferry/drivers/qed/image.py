@@ -471,6 +471,11 @@ class Qed(Node):
         return OSError(errno.EIO, f"{self.filename}: damaged image: {what} (see: cowferry check)")
 
     @property
+    def geometry(self) -> dict[str, int]:
+        """Options that make an image with tables like ours."""
+        return {"cluster_size": self.cluster_size, "table_size": self.header.table_size}
+
+    @property
     def dirty_flag(self) -> bool:
         """Whether the header says NEED_CHECK."""
         return bool(self.header.features & headers.NEED_CHECK)
