@@ -44,7 +44,7 @@ class Model(RuleBasedStateMachine):
         self.thread: Stream | None = None
 
     @initialize(
-        kind=st.sampled_from(["raw", "qcow2"]),
+        kind=st.sampled_from(["raw", "qcow2", "qcow2", "qed"]),
         cluster=st.sampled_from(["512", "4k", "64k"]),
         compat=st.sampled_from(["0.10", "1.1", "1.1", "ext"]),
         layers=st.integers(0, 2),
@@ -61,9 +61,12 @@ class Model(RuleBasedStateMachine):
         options: dict[str, Any] = {"cluster_size": cluster, "compat": compat}
         if compat == "ext":
             options = {"cluster_size": "16k", "extended_l2": "on"}
+        if kind == "qed":
+            table = self.rnd.choice([1, 2, 16])
+            options = {"cluster_size": cluster.replace("512", "8k"), "table_size": table}
         if kind == "raw" or not layers:
             path = self.folder / f"disk.{kind}"
-            opening.create_image(str(path), kind, size, options if kind == "qcow2" else {})
+            opening.create_image(str(path), kind, size, {} if kind == "raw" else options)
             self.oracle = bytearray(size)
         else:
             self.oracle = bytearray(self.rnd.randbytes(size))
@@ -71,10 +74,10 @@ class Model(RuleBasedStateMachine):
             below, format = "l0.raw", "raw"
             for n in range(1, layers + 1):
                 size = sizes[n] * 1024
-                path = self.folder / f"l{n}.qcow2"
+                path = self.folder / f"l{n}.{kind}"
                 given = options if n == layers else {}
                 opening.create_image(
-                    str(path), "qcow2", size,
+                    str(path), kind, size,
                     {**given, "backing_file": below, "backing_fmt": format},
                 )  # fmt: skip
                 self.oracle = self.oracle[:size].ljust(size, b"\0")
@@ -86,10 +89,10 @@ class Model(RuleBasedStateMachine):
                     node.zero(0, min(size, 8192))
                     self.oracle[: min(size, 8192)] = bytes(min(size, 8192))
                     opening.close_chain(node)
-                below, format = path.name, "qcow2"
+                below, format = path.name, kind
         self.path = path
         self.disk = Disk(opening.open_image(str(path)), "d", copy_on_read)
-        self.flags = kind == "raw" or compat != "0.10"
+        self.leaks = False
 
     def range(self, at: float, length: int) -> tuple[int, int]:
         offset = min(int(at * self.disk.size), self.disk.size - 1)
@@ -180,6 +183,7 @@ class Model(RuleBasedStateMachine):
     @rule(to_base=st.booleans())
     @precondition(streamable)
     def stream_in_a_thread(self, to_base: bool) -> None:
+        self.leaks = self.disk.root.driver == "qed"  # room that a guest's write made needless
         self.thread = self.stream(to_base, auto_dismiss=False)
         Jobs(lambda name, data: None).start(self.thread, "s")
 
@@ -221,12 +225,13 @@ class Model(RuleBasedStateMachine):
                 result = opening.open_image(str(self.path), backing=False, read_only=True)
                 found = result.check()  # type: ignore[attr-defined]
                 result.close()
-                assert not found.corruptions and not found.leaks, found.messages[:3]
+                assert not found.corruptions and (self.leaks or not found.leaks), found.messages
                 if shutil.which("qemu-img") and self.rnd.random() < 0.2:
                     done = subprocess.run(
                         ["qemu-img", "check", str(self.path)], capture_output=True, text=True
                     )
-                    assert done.returncode == 0, done.stdout + done.stderr
+                    wanted = (0, 3) if self.leaks else (0,)
+                    assert done.returncode in wanted, done.stdout + done.stderr
             else:
                 opening.close_chain(root)
         shutil.rmtree(self.folder)
