@@ -39,7 +39,7 @@ from cowferry.jobs.stream import Stream
 from cowferry.operations.snapshot import Change, Snapshot
 from daemons import Told
 from tests_support import need
-from writelog import Log, Oracle, State, states
+from writelog import Log, Oracle, State, put_attributes, states
 
 SOAK = os.environ.get("COWFERRY_SOAK") is not None
 SIZE = 256 << 10
@@ -280,6 +280,7 @@ class Judge:
         for path, data in state.files.items():
             if self.there.get(path) != data:
                 Path(path).write_bytes(data)
+            put_attributes(Path(path), state.attributes[path])
         self.there = state.files
 
     def forget(self) -> None:

@@ -33,17 +33,21 @@ AROUND = 2  # entries on each side of a change of names that are always looked a
 NAMES = ("create", "rename", "unlink")
 
 
+Attributes = dict[str, bytes]
+
+
 class Entry(NamedTuple):
     """One thing that happened to `of`, a file's number or a folder's path.
 
-    The kind is write, truncate, create, rename, unlink, flush or mark."""
+    The kind is write, truncate, attribute, create, rename, unlink, flush or mark."""
 
     kind: str
     of: str = ""
     offset: int = 0
     data: bytes = b""
     file: str = ""  # what a new name points to
-    name: str = ""  # the path made or removed
+    name: str = ""  # the path made or removed; of an attribute, its own
+    value: bytes | None = None  # of an attribute, if it was not removed
     target: str = ""  # of a rename
     mark: Any = None
     look: bool = False  # a mark whose moment is always looked at
@@ -58,6 +62,7 @@ class Log:
         self.names: dict[str, str] = {}  # as they are now
         self.start: dict[str, str] = {}  # as they were when the log began
         self.bytes: dict[str, bytes] = {}  # of each file, when the log began
+        self.attributes: dict[str, Attributes] = {}  # of each file, when the log began
         self._files: dict[tuple[int, int], str] = {}  # by device and inode
         self._count = 0
         for folder in self.folders:
@@ -66,6 +71,7 @@ class Log:
                     file = self._new(str(path))
                     self.start[str(path)] = file
                     self.bytes[file] = path.read_bytes()
+                    self.attributes[file] = attributes(path)
 
     def __enter__(self) -> Log:
         assert sysio.recorder is None
@@ -140,6 +146,11 @@ class Log:
         if file is not None:
             self.entries.append(Entry("truncate", file, size))
 
+    def attributed(self, fd: int, name: str, value: bytes | None) -> None:
+        file = self._file(fd)
+        if file is not None:
+            self.entries.append(Entry("attribute", file, name=name, value=value))
+
     def renamed(self, source: str, target: str) -> None:
         name, new = self._ours(source), self._ours(target)
         assert (name is None) == (new is None), "a file came from another folder"
@@ -169,6 +180,24 @@ class State(NamedTuple):
     files: dict[str, bytearray]
     marks: list[Any]
     what: str  # for a failure's message
+    attributes: dict[str, Attributes]  # extended ones, by path
+
+
+def attributes(path: Path) -> Attributes:
+    """The extended attributes that a user gave to a file; none where they cannot be."""
+    try:
+        names = [n for n in os.listxattr(path) if n.startswith("user.")]
+    except OSError:
+        return {}
+    return {n: os.getxattr(path, n) for n in names}
+
+
+def attribute(attributes: Attributes, e: Entry) -> None:
+    """One change on a file's attributes."""
+    if e.value is None:
+        attributes.pop(e.name, None)
+    else:
+        attributes[e.name] = e.value
 
 
 def apply(data: bytearray, e: Entry) -> None:
@@ -200,6 +229,7 @@ class Disks:
 
     def __init__(self, log: Log) -> None:
         self.bytes = {file: bytearray(data) for file, data in log.bytes.items()}
+        self.attributes = {file: dict(them) for file, them in log.attributes.items()}
         self.names = dict(log.start)
         self.pending: dict[str, list[Entry]] = {}
 
@@ -209,6 +239,8 @@ class Disks:
             for change in self.pending.pop(e.of, []):
                 if change.kind in NAMES:
                     name(self.names, change)
+                elif change.kind == "attribute":
+                    attribute(self.attributes.setdefault(e.of, {}), change)
                 else:
                     apply(self.bytes[e.of], change)
         elif e.kind != "mark":
@@ -216,20 +248,24 @@ class Disks:
             if e.kind == "create":
                 self.bytes[e.file] = bytearray()
 
-    def files(self, chosen: dict[str, list[Entry]]) -> dict[str, bytearray]:
+    def state(self, chosen: dict[str, list[Entry]], marks: list[Any], what: str) -> State:
         """What is found if of all that is pending just `chosen` arrived."""
         names = dict(self.names)
         for changes in chosen.values():
             for change in changes:
                 if change.kind in NAMES:
                     name(names, change)
-        found = {}
+        found, found_attributes = {}, {}
         for path, file in names.items():
             data = bytearray(self.bytes[file])
+            theirs = dict(self.attributes.get(file, {}))
             for change in chosen.get(file, []):
-                apply(data, change)
-            found[path] = data
-        return found
+                if change.kind == "attribute":
+                    attribute(theirs, change)
+                else:
+                    apply(data, change)
+            found[path], found_attributes[path] = data, theirs
+        return State(found, list(marks), what, found_attributes)
 
 
 def states(log: Log, seed: int, samples: int, every: int = 1) -> Iterator[State]:
@@ -247,9 +283,9 @@ def states(log: Log, seed: int, samples: int, every: int = 1) -> Iterator[State]
         if number not in wanted:
             continue
         everything = f"all of the first {number + 1}"
-        yield State(disks.files(disks.pending), list(marks), everything)
+        yield disks.state(disks.pending, marks, everything)
         for picked in _subsets(disks.pending, rnd, samples):
-            yield State(disks.files(picked), list(marks), f"a subset at {number + 1}")
+            yield disks.state(picked, marks, f"a subset at {number + 1}")
 
 
 def _wanted(entries: list[Entry], every: int) -> set[int]:
@@ -343,4 +379,16 @@ class Oracle:
 def put(state: State, folder: Path) -> None:
     """Write the files of a state into another folder."""
     for path, data in state.files.items():
-        (folder / os.path.basename(path)).write_bytes(data)
+        target = folder / os.path.basename(path)
+        target.write_bytes(data)
+        put_attributes(target, state.attributes[path])
+
+
+def put_attributes(path: Path, wanted: Attributes) -> None:
+    """Give a file these extended attributes and no others."""
+    there = attributes(path)
+    for key in set(there) - set(wanted):
+        os.removexattr(path, key)
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            os.setxattr(path, key, value)

@@ -80,6 +80,9 @@ class Node:
     filter: ClassVar[str] = ""  # the driver's name, if `driver` is that of the node below
     throttle_group: str = ""  # whose limits hold for a disk over this node
     lent: frozenset[str] = frozenset()  # roles of children added by name, which outlive this node
+    #: Whether what is a hole reads as zero once there is no backing node.
+    holes_read_zero: bool = True
+    room: int = 1 << 62  # bytes of room that a job takes at once, fills, and says so (`filled`)
     #: Whether the format has room for dirty bitmaps of its own (`read_bitmaps`, `write_bitmaps`).
     stores_bitmaps: bool = False
     #: Makes the persistent ones among `bitmaps` outlive a crash; None if there are none.
@@ -169,6 +172,9 @@ class Node:
     def link(self, offset: int, room: Extent) -> None:
         """Point `offset, room.length` at reserved room whose bytes have been written."""
         raise NotImplementedError
+
+    def filled(self, room: list[Extent]) -> None:
+        """Nobody writes to this reserved room any more; whether or not it was filled."""
 
     def unreserve(self, room: Extent) -> None:
         """Give reserved room back."""

@@ -38,6 +38,7 @@ class Recorder(Protocol):
     def renamed(self, source: str, target: str) -> None: ...
     def unlinked(self, path: str) -> None: ...
     def directory_flushed(self, path: str) -> None: ...
+    def attributed(self, fd: int, name: str, value: bytes | None) -> None: ...
 
 
 recorder: Recorder | None = None
@@ -68,6 +69,23 @@ def fdatasync(fd: int) -> None:
     os.fdatasync(fd)
     if recorder is not None:
         recorder.flushed(fd)
+
+
+def fsync(fd: int) -> None:
+    """Durable: the data, the size, and the extended attributes."""
+    os.fsync(fd)
+    if recorder is not None:
+        recorder.flushed(fd)
+
+
+def set_attribute(fd: int, name: str, value: bytes | None) -> None:
+    """Set an extended attribute, or remove it (None); durable after `fsync`."""
+    if value is None:
+        os.removexattr(fd, name)
+    else:
+        os.setxattr(fd, name, value)
+    if recorder is not None:
+        recorder.attributed(fd, name, value)
 
 
 def ftruncate(fd: int, size: int) -> None:

@@ -26,7 +26,7 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -98,8 +98,17 @@ class File(Node):
             raise
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
-        """An empty file of `size` bytes. `preallocation`: off, falloc or full."""
+    def create(
+        cls,
+        path: str,
+        size: int,
+        options: Mapping[str, Any],
+        locked: Callable[[int], None] | None = None,
+    ) -> None:
+        """An empty file of `size` bytes. `preallocation`: off, falloc or full.
+
+        `locked` is called with the descriptor once nobody else can have the file, and before any
+        byte of it is changed."""
         how = options.get("preallocation", "off")
         if how not in ("off", "falloc", "full"):
             raise CowferryError(f"Parameter 'preallocation' does not accept value '{how}'")
@@ -109,10 +118,11 @@ class File(Node):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if is_device else sysio.create(path, os.O_RDWR)
         try:
             lock = Lock.take(fd, path, read_only=False, force_share=False)
-            if is_device:
-                if os.lseek(fd, 0, os.SEEK_END) < size:
-                    raise ImageError(f"device '{path}' is smaller than {size} bytes")
-            else:
+            if is_device and os.lseek(fd, 0, os.SEEK_END) < size:
+                raise ImageError(f"device '{path}' is smaller than {size} bytes")
+            if locked is not None:
+                locked(fd)
+            if not is_device:
                 sysio.ftruncate(fd, 0)
                 sysio.ftruncate(fd, size)
                 if how != "off" and size:

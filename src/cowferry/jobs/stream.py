@@ -11,8 +11,8 @@ them in the overlay's file, fill it from the layers below, which are immutable. 
 meanwhile. The guest waits for a change of mapping, never for a copy.
 
 Holes below which everything reads as zero stay holes when the whole chain is streamed, for a
-hole without backing reads as zero. With a base they become explicit zeroes, or the base would
-shine through.
+hole without backing reads as zero (but for a raw image that is being filled: there it reads as
+what its file has there). With a base they become explicit zeroes, or the base would shine through.
 
 The record of progress is the overlay's own allocation. After a crash the image is valid, and
 streaming again goes on where it stopped (ST3). The end is in this order (ST2): flush the data;
@@ -49,6 +49,7 @@ class Fill:
         self.top = top
         self.base = base
         self.copier = Copier()
+        self.holes_stay = base is None and top.holes_read_zero
 
     def chunk(self, offset: int, length: int) -> int:
         """Fill one chunk, both steps of it. Returns the bytes that had to be copied.
@@ -76,7 +77,7 @@ class Fill:
                 if start < first:
                     rest.append(Span(start, first - start, Kind.COPY))
                 for span in spans(top.backing, first, last - first, granule, self.base):
-                    if span.kind is Kind.ZERO and self.base is not None:
+                    if span.kind is Kind.ZERO and not self.holes_stay:
                         rest.append(span)
                     elif span.kind is Kind.COPY:
                         self._fill(span, room, rest)
@@ -89,15 +90,20 @@ class Fill:
         return room, rest
 
     def _fill(self, span: Span, room: list[tuple[int, Extent]], rest: list[Span]) -> None:
-        got = self.top.reserve(span.offset, span.length)
-        if got is None:
-            rest.append(span)
-            return
-        at = span.offset
-        for r in got:
-            room.append((at, r))  # before the bytes: the caller gives it back on an error
-            at += r.length
-        self.copier.fill(self.top.backing, span.offset, got)
+        for start in range(span.offset, span.offset + span.length, self.top.room):
+            part = Span(start, min(self.top.room, span.offset + span.length - start), span.kind)
+            got = self.top.reserve(*part[:2])
+            if got is None:
+                rest.append(part)
+                continue
+            at = start
+            for r in got:
+                room.append((at, r))  # before the bytes: the caller gives it back on an error
+                at += r.length
+            try:
+                self.copier.fill(self.top.backing, start, got)
+            finally:
+                self.top.filled(got)
 
     def settle(
         self, offset: int, length: int, room: list[tuple[int, Extent]], rest: list[Span]
