@@ -585,7 +585,8 @@ def test_blocks_and_exports_spoken_by_qemu_qmp(tmp_path: Path) -> None:
         assert await ask("block-export-add", id="e2", **add) == generic(
             "NBD server already has export named 'disk'"
         )
-        assert await ask("block-export-add", id="e2", bitmaps=["zz"], **add) == generic(
+        other = {**add, "name": "other"}
+        assert await ask("block-export-add", id="e2", bitmaps=["zz"], **other) == generic(
             "Bitmap 'zz' is not found"
         )
         assert await ask("block-export-add", type="nbd", id="e2", node_name="zz") == generic(

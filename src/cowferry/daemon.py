@@ -189,12 +189,16 @@ class Daemon:
             self.graph.unhold(export.disk, export.writable)
             raise
         self.exports[export.id] = export
+        for bitmap in export.bitmaps:
+            bitmap.busy = f"export '{export.id}'"
         return export
 
     def _export_gone(self, export: Export) -> None:
         """Told once, however many ways lead here: a hard delete and a stop may meet."""
         if self.exports.pop(export.id, None) is not None:
             self.graph.unhold(export.disk, export.writable)
+            for bitmap in export.bitmaps:
+                bitmap.busy = ""
             self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 
     def drop_export(self, export: Export, wait: bool = False) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MODULES = (
     "monitor", "block", "disks", "jobs", "stream", "commit", "mirror", "transaction", "snapshot",
-    "change", "groups", "descriptors", "exports", "legacy",
+    "bitmaps", "change", "groups", "descriptors", "exports", "legacy",
 )  # fmt: skip
 
 

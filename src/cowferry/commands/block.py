@@ -18,6 +18,7 @@ from cowferry.graph import actual_size
 from cowferry.jobs.create import Create
 
 if TYPE_CHECKING:
+    from cowferry.block.bitmap import Bitmap
     from cowferry.block.disk import Disk
     from cowferry.daemon import Daemon
 
@@ -176,15 +177,24 @@ def device_info(node: Node, disk: Disk | None = None) -> dict[str, Any]:
     }  # fmt: skip
     if node.backing is not None:
         out["backing_file"] = node.backing.filename
-    bitmaps = list(disk.bitmaps.values()) if disk is not None else []
-    if any(b.name for b in bitmaps):
-        out["dirty-bitmaps"] = [
-            {"name": b.name, "count": b.count(), "granularity": b.granularity,
-             "recording": b.recording, "busy": False, "persistent": False}
-            for b in bitmaps
-            if b.name
-        ]  # fmt: skip
+    bitmaps = [*reversed(node.bitmaps.values())]  # the newest first, as in QEMU
+    bitmaps += [] if disk is None else disk.bitmaps.values()
+    if bitmaps:
+        out["dirty-bitmaps"] = [dirty_info(b) for b in bitmaps]
     return out
+
+
+def dirty_info(bitmap: Bitmap) -> dict[str, Any]:
+    """QMP: BlockDirtyInfo. Those of jobs have no name."""
+    out: dict[str, Any] = {"name": bitmap.name} if bitmap.name else {}
+    out |= {
+        "count": bitmap.count(),
+        "granularity": bitmap.granularity,
+        "recording": bitmap.recording and not bitmap.inconsistent,
+        "busy": bool(bitmap.busy) or not bitmap.name,
+        "persistent": bitmap.persistent,
+    }
+    return {**out, "inconsistent": True} if bitmap.inconsistent else out
 
 
 class QueryNodes(Args):
@@ -197,8 +207,9 @@ def query_named_block_nodes(daemon: Daemon, args: QueryNodes) -> list[dict[str, 
     out = []
     with daemon.graph.lock:
         nodes = list(daemon.graph.nodes.values())
+        disks = {id(disk.root): disk for disk in daemon.graph.all_disks()}
     for node in nodes:
-        info = device_info(node)
+        info = device_info(node, disks.get(id(node)))
         if args.flat:
             info["image"].pop("backing-image", None)
         out.append(info)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from cowferry.commands import Args, NoArgs, command, event
+from cowferry.commands.bitmaps import BitmapOfNode, named
 from cowferry.errors import CowferryError, NotSupported
 from cowferry.exports.nbd import NbdExport, NbdServer
 from cowferry.jobs.job import valid_id
+from cowferry.operations.bitmaps import for_export
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -62,7 +64,7 @@ class BlockExportAdd(Args):
     allow_inactive: bool = False
     name: str | None = None
     description: str | None = None
-    bitmaps: list[Any] | None = None
+    bitmaps: list[str | BitmapOfNode] | None = None
     allocation_depth: bool = False
     addr: dict[str, Any] | None = None
     mountpoint: str | None = None
@@ -75,15 +77,13 @@ def block_export_add(daemon: Daemon, args: BlockExportAdd) -> None:
         raise NotSupported(f"Export type '{args.type}' is not supported", "type=nbd is")
     if args.iothread is not None and args.iothread not in daemon.iothreads:
         raise CowferryError(f'iothread "{args.iothread}" not found')
-    if args.bitmaps:
-        raise CowferryError(f"Bitmap '{args.bitmaps[0]}' is not found")
     if len((args.description or "").encode()) > 4096:
         raise CowferryError("description 'description' too long")
     if not valid_id(args.id):
         raise CowferryError("Invalid block export id", "a letter, then letters, digits, -._")
     if args.id in daemon.exports:
         raise CowferryError(f"Block export id '{args.id}' is already in use")
-    running(daemon)
+    server = running(daemon)
     with daemon.graph.lock:
         known = args.node_name in daemon.graph.nodes or args.node_name in daemon.graph.disks
     if not known:
@@ -91,14 +91,17 @@ def block_export_add(daemon: Daemon, args: BlockExportAdd) -> None:
     disk = daemon.graph.disk(args.node_name)
     if args.writable and disk.read_only:
         raise CowferryError("Cannot export read-only node as writable")
+    name = args.name if args.name is not None else args.node_name
+    server.check_name(name)
     export = NbdExport(
         args.id,
         disk,
-        name=args.name if args.name is not None else args.node_name,
+        name=name,
         writable=args.writable,
         description=args.description or "",
         allocation_depth=args.allocation_depth,
         writethrough=args.writethrough,
+        bitmaps=tuple(for_export(daemon, disk, named(args.bitmaps or []), args.writable)),
     )
     daemon.offer(export)
 

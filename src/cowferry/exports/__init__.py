@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 
 
@@ -20,6 +21,7 @@ class Export:
         self.disk = disk
         self.writable = writable
         self.shutting_down = False
+        self.bitmaps: tuple[Bitmap, ...] = ()  # nobody else's while the export is there
 
     @property
     def users(self) -> int:

@@ -96,6 +96,7 @@ class NbdExport(Export):
         self.contexts: dict[str, Describe] = {"base:allocation": allocation}
         if allocation_depth:
             self.contexts["qemu:allocation-depth"] = depth
+        self.bitmaps = bitmaps
         for bitmap in bitmaps:
             self.contexts[f"qemu:dirty-bitmap:{bitmap.name}"] = dirty(bitmap)
         self.lanes: set[Connection] = set()  # guarded by `changed`
@@ -198,6 +199,12 @@ class NbdServer:
         return out
 
     # Exports -----------------------------------------------------------------------------
+
+    def check_name(self, name: str) -> None:
+        """Raise `CowferryError` if an export has it."""
+        with self.lock:
+            if name in self.exports:
+                raise CowferryError(f"NBD server already has export named '{name}'")
 
     def add(self, export: NbdExport) -> None:
         """Offer a disk. Raises `CowferryError` if the name is taken."""

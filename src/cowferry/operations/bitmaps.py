@@ -1,0 +1,303 @@
+"""Dirty bitmaps by name: who may do what to them, at which moment.
+
+Each change is a part of a transaction, alone or with others, and takes effect inside a drain of
+every disk that can change the node: so a bitmap that is added, or cleared, in the same transaction
+as a snapshot or a backup tells exactly what has changed since *that* moment, on all of the disks.
+What is looked at, in which order, and the words are QEMU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cowferry.block.bitmap import Bitmap
+from cowferry.block.disk import Disk
+from cowferry.block.node import Node, chain
+from cowferry.errors import CowferryError
+from cowferry.operations.transaction import Part, Transaction
+
+if TYPE_CHECKING:
+    from cowferry.daemon import Daemon
+
+MAX_NAME = 1023  # bytes
+MIN_GRANULARITY, MAX_GRANULARITY = 512, 1 << 31
+MAX_BITS = 512 << 20  # bytes of memory for one bitmap
+LEAST_DEFAULT = 4096  # bytes; a finer one is not worth its memory unless it is asked for
+NO_CLUSTERS = 64 << 10  # the default granularity where the format has no clusters
+
+#: A bitmap of the node at hand by its name, or of another node: (node, name).
+Named = str | tuple[str, str]
+
+
+# Names ------------------------------------------------------------------------------------
+
+
+def node_of(daemon: Daemon, name: str, so_far: Transaction | None = None) -> Node | None:
+    """The node of that name, or the root that the disk of that name has after the parts so far."""
+    with daemon.graph.lock:
+        disk = daemon.graph.disks.get(name)
+        if disk is None:
+            return daemon.graph.nodes.get(name)
+    return disk.root if so_far is None else so_far.root(disk)
+
+
+def find(node: Node, name: str, so_far: Transaction | None = None) -> Bitmap | None:
+    """The node's bitmap of that name, there already or about to be added."""
+    if name in node.bitmaps:
+        return node.bitmaps[name]
+    for part in so_far.parts if so_far is not None else []:
+        if isinstance(part, Add) and part.node is node and part.bitmap.name == name:
+            return part.bitmap
+    return None
+
+
+def look_up(
+    daemon: Daemon, node_name: str, name: str, so_far: Transaction | None = None
+) -> tuple[Node, Bitmap]:
+    """The bitmap that two names mean, and its node. Raises `CowferryError`."""
+    node = node_of(daemon, node_name, so_far)
+    if node is None:
+        raise CowferryError(f"Node '{node_name}' not found")
+    bitmap = find(node, name, so_far)
+    if bitmap is None:
+        raise not_found(f"Dirty bitmap '{name}' not found", [node])
+    return node, bitmap
+
+
+def not_found(desc: str, nodes: list[Node]) -> CowferryError:
+    """The error, with the names that there are."""
+    names = sorted({name for node in nodes for name in node.bitmaps})
+    return CowferryError(desc, f"there are: {', '.join(names)}" if names else "there is none")
+
+
+def check_usable(
+    node: Node, bitmap: Bitmap, *, changing: bool = False, broken: bool = False
+) -> None:
+    """Raise `CowferryError` for a bitmap that somebody uses, that is `broken` unless that is all
+    right, or (if it is to be `changing`) that lies in an image opened read-only."""
+    name = bitmap.name
+    if bitmap.busy:
+        raise CowferryError(
+            f"Bitmap '{name}' is currently in use by another operation and cannot be used",
+            f"{bitmap.busy} has it",
+        )
+    if changing and bitmap.persistent and node.read_only:
+        raise CowferryError(
+            f"Bitmap '{name}' is readonly and cannot be modified",
+            f"node '{node.name}' is read-only, and so is what it stores",
+        )
+    if bitmap.inconsistent and not broken:
+        raise CowferryError(
+            f"Bitmap '{name}' is inconsistent and cannot be used",
+            "nobody kept it up to date for a while: remove it with block-dirty-bitmap-remove, "
+            "and begin again with a full backup",
+        )
+
+
+def default_granularity(node: Node) -> int:
+    """Bytes: what the node allocates at once, within reason."""
+    return max(LEAST_DEFAULT, node.granule) if hasattr(node, "cluster_size") else NO_CLUSTERS
+
+
+# Parts of a transaction -------------------------------------------------------------------
+
+
+class _Change(Part):
+    """A change of one node's bitmaps, at one moment for whoever may write the node."""
+
+    def __init__(self, daemon: Daemon, node: Node, bitmap: Bitmap) -> None:
+        self.daemon = daemon
+        self.node = node
+        self.bitmap = bitmap
+
+    def drains(self) -> list[Disk]:
+        """The disks that read through the node; and if a job fills it, the one whose bytes those
+        are, for the job writes only while it is inside the gate of that one."""
+        disks = self.daemon.graph.disks_above(self.node)
+        held = self.daemon.graph.claims.get(id(self.node))
+        job = self.daemon.jobs.get(held.holder) if held is not None and held.holder else None
+        source = self.daemon.works_on.get(job) if job is not None else None
+        return disks if source is None or source in disks else [*disks, source]
+
+
+class Add(_Change):
+    """A new bitmap, clean."""
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        node_name: str,
+        name: str,
+        *,
+        granularity: int | None = None,
+        persistent: bool = False,
+        disabled: bool = False,
+        so_far: Transaction | None = None,
+    ) -> None:
+        if not name:
+            raise CowferryError("Bitmap name cannot be empty")
+        node = node_of(daemon, node_name, so_far)
+        if node is None:
+            raise CowferryError(f"Cannot find device='{node_name}' nor node-name='{node_name}'")
+        if granularity is None:
+            granularity = default_granularity(node)
+        elif granularity < MIN_GRANULARITY or granularity & (granularity - 1):
+            raise CowferryError("Granularity must be power of 2 and at least 512")
+        if find(node, name, so_far) is not None:
+            raise CowferryError(f"Bitmap already exists: {name}")
+        if len(name.encode()) > MAX_NAME:
+            raise CowferryError(
+                f"Can't make bitmap '{name}' persistent in '{node_name}': "
+                f"Name length exceeds maximum ({MAX_NAME} characters)"
+                if persistent
+                else f"Bitmap name too long: {name}"
+            )
+        if node.size // granularity // 8 > MAX_BITS:
+            raise CowferryError(
+                f"Bitmap '{name}' of '{node_name}' would have {node.size // granularity} bits",
+                "choose a larger granularity",
+            )
+        if persistent and node.read_only:
+            raise CowferryError(
+                f"Can't make bitmap '{name}' persistent in '{node_name}': it is read-only"
+            )
+        bitmap = Bitmap(name, node.size, granularity, persistent=persistent)
+        bitmap.recording = not disabled
+        super().__init__(daemon, node, bitmap)
+
+    def settle(self) -> None:
+        self.before = self.node.bitmaps
+        self.node.bitmaps = {**self.before, self.bitmap.name: self.bitmap}
+
+    def unsettle(self) -> None:
+        self.node.bitmaps = self.before
+
+
+class Remove(_Change):
+    """No such bitmap any more, in memory and where it is kept."""
+
+    def __init__(
+        self, daemon: Daemon, node_name: str, name: str, so_far: Transaction | None = None
+    ) -> None:
+        node, bitmap = look_up(daemon, node_name, name, so_far)
+        check_usable(node, bitmap, changing=True, broken=True)
+        super().__init__(daemon, node, bitmap)
+        bitmap.busy = "its removal"
+
+    def settle(self) -> None:
+        self.before = self.node.bitmaps
+        self.node.bitmaps = {k: b for k, b in self.before.items() if b is not self.bitmap}
+
+    def unsettle(self) -> None:
+        self.node.bitmaps = self.before
+
+    def abort(self) -> None:
+        self.bitmap.busy = ""
+
+
+class Clear(_Change):
+    """What has changed so far is forgotten."""
+
+    def __init__(
+        self, daemon: Daemon, node_name: str, name: str, so_far: Transaction | None = None
+    ) -> None:
+        node, bitmap = look_up(daemon, node_name, name, so_far)
+        check_usable(node, bitmap, changing=True)
+        super().__init__(daemon, node, bitmap)
+
+    def settle(self) -> None:
+        self.before = self.bitmap.copy()
+        self.bitmap.clear(0, self.bitmap.size)
+
+    def unsettle(self) -> None:
+        self.bitmap.replace(self.before.bits)
+
+
+class Record(_Change):
+    """Writes are recorded from now on, or are not."""
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        node_name: str,
+        name: str,
+        recording: bool,
+        so_far: Transaction | None = None,
+    ) -> None:
+        node, bitmap = look_up(daemon, node_name, name, so_far)
+        check_usable(node, bitmap)
+        super().__init__(daemon, node, bitmap)
+        self.recording = recording
+
+    def settle(self) -> None:
+        self.before = self.bitmap.recording
+        self.bitmap.recording = self.recording
+
+    def unsettle(self) -> None:
+        self.bitmap.recording = self.before
+
+
+class Merge(_Change):
+    """What other bitmaps have set, one has set, too; they may be of other nodes as large."""
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        node_name: str,
+        target: str,
+        sources: Sequence[Named],
+        so_far: Transaction | None = None,
+    ) -> None:
+        node, bitmap = look_up(daemon, node_name, target, so_far)
+        check_usable(node, bitmap, changing=True)
+        super().__init__(daemon, node, bitmap)
+        self.sources: list[Bitmap] = []
+        for source in sources:
+            of, name = (node_name, source) if isinstance(source, str) else source
+            where, found = look_up(daemon, of, name, so_far)
+            check_usable(where, found)
+            if found.size != bitmap.size:
+                raise CowferryError(
+                    f"Bitmaps are of different sizes (destination size is {bitmap.size}, source "
+                    f"size is {found.size}) and can't be merged"
+                )
+            self.sources.append(found)
+
+    def settle(self) -> None:
+        self.before = self.bitmap.copy()
+        for source in self.sources:
+            if source is not self.bitmap:
+                self.bitmap.merge(source)
+
+    def unsettle(self) -> None:
+        self.bitmap.replace(self.before.bits)
+
+
+# Exports ----------------------------------------------------------------------------------
+
+
+def for_export(daemon: Daemon, disk: Disk, names: Sequence[Named], writable: bool) -> list[Bitmap]:
+    """The bitmaps that an export of the disk is to offer. Raises `CowferryError`.
+
+    One named by itself is looked for in the whole chain, top first."""
+    out: list[Bitmap] = []
+    for wanted in names:
+        if isinstance(wanted, str):
+            nodes = list(chain(disk.root))
+            found = [(n, n.bitmaps[wanted]) for n in nodes if wanted in n.bitmaps]
+            if not found:
+                raise not_found(f"Bitmap '{wanted}' is not found", nodes)
+            node, bitmap = found[0]
+            check_usable(node, bitmap)
+            if not writable and not node.read_only and bitmap.recording:
+                raise CowferryError(
+                    f"Enabled bitmap '{wanted}' incompatible with readonly export",
+                    "what it says would change while a client reads: disable it, or merge it into "
+                    "one that is disabled and export that",
+                )
+        else:
+            node, bitmap = look_up(daemon, *wanted)
+            check_usable(node, bitmap)
+        out.append(bitmap)
+    return out
