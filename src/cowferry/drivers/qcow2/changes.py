@@ -1,4 +1,4 @@
-"""Changes that a header makes true: another backing file, another size.
+"""Changes that a header makes true: another backing file, another size with the bitmaps for it.
 
 Everything that the new header will refer to is written elsewhere and durable before; then sector 0
 changes in one write, so that a crash or a tear leaves the image as it was or as it is to be (Q6).
@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
+from cowferry.drivers.qcow2 import bitmaps
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2.refcounts import OFFSET
 from cowferry.errors import CowferryError, NotSupported
@@ -68,12 +69,19 @@ def grow(image: Qcow2, size: int) -> None:
     # No other flush comes between: it would give back the L1 table that the header still names.
     h, table_map = image.header, image.map
     was = (table_map.l1_offset, h.l1_size, h.size)
+    extensions, autoclear = h.extensions, h.autoclear
     with image.flushing:
+        fresh = bitmaps.Fresh(image)
+        trying = False  # to write the header: if that fails nobody knows which one is on disk
         try:
+            stored, grown = bitmaps.grown(image, size, fresh)
+            bitmaps.fits(h, grown)
             with image.meta:
                 old = _move_l1(image, need) if need > len(table_map.l1) else []
             image._write_tables()
             h.l1_offset, h.l1_size, h.size = table_map.l1_offset, len(table_map.l1), size
+            bitmaps.set_extensions(h, grown)
+            trying = True
             image.write_header()
         except BaseException:
             with image.meta:  # the header names the old table: what changes goes there
@@ -81,9 +89,15 @@ def grow(image: Qcow2, size: int) -> None:
                 h.l1_offset = was[0]
                 del table_map.l1[h.l1_size :]
                 table_map.l1_dirty = set(range(h.l1_size))
+                h.extensions, h.autoclear = extensions, autoclear
+            if not trying:
+                fresh.undo()
             raise
+        gone = image.bitmap_clusters
+        bitmaps.note(image, stored)
         with image.meta:
             image._punch(image.refcounts.settle(old))
+        bitmaps.give_back(image, gone - image.bitmap_clusters)
     image.size = size
     below = image.backing.size if image.backing is not None else 0
     if below > old_size:  # or the backing file's bytes would show in the new room

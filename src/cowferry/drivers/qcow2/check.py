@@ -12,11 +12,12 @@ from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
+from cowferry.drivers.qcow2 import bitmaps, snapshots
 from cowferry.drivers.qcow2 import header as headers
-from cowferry.drivers.qcow2 import snapshots
 from cowferry.drivers.qcow2.clusters import ALL, COMPRESSED, COPIED, ZERO_FLAG
 from cowferry.drivers.qcow2.refcounts import OFFSET, big_endian
 from cowferry.drivers.result import Result
+from cowferry.errors import ImageError
 
 if TYPE_CHECKING:
     from cowferry.drivers.qcow2.image import Qcow2
@@ -94,33 +95,11 @@ def _count(image: Qcow2, counter: Counter, result: Result, messages: list[str]) 
         _count_l1(image, counter, s.l1_offset, big_endian("Q", data), result, bad, active=False)
     if image.snapshots:
         counter.add_bytes(h.snapshots_offset, snapshots.table_size(image))
-    for kind, ext in h.extensions:
-        if kind == headers.EXT_BITMAPS and len(ext) >= 24:
-            _count_bitmaps(image, counter, ext)
-
-
-def _count_bitmaps(image: Qcow2, counter: Counter, ext: bytes) -> None:
-    """The bitmap directory, its tables and their data (specification, section Bitmaps)."""
-    number = int.from_bytes(ext[:4], "big")
-    size, offset = int.from_bytes(ext[8:16], "big"), int.from_bytes(ext[16:24], "big")
-    counter.add_bytes(offset, size)
-    directory = bytearray(min(size, 64 << 20))
-    image.file.pread(memoryview(directory), offset)
-    at = 0
-    for _ in range(number):
-        if at + 24 > len(directory):
-            return
-        table = int.from_bytes(directory[at : at + 8], "big")
-        entries = int.from_bytes(directory[at + 8 : at + 12], "big")
-        name = int.from_bytes(directory[at + 18 : at + 20], "big")
-        extra = int.from_bytes(directory[at + 20 : at + 24], "big")
-        if counter.add_bytes(table, entries * 8):
-            data = bytearray(entries * 8)
-            image.file.pread(memoryview(data), table)
-            for entry in big_endian("Q", data):
-                if entry & OFFSET:
-                    counter.add((entry & OFFSET) >> counter.bits)
-        at = (at + 24 + extra + name + 7) & ~7
+    try:
+        for cluster in bitmaps.places(image, bitmaps.directory(image)):
+            counter.add(cluster)
+    except ImageError as error:  # opened for writing the image has none any more
+        bad(error.desc)
 
 
 def _count_l1(

@@ -136,7 +136,7 @@ class Map:
         bits = self.bits
         size, mask = 1 << bits, (1 << bits) - 1
         first, last = start >> bits, (stop - 1) >> bits
-        fd, writable = self.image.data_fd, not self.image.read_only
+        fd, writable = self.image.data_fd, self.image.leasable
         external = self.image.external
         slot = first
         while slot <= last:
@@ -177,7 +177,7 @@ class Map:
     ) -> None:
         bits = self.bits
         sub = bits - 5
-        fd, writable = self.image.data_fd, not self.image.read_only
+        fd, writable = self.image.data_fd, self.image.leasable
         at = start
         while at < stop:
             slot = at >> bits

@@ -30,11 +30,13 @@ EXT_BACKING_FORMAT = 0xE2792ACA
 EXT_FEATURES = 0x6803F857
 EXT_BITMAPS = 0x23852875
 EXT_DATA_FILE = 0x44415441
+EXT_BITMAPS_KEPT = 0x434F5746  # ours, see `bitmaps`: who keeps the bitmaps while they are in use
 
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = 1, 2, 4, 8, 16
 KNOWN_INCOMPATIBLE = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2
 LAZY_REFCOUNTS = 1  # compatible
 BITMAPS_VALID, DATA_FILE_RAW = 1, 2  # autoclear
+BITMAPS_KEPT = 1 << 63  # autoclear, ours: nobody else wrote since the extension of that name
 
 FEATURE_NAMES = [
     (0, 0, b"dirty bit"),
@@ -93,6 +95,10 @@ class Header:
     def l2_entries(self) -> int:
         """Clusters that one L2 table maps."""
         return self.cluster_size // (16 if self.extended_l2 else 8)
+
+    def extension(self, kind: int) -> bytes | None:
+        """The data of one of `extensions`."""
+        return next((data for k, data in self.extensions if k == kind), None)
 
     @property
     def header_length(self) -> int:

@@ -28,8 +28,10 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+from cowferry.block.bitmap import Bitmap
 from cowferry.block.node import ZEROES, Extent, Node, State, part, read, read_runs, resolve
 from cowferry.drivers import Common, register
+from cowferry.drivers.qcow2 import bitmaps as store
 from cowferry.drivers.qcow2 import changes, snapshots
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2.clusters import (
@@ -85,6 +87,9 @@ class Qcow2(Node):
         self.meta = threading.RLock()  # guards map, refcounts, metadata, header, broken
         self.flushing = threading.Lock()  # one ordered flush at a time
         self.metadata: set[int] = {0}  # host clusters that hold tables
+        self.bitmap_clusters: set[int] = set()  # of them, those of stored bitmaps
+        self.unkept = False  # stored bitmaps should know of writes, and nobody sees to it
+        self.stores_bitmaps = header.version >= 3
         self.broken = False  # found damaged: no more writes (Q4)
         self._closed = False
         self._inflated: tuple[int, bytes] = (-1, b"")  # the last cluster decompressed
@@ -150,6 +155,7 @@ class Qcow2(Node):
 
     def _prepare_for_writing(self) -> None:
         h = self.header
+        kept = store.prepare(self) | headers.DATA_FILE_RAW
         if h.incompatible & headers.DIRTY:
             from cowferry.drivers.qcow2.check import check
 
@@ -157,9 +163,8 @@ class Qcow2(Node):
             self.flush()
             h.incompatible &= ~headers.DIRTY
             self.write_header()
-        if h.autoclear & ~headers.DATA_FILE_RAW:
-            # Bitmaps, too: nobody keeps them while we write, so they are not valid any more.
-            h.autoclear &= headers.DATA_FILE_RAW
+        if h.autoclear & ~kept:
+            h.autoclear &= kept
             self.write_header()
 
     def _note_metadata(self) -> None:
@@ -209,7 +214,7 @@ class Qcow2(Node):
 
     def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
         """Caller holds `exclusive` over the clusters. Allocates, copies on write, links."""
-        self._writable()
+        self._change()
         size = self.cluster_size
         while len(buf):
             cluster, within = divmod(offset, size)
@@ -344,7 +349,7 @@ class Qcow2(Node):
 
     def zero(self, offset: int, length: int, unmap: bool = False, fast: bool = False) -> None:
         """Zero clusters where the version has them; else zero bytes, unless `fast`."""
-        self._writable()
+        self._change()
         size, end = self.cluster_size, offset + length
         flags = self.header.version >= 3
         if fast and not flags and self.backing is not None:
@@ -402,7 +407,7 @@ class Qcow2(Node):
 
     def discard(self, offset: int, length: int) -> None:
         """Whole clusters become holes that read as zero, never as the backing (ST4)."""
-        self._writable()
+        self._change()
         size, end = self.cluster_size, offset + length
         if self.external:
             return self.zero(offset, length, unmap=True)
@@ -421,7 +426,7 @@ class Qcow2(Node):
 
     def reserve(self, offset: int, length: int) -> list[Extent] | None:
         """Clusters with a refcount that no table points to; a crash leaks them (Q2)."""
-        self._writable()
+        self._change()
         if self.external or self.data_fd < 0:
             return None
         size = self.cluster_size
@@ -578,6 +583,21 @@ class Qcow2(Node):
         self._writable()
         changes.grow(self, size)
 
+    # Dirty bitmaps -----------------------------------------------------------------------
+
+    def read_bitmaps(self) -> list[Bitmap]:
+        """See `Node` and `bitmaps`."""
+        return store.read(self)
+
+    def write_bitmaps(self, bitmaps: list[Bitmap], token: bytes = b"") -> None:
+        """In new clusters, and one write of sector 0; or in place, if only flags change."""
+        self._writable()
+        store.write(self, bitmaps, token)
+
+    def bitmap_token(self) -> bytes:
+        """What `write_bitmaps` left, if the autoclear bit beside it is still there."""
+        return store.token(self)
+
     # The image as a whole ----------------------------------------------------------------
 
     def _writable(self) -> None:
@@ -585,6 +605,17 @@ class Qcow2(Node):
             raise OSError(errno.EPERM, f"{self.filename} is open read-only")
         if self.broken:
             raise OSError(errno.EIO, f"{self.filename}: damaged metadata was found; not writing")
+
+    def _change(self) -> None:
+        """Bytes of the disk are about to change."""
+        self._writable()
+        if self.unkept:
+            store.give_up(self)
+
+    @property
+    def leasable(self) -> bool:
+        """Whether clusters may be written in place, without asking us."""
+        return not (self.read_only or self.unkept)
 
     def check_overlap(self, first: int, count: int) -> None:
         """Room about to be handed out must not hold a table, whatever the refcounts say (Q4)."""
@@ -640,7 +671,8 @@ class Qcow2(Node):
             if h.data_file is not None:
                 out["data-file"] = h.data_file
             out["data-file-raw"] = bool(h.autoclear & headers.DATA_FILE_RAW)
-        return out
+        stored = store.info(self)
+        return out | {"bitmaps": stored} if stored else out
 
     def check(self, fix: Literal["leaks", "all"] | None = None) -> Any:
         """See `check.check`."""

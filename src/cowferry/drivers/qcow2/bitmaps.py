@@ -1,0 +1,584 @@
+"""Dirty bitmaps inside the image: reading them with suspicion, and changing them all or none.
+
+A header extension says where the *directory* is; each of its entries has a name, flags, and the
+place of a *table*, whose words say where the clusters of the bits are, or that they are all 0 or 1.
+The whole is valid only while the autoclear bit 0 is set: a program that writes to the image and
+does not know bitmaps has cleared it.
+
+**Changing them.** What differs from what is stored goes into new clusters, the directory, too; when
+that is durable, with its refcounts, sector 0 changes in one write, and then the old clusters are
+given back. If nothing but flags differs they are changed where they are, each by itself: this takes
+no room, so an image whose refcounts are wrong can be opened to be repaired.
+
+**In use.** While an image is open for writing its bitmaps are kept elsewhere and those stored are
+flagged in_use, so others do not trust them. Our own mark says who keeps them: a private header
+extension, 0x434F5746 ("COWF"), with 16 bytes of the keeper's, and the autoclear bit 63. Whoever
+else opens the image for writing clears that bit, for he does not know it; extensions that he does
+not know he leaves. So the token counts only with the bit, and then nobody else has written.
+From rest to in use the mark comes first and the flags after it, and back the other way round, so
+that there is no moment when flags are set and nobody is named.
+
+**Nobody keeps them.** Until a keeper says that it does, an image that is open for writing hands out
+no lease for writing in place, and the first change flags what records in use (`give_up`, B1).
+
+**What we do not understand** (other types, flags, extra data) stays as it is, byte for byte.
+
+Source: the qcow2 specification, sections Bitmaps extension and Bitmaps.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from bitarray import bitarray
+
+from cowferry.block.bitmap import Bitmap
+from cowferry.drivers.qcow2 import header as headers
+from cowferry.drivers.qcow2.refcounts import OFFSET, big_endian, swapped
+from cowferry.errors import CowferryError, ImageError, NotSupported
+
+if TYPE_CHECKING:
+    from cowferry.drivers.qcow2.image import Qcow2
+
+log = logging.getLogger(__name__)
+
+EXTENSION = struct.Struct(">IIQQ")  # how many, zero, bytes and place of the directory
+ENTRY = struct.Struct(">QIIBBHI")
+IN_USE, AUTO, EXTRA_COMPATIBLE = 1, 2, 4  # flags
+KNOWN_FLAGS = IN_USE | AUTO | EXTRA_COMPATIBLE
+DIRTY_TRACKING = 1  # the only type
+ALL_ONES = 1  # in a table: no cluster, all bits set
+TOKEN = 16  # bytes
+
+MAX_BITMAPS = 65535
+MAX_DIRECTORY = MAX_BITMAPS * 1024  # bytes; QEMU's
+MAX_NAME = 1023  # bytes
+MAX_BYTES = 512 << 20  # of the bits of one bitmap (QEMU's), and of all together
+BATCH = 1 << 20  # bytes of bits that are written at once
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One bitmap as the directory has it; places in bytes."""
+
+    name: bytes
+    granularity_bits: int
+    flags: int
+    table_offset: int
+    table: array[int]  # of each cluster of bits: where it lies, or 0, or ALL_ONES
+    kind: int = DIRTY_TRACKING
+    extra: bytes = b""
+
+    @property
+    def understood(self) -> bool:
+        """Whether it is of a kind that we may use."""
+        strange = self.extra and not self.flags & EXTRA_COMPATIBLE
+        return self.kind == DIRTY_TRACKING and not self.flags & ~KNOWN_FLAGS and not strange
+
+    @property
+    def tracks(self) -> bool:
+        """Whether others rely on it to know of every write."""
+        return self.understood and self.flags & (AUTO | IN_USE) == AUTO
+
+    def encode(self) -> bytes:
+        """As it lies in the directory."""
+        fixed = ENTRY.pack(
+            self.table_offset, len(self.table), self.flags, self.kind, self.granularity_bits,
+            len(self.name), len(self.extra),
+        )  # fmt: skip
+        whole = fixed + self.extra + self.name
+        return whole + bytes(-len(whole) % 8)
+
+
+def clusters_for(size: int, granularity_bits: int, cluster_bits: int) -> int:
+    """How many clusters the bits of a disk of `size` bytes take."""
+    return -(-size >> granularity_bits + 3 + cluster_bits)
+
+
+# Reading ------------------------------------------------------------------------------------
+
+
+def directory(image: Qcow2) -> list[Entry]:
+    """The bitmaps of the image, checked. Raises `ImageError` if any of it cannot be.
+
+    And `NotSupported` if there is nothing wrong with it, and it is too much for us."""
+    h, file = image.header, image.file
+
+    def bad(what: str) -> ImageError:
+        return ImageError(
+            f"'{image.filename}': {what}",
+            "the disk's own bytes are not concerned; opened for writing it loses its bitmaps",
+        )
+
+    extension = h.extension(headers.EXT_BITMAPS)
+    if extension is None or not h.autoclear & headers.BITMAPS_VALID:
+        return []
+    if len(extension) != EXTENSION.size:
+        raise bad(f"the bitmaps extension has {len(extension)} bytes, not {EXTENSION.size}")
+    number, reserved, size, offset = EXTENSION.unpack(extension)
+    if reserved or not 1 <= number <= MAX_BITMAPS:
+        raise bad(f"the bitmaps extension is invalid ({number} bitmaps)")
+    if not number * ENTRY.size < size <= MAX_DIRECTORY:
+        raise bad(f"the bitmap directory has the invalid size {size}")
+    claims = Claims(image, bad)
+    claims.take(offset, size, "the bitmap directory")
+    data = bytearray(size)
+    file.pread(memoryview(data), offset)
+    entries: list[Entry] = []
+    names: set[bytes] = set()
+    at = total = 0
+    for i in range(number):
+        if at + ENTRY.size > size:
+            raise bad(f"the bitmap directory ends before bitmap {i}")
+        place, length, flags, kind, bits, name_size, extra = ENTRY.unpack_from(data, at)
+        start = at + ENTRY.size + extra
+        end = start + name_size
+        if end > size:
+            raise bad(f"bitmap {i} runs over the end of the bitmap directory")
+        name = bytes(data[start:end])
+        if not 1 <= name_size <= MAX_NAME or name in names:
+            raise bad(f"the name of bitmap {i} is invalid, or another's")
+        names.add(name)
+        which = f"bitmap '{text(name)}'"
+        entry = Entry(
+            name, bits, flags, place, array("Q"), kind, bytes(data[start - extra : start])
+        )
+        if kind == DIRTY_TRACKING and not 9 <= bits <= 31:
+            raise bad(f"{which} has the invalid granularity 2^{bits}")
+        need = clusters_for(image.size, bits, h.cluster_bits)
+        if not length or (entry.understood and not flags & IN_USE and length != need):
+            raise bad(f"{which} has a table of {length} clusters, not {need}, for this disk")
+        total += length
+        if total << h.cluster_bits > MAX_BYTES:
+            raise NotSupported(
+                f"'{image.filename}': its bitmaps have more than {MAX_BYTES >> 20} MiB",
+                "remove some of them; nothing was changed",
+            )
+        claims.take(place, length * 8, f"the table of {which}")
+        words = bytearray(length * 8)
+        file.pread(memoryview(words), place)
+        table = big_endian("Q", words)
+        for word in table:
+            if word > ALL_ONES:
+                claims.take(word, h.cluster_size, f"a cluster of {which}")
+        entries.append(replace(entry, table=table))
+        at = (end + 7) & ~7
+    if at < size:
+        raise bad("the bitmap directory has something behind its last bitmap")
+    return entries
+
+
+class Claims:
+    """Which clusters were said to hold what: none twice, none of another table, all in the file."""
+
+    def __init__(self, image: Qcow2, bad: Any) -> None:
+        self.image, self.bad = image, bad
+        bits = image.header.cluster_bits
+        self.mask, self.end = (1 << bits) - 1, -(-image.file.size >> bits) << bits
+        self.taken: set[int] = set()
+
+    def take(self, offset: int, length: int, what: str) -> None:
+        """Raises what `bad` makes of it."""
+        if not offset or offset & ~OFFSET or offset & self.mask:
+            raise self.bad(f"{what} has the invalid offset {offset:#x}")
+        if offset + length > self.end:
+            raise self.bad(f"{what} at {offset:#x} lies beyond the end of the file")
+        for cluster in clusters(self.image, offset, length):
+            other = cluster in self.image.metadata and cluster not in self.image.bitmap_clusters
+            if other or cluster in self.taken:
+                raise self.bad(f"{what} at {offset:#x} overlaps with something else")
+            self.taken.add(cluster)
+
+
+def clusters(image: Qcow2, offset: int, length: int) -> range:
+    """The host clusters of a range of bytes that begins with one."""
+    bits = image.header.cluster_bits
+    return range(offset >> bits, (offset + length + (1 << bits) - 1) >> bits)
+
+
+def places(image: Qcow2, entries: Iterable[Entry]) -> Iterator[int]:
+    """The host cluster of each part of the directory, the tables and the bits."""
+    extension = image.header.extension(headers.EXT_BITMAPS)
+    if extension is not None and entries:
+        _, _, size, offset = EXTENSION.unpack(extension)
+        yield from clusters(image, offset, size)
+    for entry in entries:
+        yield from clusters(image, entry.table_offset, len(entry.table) * 8)
+        yield from (w >> image.header.cluster_bits for w in entry.table if w > ALL_ONES)
+
+
+def read(image: Qcow2) -> list[Bitmap]:
+    """What `Node.read_bitmaps` says. One that cannot be used has no bits if they do not fit."""
+    out = []
+    _warn_of_stale(image)
+    for entry in directory(image):
+        need = clusters_for(image.size, entry.granularity_bits, image.header.cluster_bits)
+        usable = entry.understood and len(entry.table) == need
+        bits = min(max(entry.granularity_bits, 9), 31)
+        bitmap = Bitmap(text(entry.name), image.size if usable else 0, 1 << bits, persistent=True)
+        bitmap.recording = bool(entry.flags & AUTO)
+        bitmap.inconsistent = not entry.understood or bool(entry.flags & IN_USE)
+        if usable:
+            bitmap.replace(_load(image, entry, len(bitmap.bits)))
+        out.append(bitmap)
+    return out
+
+
+def _load(image: Qcow2, entry: Entry, count: int) -> bitarray:
+    """The bits: of bytes, the lowest comes first."""
+    bits = bitarray(count, endian="little")
+    bits.setall(False)
+    step = image.cluster_size * 8
+    for start, word in zip(range(0, count, step), entry.table, strict=True):
+        stop = min(start + step, count)
+        if word == ALL_ONES:
+            bits[start:stop] = True
+        elif word:
+            data = bytearray((stop - start + 7) // 8)
+            image.file.pread(memoryview(data), word)
+            piece = bitarray(endian="little")
+            piece.frombytes(bytes(data))
+            bits[start:stop] = piece[: stop - start]
+    return bits
+
+
+def text(name: bytes) -> str:
+    """A name as we show it; `name.encode` with the same error handler leads back."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+def info(image: Qcow2) -> list[dict[str, Any]]:
+    """QMP: a list of Qcow2BitmapInfo, as qemu-img's info shows it."""
+    try:
+        entries = directory(image)
+    except CowferryError as error:
+        log.warning("%s", error.desc)
+        return []
+    words = ((IN_USE, "in-use"), (AUTO, "auto"))
+    return [
+        {
+            "flags": [word for flag, word in words if e.flags & flag],
+            "name": text(e.name),
+            "granularity": 1 << e.granularity_bits,
+        }
+        for e in entries
+    ]
+
+
+def token(image: Qcow2) -> bytes:
+    """What the keeper left, if nobody else opened the image for writing since; else b""."""
+    h = image.header
+    both = headers.BITMAPS_VALID | headers.BITMAPS_KEPT
+    found = h.extension(headers.EXT_BITMAPS_KEPT) or b""
+    return found if h.autoclear & both == both and len(found) == TOKEN else b""
+
+
+# Opening for writing ------------------------------------------------------------------------
+
+
+def prepare(image: Qcow2) -> int:
+    """The image is about to be written to. Returns the autoclear bits that stay true.
+
+    Bitmaps that cannot be read, or that somebody let go stale, are not ours to keep. Their
+    clusters are not given back: who knows who has taken them meanwhile (check -r leaks does)."""
+    h = image.header
+    try:
+        entries = directory(image)
+    except ImageError as error:
+        log.warning("%s: its bitmaps are lost", error.desc)
+        entries = []
+    _warn_of_stale(image)
+    mark = token(image)
+    stored = h.extension(headers.EXT_BITMAPS) if entries else None
+    h.extensions = _extensions(h, stored, mark if entries else b"")
+    note(image, entries)
+    return headers.BITMAPS_VALID * bool(entries) | headers.BITMAPS_KEPT * bool(entries and mark)
+
+
+def _warn_of_stale(image: Qcow2) -> None:
+    h = image.header
+    if h.extension(headers.EXT_BITMAPS) is not None and not h.autoclear & headers.BITMAPS_VALID:
+        log.warning(
+            "'%s': its bitmaps are void: a program that does not know them wrote to it",
+            image.filename,
+        )
+
+
+def note(image: Qcow2, entries: list[Entry], kept: bool = False) -> None:
+    """These are stored from now on."""
+    with image.meta:
+        image.metadata -= image.bitmap_clusters
+        image.bitmap_clusters = set(places(image, entries))
+        image.metadata |= image.bitmap_clusters
+        image.unkept = not kept and any(e.tracks for e in entries)
+
+
+def give_up(image: Qcow2) -> None:
+    """The first change, and nobody keeps the bitmaps: those that should know of it are in use."""
+    with image.flushing:
+        if not image.unkept:
+            return
+        entries = [replace(e, flags=e.flags | IN_USE) if e.tracks else e for e in directory(image)]
+        _in_place(image, entries)
+        image.unkept = False
+
+
+# Changing -----------------------------------------------------------------------------------
+
+
+def write(image: Qcow2, bitmaps: list[Bitmap], token: bytes = b"") -> None:
+    """What `Node.write_bitmaps` says. Raises `CowferryError` if the format has no room for one."""
+    h = image.header
+    if h.version < 3:
+        raise NotSupported(f"'{image.filename}': a version 2 image has no room for bitmaps")
+    if len(token) not in (0, TOKEN):
+        raise ValueError(f"a token of {len(token)} bytes")
+    with image.flushing:
+        old = directory(image)
+        known = {text(e.name): e for e in old}
+        fresh = Fresh(image)
+        try:
+            entries = [_entry(image, fresh, b, known.get(b.name), bool(token)) for b in bitmaps]
+            if _same_but_flags(entries, old):
+                assert not fresh.taken
+                return _flags(image, old, entries, token)
+            data = b"".join(e.encode() for e in entries)
+            if len(entries) > MAX_BITMAPS or len(data) > MAX_DIRECTORY:
+                raise CowferryError(f"'{image.filename}': too many bitmaps ({len(entries)})")
+            extension = fresh.directory(len(entries), data) if entries else None
+            extensions = _extensions(h, extension, token if entries else b"")
+            fits(h, extensions)
+            image._write_tables()
+        except BaseException:
+            fresh.undo()
+            raise
+        gone = image.bitmap_clusters
+        _switch(image, extensions)
+        note(image, entries, kept=bool(token))
+        give_back(image, gone - image.bitmap_clusters)
+
+
+def _entry(image: Qcow2, fresh: Fresh, bitmap: Bitmap, old: Entry | None, used: bool) -> Entry:
+    """The entry for a bitmap; what of `old` is still right stays where it is."""
+    if bitmap.inconsistent and old is not None:
+        return replace(old, flags=old.flags | IN_USE) if old.understood else old
+    name = bitmap.name.encode("utf-8", "surrogateescape")
+    bits = bitmap.granularity.bit_length() - 1
+    if not 1 <= len(name) <= MAX_NAME:
+        raise CowferryError(f"a bitmap's name of {len(name)} bytes cannot be stored")
+    if not 9 <= bits <= 31:
+        raise CowferryError(f"bitmap '{bitmap.name}': granularity {1 << bits} cannot be stored")
+    need = clusters_for(image.size, bits, image.header.cluster_bits)
+    if not need or need * image.cluster_size > MAX_BYTES:
+        raise CowferryError(
+            f"bitmap '{bitmap.name}' of a disk of {image.size} bytes cannot be stored",
+            "use a coarser granularity" if need else "the disk has no bytes",
+        )
+    if old is not None and not (old.understood and old.granularity_bits == bits):
+        old = None
+    flags = AUTO * bitmap.recording | IN_USE * (used or bitmap.inconsistent)
+    if bitmap.inconsistent:
+        table = array("Q", bytes(8 * need))
+    else:
+        if bitmap.size != image.size:
+            raise CowferryError(
+                f"bitmap '{bitmap.name}' is of a disk of {bitmap.size} bytes, and "
+                f"'{image.filename}' has {image.size}"
+            )
+        table = fresh.bits(bitmap, need, old.table if old is not None else array("Q"))
+    if old is not None:
+        flags |= old.flags & EXTRA_COMPATIBLE
+        if old.table == table:
+            return replace(old, flags=flags)
+    return Entry(
+        name, bits, flags, fresh.table(table), table, extra=old.extra if old is not None else b""
+    )
+
+
+def _same_but_flags(entries: list[Entry], old: list[Entry]) -> bool:
+    return [replace(e, flags=0) for e in entries] == [replace(e, flags=0) for e in old]
+
+
+class Fresh:
+    """Clusters that are filled before anything refers to them. Under `flushing`."""
+
+    def __init__(self, image: Qcow2) -> None:
+        self.image = image
+        self.taken: list[tuple[int, int]] = []  # (cluster, how many)
+
+    def bits(self, bitmap: Bitmap, need: int, old: array[int]) -> array[int]:
+        """The table of a bitmap, whose clusters are where `old` has them, if they are the same."""
+        image, size = self.image, self.image.cluster_size
+        table = array("Q", bytes(8 * need))
+        batch: list[tuple[int, bytes]] = []
+        was = bytearray(size)
+        for i in range(need):
+            with bitmap.lock:
+                piece = bitmap.bits[i * size * 8 : (i + 1) * size * 8]
+            word = old[i] if i < len(old) else 0
+            data = b""
+            if word > ALL_ONES:
+                data = piece.tobytes().ljust(size, b"\0")
+                image.file.pread(memoryview(was), word)
+            if (was == data) if word > ALL_ONES else (word and piece.all()):
+                table[i] = word
+            elif len(piece) == size * 8 and piece.all():  # a disk that grows has no ones behind it
+                table[i] = ALL_ONES
+            elif piece.any():
+                batch.append((i, data or piece.tobytes().ljust(size, b"\0")))
+                if len(batch) * size >= BATCH:
+                    self._place(table, batch)
+                    batch = []
+        self._place(table, batch)
+        return table
+
+    def _place(self, table: array[int], batch: list[tuple[int, bytes]]) -> None:
+        while batch:
+            with self.image.meta:
+                first, count = self.image.refcounts.allocate(len(batch))
+                self._took(first, count)
+            host = first << self.image.header.cluster_bits
+            self.image._write(host, b"".join(data for _, data in batch[:count]))
+            for number, (i, _) in enumerate(batch[:count]):
+                table[i] = host + number * self.image.cluster_size
+            batch = batch[count:]
+
+    def table(self, words: array[int]) -> int:
+        """Where a table lies from now on."""
+        return self._row(swapped(words))
+
+    def directory(self, number: int, data: bytes) -> bytes:
+        """The header extension for a directory of these bytes."""
+        return EXTENSION.pack(number, 0, len(data), self._row(data))
+
+    def _row(self, data: bytes) -> int:
+        size = self.image.cluster_size
+        count = -(-len(data) // size)
+        with self.image.meta:
+            first = self.image.refcounts.contiguous(count)
+            self._took(first, count)
+        self.image._write(first * size, data.ljust(count * size, b"\0"))
+        return first * size
+
+    def _took(self, first: int, count: int) -> None:
+        self.taken.append((first, count))
+        self.image.metadata.update(range(first, first + count))
+
+    def undo(self) -> None:
+        """Nothing refers to them."""
+        with self.image.meta:
+            free = self.image.refcounts.settle(self.taken)
+            self.image._punch(free)
+        self.taken = []
+
+
+def give_back(image: Qcow2, gone: Iterable[int]) -> None:
+    """The header lets go of these clusters, durably. Under `flushing`."""
+    with image.meta:
+        free = image.refcounts.settle([(cluster, 1) for cluster in sorted(gone)])
+    image._punch(free)
+    if free:
+        image._write_tables()
+
+
+def _extensions(
+    h: headers.Header, bitmaps: bytes | None = None, token: bytes = b""
+) -> list[tuple[int, bytes]]:
+    """The header's extensions with these two of ours."""
+    ours = (headers.EXT_BITMAPS, headers.EXT_BITMAPS_KEPT)
+    out = [e for e in h.extensions if e[0] not in ours]
+    if bitmaps is not None:
+        out.append((headers.EXT_BITMAPS, bitmaps))
+    if token:
+        out.append((headers.EXT_BITMAPS_KEPT, token))
+    return out
+
+
+def fits(h: headers.Header, extensions: list[tuple[int, bytes]]) -> None:
+    """Raises `NotSupported` if sector 0 has no room for these extensions."""
+    headers.layout(replace(h, extensions=extensions), h.backing_offset)
+
+
+def _switch(image: Qcow2, extensions: list[tuple[int, bytes]]) -> None:
+    """One durable write of sector 0. If it fails nobody knows, and nothing is given back."""
+    h = image.header
+    with image.meta:
+        was = h.extensions, h.autoclear
+        set_extensions(h, extensions)
+        try:
+            image.write_header()
+        except BaseException:
+            h.extensions, h.autoclear = was
+            raise
+
+
+def set_extensions(h: headers.Header, extensions: list[tuple[int, bytes]]) -> None:
+    """Extensions, and the autoclear bits that say that those of bitmaps are right."""
+    h.extensions = extensions
+    kinds = {kind for kind, _ in extensions}
+    h.autoclear &= ~(headers.BITMAPS_VALID | headers.BITMAPS_KEPT)
+    h.autoclear |= headers.BITMAPS_VALID * (headers.EXT_BITMAPS in kinds)
+    h.autoclear |= headers.BITMAPS_KEPT * (headers.EXT_BITMAPS_KEPT in kinds)
+
+
+def _flags(image: Qcow2, old: list[Entry], entries: list[Entry], token: bytes) -> None:
+    """Nothing but flags changes, and who keeps them. Under `flushing`."""
+    h = image.header
+    if not entries:
+        return
+    extensions = _extensions(h, h.extension(headers.EXT_BITMAPS), token)
+    fits(h, extensions)
+    if token:  # the mark before the flags
+        _switch(image, extensions)
+    if entries != old:
+        _in_place(image, entries)
+    if not token and extensions != h.extensions:
+        _switch(image, extensions)
+    note(image, entries, kept=bool(token))
+
+
+def _in_place(image: Qcow2, entries: list[Entry]) -> None:
+    """The directory where it is; only flags differ, which no tear cuts through."""
+    extension = image.header.extension(headers.EXT_BITMAPS)
+    assert extension is not None
+    _, _, size, offset = EXTENSION.unpack(extension)
+    data = b"".join(e.encode() for e in entries)
+    image._write(offset, data[:size])
+    image.file.flush()
+
+
+def grown(image: Qcow2, size: int, fresh: Fresh) -> tuple[list[Entry], list[tuple[int, bytes]]]:
+    """The bitmaps of a disk of `size` bytes, larger than it is, and the extensions that say so.
+
+    What is new counts as clean. Raises `CowferryError` for a bitmap that cannot grow."""
+    h = image.header
+    mine = token(image)
+    entries = []
+    old = directory(image)
+    for entry in old:
+        bits = entry.granularity_bits
+        have, need = (clusters_for(s, bits, h.cluster_bits) for s in (image.size, size))
+        stale = entry.flags & IN_USE and not mine
+        if not entry.understood or stale or len(entry.table) != have:
+            what = "is inconsistent and cannot be resized with the disk"
+        elif need << h.cluster_bits > MAX_BYTES:
+            what = "would be too large"
+        else:
+            if need > have:
+                table = entry.table + array("Q", bytes(8 * (need - have)))
+                entry = replace(entry, table=table, table_offset=fresh.table(table))
+            entries.append(entry)
+            continue
+        raise CowferryError(
+            f"'{image.filename}': bitmap '{text(entry.name)}' {what}",
+            "remove the bitmap first; nothing was changed",
+        )
+    if entries == old:
+        return old, h.extensions
+    data = b"".join(e.encode() for e in entries)
+    return entries, _extensions(h, fresh.directory(len(entries), data), mine)
