@@ -21,3 +21,11 @@ class Keeper:
     def checkpoint(self) -> None:
         """What is on disk becomes the precise bits again. Inside a drain of every disk above."""
         raise NotImplementedError
+
+    def rest(self) -> None:
+        """Nobody will write any more: the precise bits go to where they are at rest."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        """The node may be written again."""
+        raise NotImplementedError

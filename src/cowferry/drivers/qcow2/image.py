@@ -699,6 +699,8 @@ class Qcow2(Node):
                 "it can still be read; repair it with: cowferry check -r all",
             )
         if read_only and not self.broken:
+            if self.keeper is not None:
+                self.keeper.rest()
             self.close_tables()
         # A child that was lent has no other writer: its access is what we need.
         children = [self.file, self.data] if self.external else [self.file]
@@ -713,11 +715,16 @@ class Qcow2(Node):
                     self.refcounts = Refcounts(self)
                     self.map = Map(self)
                 self._prepare_for_writing()
+                if self.keeper is not None:
+                    self.keeper.resume()
         except BaseException:
             self.read_only = not read_only
             for child in changed:
                 with contextlib.suppress(OSError, CowferryError):
                     child.reopen(not read_only)
+            if read_only and self.keeper is not None:  # if not even that: see `unkept`
+                with contextlib.suppress(OSError, CowferryError):
+                    self.keeper.resume()
             raise
 
     def close(self) -> None:
@@ -727,7 +734,11 @@ class Qcow2(Node):
         self._closed = True
         try:
             if not self.read_only and not self.broken:
-                self.close_tables()
+                try:
+                    if self.keeper is not None:
+                        self.keeper.rest()
+                finally:
+                    self.close_tables()
         finally:
             if "file" not in self.lent:
                 self.file.close()
