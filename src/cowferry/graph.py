@@ -131,6 +131,12 @@ class Graph:
             if node is None or node.read_only:
                 continue
             mine = options.get("read-only") not in (True, "on") and key != "backing"
+            if mine and node.bitmaps:
+                raise CowferryError(
+                    f"Node '{child}' has dirty bitmaps, and writes through another node are not in "
+                    f"them: {', '.join(node.bitmaps)}",
+                    "remove them, or write the node itself",
+                )
             for other in self.nodes.values():
                 for role, held in children(other):
                     if held is node and role != "backing" and (mine or not other.read_only):
@@ -183,6 +189,11 @@ class Graph:
                 raise CowferryError(
                     f"Block device {name} is in use", "an export has it: block-export-del"
                 )
+            for bitmap in node.bitmaps.values():
+                if bitmap.busy:
+                    raise CowferryError(
+                        f"Node '{name}' is busy: {bitmap.busy} uses its bitmap '{bitmap.name}'"
+                    )
             if name not in self.explicit:
                 raise CowferryError(f"Node {name} is not owned by the monitor")
             self.explicit.discard(name)

@@ -15,6 +15,7 @@ from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, chain
 from cowferry.errors import CowferryError
+from cowferry.graph import children
 from cowferry.operations.transaction import Part, Transaction
 
 if TYPE_CHECKING:
@@ -100,6 +101,10 @@ def default_granularity(node: Node) -> int:
     return max(LEAST_DEFAULT, node.granule) if hasattr(node, "cluster_size") else NO_CLUSTERS
 
 
+def _is_file_of(node: Node, other: Node) -> bool:
+    return any(child is node and role != "backing" for role, child in children(other))
+
+
 # Parts of a transaction -------------------------------------------------------------------
 
 
@@ -146,6 +151,12 @@ class Add(_Change):
             raise CowferryError("Granularity must be power of 2 and at least 512")
         if find(node, name, so_far) is not None:
             raise CowferryError(f"Bitmap already exists: {name}")
+        above = [o.name for o in daemon.graph.every_node() if _is_file_of(node, o)]
+        if above:
+            raise CowferryError(
+                f"Node '{node_name}' is written through '{above[0]}', where nobody would tell it",
+                f"add the bitmap to '{above[0]}'",
+            )
         if len(name.encode()) > MAX_NAME:
             raise CowferryError(
                 f"Can't make bitmap '{name}' persistent in '{node_name}': "
