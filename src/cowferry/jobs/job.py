@@ -288,14 +288,29 @@ class Job:
 
     # The runner --------------------------------------------------------------------------
 
-    def start(self, emit: Emit, on_null: Callable[[Job], None]) -> None:
-        """Begin. Called once, by `Jobs`."""
+    def create(self, emit: Emit, on_null: Callable[[Job], None]) -> None:
+        """It exists, and has not begun. Called once, by `Jobs`."""
         self._emit, self._on_null = emit, on_null
         with self.changed:
             self._move(Status.CREATED)
+
+    def start(self) -> None:
+        """Begin. Called once, by whoever created it."""
+        with self.changed:
             self._move(Status.RUNNING)
         self.thread = threading.Thread(target=self._main, name=f"job {self.id}", daemon=True)
         self.thread.start()
+
+    def withdraw(self) -> None:
+        """Instead of a start: what it was created for is not going to be. No BLOCK_JOB event."""
+        with self.changed:
+            self._move(Status.ABORTING)
+        try:
+            self.clean()
+        finally:
+            with self.changed:
+                self._move(Status.CONCLUDED)
+                self._go()
 
     def _main(self) -> None:
         failure: BaseException | None = None
@@ -547,6 +562,12 @@ class Jobs:
 
     def start(self, job: Job, job_id: str) -> Job:
         """Give the job its id and let it run. Raises `CowferryError` for a bad or taken id."""
+        self.admit(job, job_id)
+        job.start()
+        return job
+
+    def admit(self, job: Job, job_id: str) -> None:
+        """Give the job its id; it is to be started later, or withdrawn. Raises like `start`."""
         if not valid_id(job_id):
             raise CowferryError(f"Invalid job ID '{job_id}'")
         with self.lock:
@@ -554,8 +575,7 @@ class Jobs:
                 raise CowferryError(f"Job ID '{job_id}' already in use")
             job.id = job_id
             self.jobs[job_id] = job
-        job.start(self.emit, self._forget)
-        return job
+        job.create(self.emit, self._forget)
 
     def check_id(self, job_id: str) -> None:
         """Raise `CowferryError` for an id that no new job may have."""
