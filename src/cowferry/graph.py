@@ -28,12 +28,14 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}")
 class Held(NamedTuple):
     """A node that is not to be changed by anybody else: why, and the job's id if it is a job.
 
-    `served`: exports may be added over it meanwhile, one of them for writing."""
+    `served`: exports may be added over it meanwhile, one of them for writing. `kept`: exports that
+    only read may; it lies over a node that is being written, and shows it as it was."""
 
     node: Node
     why: str
     holder: str
     served: bool
+    kept: bool = False
 
 
 class Graph:
@@ -59,7 +61,7 @@ class Graph:
         if not isinstance(name, str):
             raise CowferryError("'node-name' must be specified for the root node")
         with self.lock:
-            node = self._open(options)
+            node = self._open(options, may_float=True)
             self.explicit.add(name)
             return node
 
@@ -85,10 +87,10 @@ class Graph:
                 if self.nodes.get(node.name) is node:
                     self._release(node)
 
-    def _open(self, options: Mapping[str, Any]) -> Node:
+    def _open(self, options: Mapping[str, Any], may_float: bool = False) -> Node:
         """Open under `lock`: two opens at once could take one name."""
         self._check_names(options, set())
-        self._check_references(options)
+        self._check_references(options, may_float)
         self._check_groups(options)
         made: list[Node] = []
         node = opening.open_node(options, self.node, lambda n, given: made.append(n))
@@ -120,14 +122,18 @@ class Graph:
             if isinstance(child, Mapping):
                 self._check_names(child, seen)
 
-    def _check_references(self, options: Mapping[str, Any]) -> None:
-        """A node taken over by name must not be written by somebody else as well."""
+    def _check_references(self, options: Mapping[str, Any], may_float: bool = False) -> None:
+        """A node taken over by name must not be written by somebody else as well.
+
+        `may_float`: below the top there may be one that is (`floats`)."""
         for key in ("file", "backing", "data-file"):
             child = options.get(key)
             if isinstance(child, Mapping):
                 self._check_references(child)
                 continue
             node = self.nodes.get(child) if isinstance(child, str) else None
+            if node is not None and self.floats(node):
+                raise _afloat(node, f"its use as {key}")
             if node is None or node.read_only:
                 continue
             mine = options.get("read-only") not in (True, "on") and key != "backing"
@@ -144,13 +150,26 @@ class Graph:
                             f"Node '{child}' is in use by '{other.name}' as '{role}'",
                             "two nodes over one file would damage it",
                         )
-            if any(
-                w for d in self.all_disks() if d.root is node for w in self.users.get(id(d), [])
-            ):
+            if self._written(node) and not (may_float and key == "backing"):
                 raise CowferryError(
                     f"Node '{child}' is in use by a writable export",
                     "what lies below another node must not change",
                 )
+
+    def _written(self, node: Node) -> bool:
+        """Whether an export writes to a disk over the node."""
+        return any(any(self.users.get(id(d), [])) for d in self.all_disks() if d.root is node)
+
+    def floats(self, node: Node) -> bool:
+        """Whether it lies over a node that is being written, and nobody keeps what it showed.
+
+        Such an overlay is there to become a backup's view of one moment. Until then it shows no
+        moment at all, so nobody may use it."""
+        with self.lock:
+            held = self.claims.get(id(node))
+            if node.backing is None or (held is not None and held.kept):
+                return False
+            return self._written(node.backing)
 
     def _check_groups(self, options: Mapping[str, Any]) -> None:
         group = options.get("throttle-group")
@@ -180,7 +199,7 @@ class Graph:
         """blockdev-del. Raises `CowferryError` while anybody uses the node."""
         with self.lock:
             node = self.node(name)
-            self.check_free(node, "blockdev-del")
+            self.check_free(node, "blockdev-del", afloat=True)
             self.check_top(node)
             for disk in self.disks.values():
                 if disk.root is node:
@@ -213,6 +232,7 @@ class Graph:
             for child in _parts(node):
                 if child.name not in self.explicit:
                     self.nodes.pop(child.name, None)
+                    self.bare.pop(child.name, None)
             try:
                 node.close()
             except (OSError, CowferryError) as error:
@@ -341,23 +361,27 @@ class Graph:
         *,
         wanted: str = "",
         served: Node | None = None,
+        kept: Node | None = None,
     ) -> None:
-        """Hold nodes for a job (or for a moment); all or none. Only `served` may be exported then.
+        """Hold nodes for a job (or for a moment); all or none. Only `served` may be exported then,
+        and `kept`, an overlay over it that goes on showing this moment, for reading.
 
         Raises `DeviceInUse` naming who has one, and what is `wanted`, or the lock that an
         administrator set."""
         with self.lock:
             for node in nodes:
-                self.check_free(node, wanted or why)
+                self.check_free(node, wanted or why, afloat=node is kept)
             for node in nodes:
-                self.claims[id(node)] = Held(node, why, holder, node is served)
+                self.claims[id(node)] = Held(node, why, holder, node is served, node is kept)
 
-    def check_free(self, node: Node, wanted: str) -> None:
-        """Raise `DeviceInUse` if the node is held, or belongs to a locked disk."""
+    def check_free(self, node: Node, wanted: str, afloat: bool = False) -> None:
+        """Raise `DeviceInUse` if the node is held, floats, or belongs to a locked disk."""
         with self.lock:
             held = self.claims.get(id(node))
             if held is not None:
                 raise _busy(held, wanted)
+            if not afloat and self.floats(node):
+                raise _afloat(node, wanted)
             for disk in self.all_disks():
                 reason = self.locks.get(id(disk))
                 if reason is not None and any(n is node for n in chain(disk.root)):
@@ -399,14 +423,18 @@ class Graph:
             if held is not None:
                 # What a job fills has no gate of ours around it; and no second writer comes in
                 # while one works on the disk.
-                if not held.served:
+                if not held.served and (writable or not held.kept):
                     raise _busy(held, "an export")
                 if writable and any(self.users.get(id(disk), [])):
                     raise _busy(held, "a second export for writing")
+            floating = next((n for n in chain(disk.root) if self.floats(n)), None)
+            if floating is not None:
+                raise _afloat(floating, "an export")
             if writable:
                 for other in self.nodes.values():
+                    over = self.claims.get(id(other))
                     for role, child in children(other):
-                        if child is disk.root:
+                        if child is disk.root and not (over is not None and over.kept):
                             raise CowferryError(
                                 f"Conflicts with use by '{other.name}' as '{role}', which does not "
                                 f"allow 'write' on '{child.name}'",
@@ -503,6 +531,15 @@ def _busy(held: Held, wanted: str) -> DeviceInUse:
     return DeviceInUse(
         f"Node '{held.node.name}' is busy: {held.why}{job}, which excludes {wanted}",
         f"wait for job{job}, or cancel it" if job else "wait for it",
+    )
+
+
+def _afloat(node: Node, wanted: str) -> DeviceInUse:
+    below = node.backing.name if node.backing is not None else ""
+    return DeviceInUse(
+        f"Node '{node.name}' is busy: '{below}' below it is in use by a writable export, so it "
+        f"shows no moment, which excludes {wanted}",
+        "blockdev-backup with sync=none keeps the moment at which it starts; use it after that",
     )
 
 

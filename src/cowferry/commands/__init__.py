@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MODULES = (
     "monitor", "block", "disks", "jobs", "stream", "commit", "mirror", "transaction", "snapshot",
     "bitmaps", "change", "groups", "descriptors", "exports", "legacy",
+    "throttle", "objects",
 )  # fmt: skip
 
 

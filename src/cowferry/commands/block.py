@@ -11,6 +11,7 @@ import msgspec
 from cowferry.block import moves
 from cowferry.block.node import Node, chain
 from cowferry.commands import Args, NoArgs, command
+from cowferry.commands.throttle import shown
 from cowferry.drivers import driver
 from cowferry.drivers.file import File
 from cowferry.errors import CowferryError
@@ -166,7 +167,7 @@ def device_info(node: Node, disk: Disk | None = None) -> dict[str, Any]:
         "file": node.filename,
         "node-name": node.name,
         "ro": node.read_only,
-        "drv": node.driver,
+        "drv": node.filter or node.driver,
         "encrypted": False,
         "detect_zeroes": "off",
         "backing_file_depth": len(images) - 1,
@@ -177,6 +178,9 @@ def device_info(node: Node, disk: Disk | None = None) -> dict[str, Any]:
     }  # fmt: skip
     if node.backing is not None:
         out["backing_file"] = node.backing.filename
+    if disk is not None and disk.limits is not None:
+        group = disk.limits.group
+        out |= shown(group.limits) | {"group": group.name}
     bitmaps = [*reversed(node.bitmaps.values())]  # the newest first, as in QEMU
     bitmaps += [] if disk is None else disk.bitmaps.values()
     if bitmaps:

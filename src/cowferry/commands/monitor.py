@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cowferry.commands import COMMANDS, Args, NoArgs, command, event
-from cowferry.errors import CommandNotFound, CowferryError
+from cowferry.errors import CommandNotFound
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -45,34 +45,6 @@ def query_commands(daemon: Daemon, args: NoArgs) -> list[CommandInfo]:
 def query_qmp_schema(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """All commands, events and types, for clients that look before they ask."""
     return daemon.schema()
-
-
-class ObjectAdd(Args):
-    qom_type: str
-    id: str
-
-
-@command("object-add")
-def object_add(daemon: Daemon, args: ObjectAdd) -> None:
-    """Name an `iothread`, so that exports may refer to it. It changes nothing here: each
-    connection has a thread of its own."""
-    if args.qom_type != "iothread":
-        raise CowferryError(f"invalid object type: {args.qom_type}", "iothread is known")
-    if args.id in daemon.iothreads:
-        raise CowferryError(f"attempt to add duplicate property '{args.id}' to object")
-    daemon.iothreads.add(args.id)
-
-
-class ObjectDel(Args):
-    id: str
-
-
-@command("object-del")
-def object_del(daemon: Daemon, args: ObjectDel) -> None:
-    """Forget an object."""
-    if args.id not in daemon.iothreads:
-        raise CowferryError(f"object '{args.id}' not found")
-    daemon.iothreads.discard(args.id)
 
 
 class Status(msgspec.Struct):

@@ -22,8 +22,10 @@ import msgspec
 from cowferry.block.node import Node
 from cowferry.errors import CowferryError, ImageError
 
-MODULES = {"file": "file", "host_device": "file", "raw": "raw", "qcow2": "qcow2", "qed": "qed"}
-MODULES["throttle"] = "throttle"
+MODULES = {
+    "file": "file", "host_device": "file", "raw": "raw", "qcow2": "qcow2", "qed": "qed",
+    "throttle": "throttle",
+}  # fmt: skip
 
 #: Formats of images that have a backing file.
 OVERLAYS = ("qcow2", "qed")
