@@ -62,7 +62,7 @@ class Model(RuleBasedStateMachine):
         if compat == "ext":
             options = {"cluster_size": "16k", "extended_l2": "on"}
         if kind == "qed":
-            table = self.rnd.choice([1, 2, 16])
+            table = self.rnd.choice([2, 16])
             options = {"cluster_size": cluster.replace("512", "8k"), "table_size": table}
         if kind == "raw" or not layers:
             path = self.folder / f"disk.{kind}"
