@@ -69,8 +69,21 @@ class Bitmap:
 
     def merge(self, other: Bitmap) -> None:
         """Set what is set in `other`, of whatever granularity, too."""
-        for offset, length in other.runs():
-            self.set(offset, length)
+        with other.lock:
+            bits, granularity = other.bits.copy(), other.granularity
+        while granularity < self.granularity:  # one bit for each two
+            if len(bits) % 2:
+                bits.append(False)
+            bits = bits[::2] | bits[1::2]
+            granularity *= 2
+        while granularity > self.granularity:  # two for each
+            finer = bitarray(2 * len(bits), endian="little")
+            finer[::2] = finer[1::2] = bits
+            bits, granularity = finer, granularity // 2
+        with self.lock:
+            both = min(len(bits), len(self.bits))
+            self.bits[:both] |= bits[:both]
+            self.ones = self.bits.count()
 
     def copy(self, name: str = "") -> Bitmap:
         """The same bits at this moment, kept by nobody."""
