@@ -212,13 +212,44 @@ def test_one_writer_per_node(graph: Graph, tmp_path: Path) -> None:
     with pytest.raises(CowferryError, match="Conflicts with use by 'base' as 'file'"):
         graph.hold(graph.disk("f"), True)
     graph.hold(graph.disk("base"), True)
-    below = refused(graph, qcow2(tmp_path / "vm.qcow2", "top", backing="base"))
+    below = refused(graph, {"driver": "raw", "file": "base", "node-name": "over"})
     assert below == "Node 'base' is in use by a writable export"
     graph.unhold(graph.disk("base"), True)
     graph.add_node(qcow2(tmp_path / "vm.qcow2", "top", backing="base"))
     with pytest.raises(CowferryError, match="Conflicts with use by 'top' as 'backing'"):
         graph.hold(graph.disk("base"), True)
     graph.hold(graph.disk("base"), False)
+
+
+def test_an_overlay_over_what_a_guest_writes_is_used_by_nobody_but_a_backup(
+    graph: Graph, tmp_path: Path
+) -> None:
+    make_base(tmp_path, SIZE)
+    for name in ("scratch.qcow2", "more.qcow2"):
+        overlay(tmp_path, name, "base.raw", "raw", SIZE)
+    base = graph.add_node(raw(tmp_path / "base.raw", "base"))
+    graph.hold(graph.disk("base"), True)
+    scratch = graph.add_node(qcow2(tmp_path / "scratch.qcow2", "scratch", backing="base"))
+    why = "Node 'scratch' is busy: 'base' below it is in use by a writable export"
+    for use in (
+        lambda: graph.hold(graph.disk("scratch"), False),
+        lambda: graph.claim([scratch], "a test"),
+        lambda: graph.add_node(qcow2(tmp_path / "more.qcow2", "more", backing="scratch")),
+        lambda: graph.claim([scratch, base], "a test", served=scratch),
+    ):
+        with pytest.raises(CowferryError, match=why):
+            use()
+    graph.claim([base, scratch], "a backup", "b", served=base, kept=scratch)
+    graph.hold(graph.disk("scratch"), False)
+    with pytest.raises(CowferryError, match="a backup 'b', which excludes an export"):
+        graph.hold(graph.disk("scratch"), True)
+    graph.unhold(graph.disk("base"), True)
+    graph.hold(graph.disk("base"), True)  # the guest comes back meanwhile
+    graph.release([base, scratch], "a backup", "b")
+    with pytest.raises(CowferryError, match=why):
+        graph.hold(graph.disk("scratch"), False)
+    graph.unhold(graph.disk("scratch"), False)
+    graph.delete_node("scratch")
 
 
 def test_close_flushes_formats_before_the_files_that_hold_them(tmp_path: Path) -> None:
