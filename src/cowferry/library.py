@@ -296,6 +296,27 @@ def change_backing_file(disk: Disk, image: str, backing_file: str, *, unsafe: bo
     )  # fmt: skip
 
 
+def limit(
+    disk: Disk, *, group: str | None = None, off: bool = False, **limits: int
+) -> dict[str, int]:
+    """Limit what is read and written of a disk, here and by guests; what the limits are then.
+
+    `limits` are named as in QMP: bps, bps_rd, bps_wr (bytes per second), iops, iops_rd, iops_wr
+    (requests per second), each with _max and _max_length (seconds) for bursts, and iops_size.
+    Those that are not given stay; 0 takes one away, `off` all. Disks of one `group` share its
+    limits. Raises `CowferryError` for one that cannot take effect."""
+    arguments: dict[str, Any] = {"device": _name(disk), **limits}
+    if group is not None:
+        arguments["group"] = group
+    if off:
+        arguments["off"] = True
+    if len(arguments) == 1:
+        (found,) = _daemon().execute("x-query-limits", arguments)
+    else:
+        found = _daemon().execute("x-disk-limit", arguments)
+    return dict(found["limits"])
+
+
 def change(disk: Disk, target: str, format: str | None = None, *, notify: bool = False) -> None:
     """Switch the disk to another image, under a drain; it holds the same bytes unless `notify`.
 

@@ -39,6 +39,7 @@ COMMANDS = {
     "backing": ("disks", "Record another backing file name in a header."),
     "add": ("disks", "Open one more disk."),
     "remove": ("disks", "Let go of a disk."),
+    "limit": ("limits", "Limit what a disk's guests read and write."),
     "lock": ("disks", "Let nobody change a disk."),
     "unlock": ("disks", "Undo a lock."),
     # live: what looks

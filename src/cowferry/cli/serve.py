@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cowferry.cli.keyval import parse_option, split
+from cowferry.cli.limits import numbers, parse_limits
 from cowferry.cli.run import make_run_folder
 from cowferry.errors import CowferryError
 
@@ -66,8 +67,13 @@ class OrderedOptions(click.Command):
 @click.option("--export", multiple=True, metavar="OPTS", help="Export a node.")
 @click.option("--nbd-server", multiple=True, metavar="OPTS", help="Listen for NBD clients.")
 @click.option(
-    "--object", "objects", multiple=True, metavar="OPTS", help="An iothread that exports may name."
-)
+    "--object", "objects", multiple=True, metavar="OPTS",
+    help="An iothread that exports may name, or a throttle-group.",
+)  # fmt: skip
+@click.option(
+    "--limit", multiple=True, metavar="DISK,OPTS",
+    help="Limit a disk: vm,bps-total=50M,iops-write=200,group=web (see `cowferry limit`).",
+)  # fmt: skip
 @click.option("--chardev", multiple=True, metavar="OPTS", help="A socket, or stdio, for a monitor.")
 @click.option("--monitor", multiple=True, metavar="OPTS", help="A QMP (or readline) monitor.")
 @click.option("--pidfile", metavar="PATH", help="Write the process id there.")
@@ -97,6 +103,7 @@ class Serving:
         self.ordered = ordered
         self.chardevs: dict[str, dict[str, Any]] = {}
         self.servers: list[Any] = []
+        self.limits: list[tuple[str, dict[str, Any]]] = []  # of disks that are not there yet
         self.pidfile: str | None = None
 
     def run(self, ready: int | None) -> None:
@@ -110,10 +117,14 @@ class Serving:
         try:
             if self.given["pidfile"]:
                 self._write_pidfile(self.given["pidfile"])
+            self.limits = [parse_limits(parse_option(t, "disk")) for t in self.given["limit"]]
             for option, text in self.ordered:
-                getattr(self, f"_{option}")(daemon, text)
+                if option != "limit":
+                    getattr(self, f"_{option}")(daemon, text)
             if self.given["disks"]:
                 self._disks(daemon)
+            for name in list(dict.fromkeys(disk for disk, _ in self.limits)):
+                self._limit(daemon, name)
             if ready is not None:
                 os.write(ready, b"+")
                 os.close(ready)
@@ -169,6 +180,7 @@ class Serving:
             )
             if os.path.realpath(path) != os.path.realpath(disk.root.filename):
                 click.echo(f"{name}: '{path}' has moved to '{disk.root.filename}'", err=True)
+            self._limit(daemon, name)  # before the first guest comes
             daemon.add_export(disk, name, writable=not disk.read_only)
             uris = daemon.nbd.uris(name)
             listed.append({"name": name, "uri": uris[0], "uris": uris, "size": disk.size})
@@ -178,6 +190,12 @@ class Serving:
             for item in listed:
                 click.echo("\n".join(f"{item['name']}: {uri}" for uri in item["uris"]))
         sys.stdout.flush()
+
+    def _limit(self, daemon: Daemon, name: str) -> None:
+        """What --limit says of a disk."""
+        for arguments in [a for disk, a in self.limits if disk == name]:
+            daemon.execute("x-disk-limit", arguments)
+        self.limits = [(disk, a) for disk, a in self.limits if disk != name]
 
     def _write_pidfile(self, path: str) -> None:
         try:
@@ -207,7 +225,13 @@ class Serving:
         daemon.execute("block-export-add", retyped(parse_option(text, "type"), flags))
 
     def _objects(self, daemon: Daemon, text: str) -> None:
-        daemon.execute("object-add", parse_option(text, "qom-type"))
+        options = parse_option(text, "qom-type")
+        if options.get("qom-type") == "throttle-group":
+            older = {k: v for k, v in options.items() if k.startswith("x-")}
+            options |= numbers(older)
+            if isinstance(options.get("limits"), dict):
+                options["limits"] = numbers(options["limits"])
+        daemon.execute("object-add", options)
 
     def _chardev(self, daemon: Daemon, text: str) -> None:
         if not text.startswith("{"):  # old habits: a bare `server` is on, `nowait` is wait=off

@@ -220,6 +220,20 @@ def block_resize(daemon: Daemon, words: list[str]) -> str:
     return ""
 
 
+RATES = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+
+
+@verb(
+    "block_set_io_throttle", "block_set_io_throttle DEVICE " + " ".join(RATES).upper(),
+    "limit what guests read and write of a disk; 0 is unlimited",
+)  # fmt: skip
+def block_set_io_throttle(daemon: Daemon, words: list[str]) -> str:
+    _, rest = arguments(words, VERBS["block_set_io_throttle"].usage, 7, 7)
+    limits = dict(zip(RATES, map(size, rest[1:]), strict=True))
+    daemon.execute("block_set_io_throttle", {"device": rest[0], **limits})
+    return ""
+
+
 @verb("quit", "quit", "stop the daemon cleanly")
 def quit_daemon(daemon: Daemon, words: list[str]) -> str:
     daemon.execute("quit", {})
@@ -290,6 +304,11 @@ def info_block(daemon: Daemon, words: list[str]) -> str:
         if "backing_file" in inserted:
             depth = inserted["backing_file_depth"]
             out.append(f"    Backing file:     {inserted['backing_file']} (chain depth: {depth})")
+        if "group" in inserted:
+            names = [n + end for kind in ("bps", "iops") for end in ("", "_max")
+                     for n in (kind, f"{kind}_rd", f"{kind}_wr")]  # fmt: skip
+            limits = " ".join(f"{n}={inserted.get(n, 0)}" for n in (*names, "iops_size"))
+            out.append(f"    I/O throttling:   {limits} group={inserted['group']}")
     if words and not out:
         raise CowferryError(f"Device '{words[0]}' not found")
     return "\n".join(out)
