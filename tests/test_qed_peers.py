@@ -84,11 +84,10 @@ def test_a_raw_backing_file_is_recorded_as_raw_and_nobody_looks_into_it(tmp_path
     qemu_img("create", "-f", "qcow2", base, SIZE)
     with open(base, "r+b") as f:
         f.truncate(SIZE)
-    for path, make in (
-        (tmp_path / "ours.qed", lambda p: cowferry("create", "-b", base, "-F", "raw", p)),
-        (tmp_path / "theirs.qed", lambda p: qemu_img("create", "-f", "qed", "-b", base, "-F", "raw", p)),
-    ):  # fmt: skip
-        make(path)
+    ours, theirs = tmp_path / "ours.qed", tmp_path / "theirs.qed"
+    cowferry("create", "-b", base, "-F", "raw", ours)
+    qemu_img("create", "-f", "qed", "-b", base, "-F", "raw", theirs)
+    for path in (ours, theirs):
         assert path.read_bytes()[16] == header.BACKING_FILE | header.RAW_BACKING
         node = opening.open_image(str(path))
         assert contents(node) == base.read_bytes()
