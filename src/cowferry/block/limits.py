@@ -128,7 +128,8 @@ class Limits(NamedTuple):
             raise CowferryError(f"iops size must be within [0, {MOST}]", f"not {self.iops_size}")
         for name in RATES:
             average, burst, seconds = getattr(self, name)
-            said = f"{name}={average}, {name}_max={burst}, {name}_max_length={seconds}"
+            said = f"{name}={average}, {name}_max={burst}"
+            said += f", {name}_max_length={seconds}" if seconds != 1 else ""
             if not (0 <= average <= MOST and 0 <= burst <= MOST):
                 raise CowferryError(f"bps/iops/max values must be within [0, {MOST}]", said)
             if not seconds:
@@ -177,12 +178,12 @@ class Group:
     """Limits that one disk has or several share. Thread-safe."""
 
     def __init__(
-        self, name: str, limits: Limits = NONE, timer: Timer = TIMER, *, owned: bool = False
+        self, name: str, limits: Limits = NONE, timer: Timer | None = None, *, owned: bool = False
     ) -> None:  # fmt: skip
         self.name = name
         self.owned = owned  # an object of its own, which stays when no disk is in it
         self.limits = limits
-        self._timer = timer
+        self._timer = timer or TIMER
         self._waiting: tuple[list[Member], list[Member]] = ([], [])  # by direction; in no order
         self._turn = READ  # the direction that is looked at first
         self._floor = 0.0  # seconds of the limit that those who wait have had at least

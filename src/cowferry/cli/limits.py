@@ -72,7 +72,7 @@ def limit_options(function: F) -> F:
 @json_output
 @control
 def limit_command(
-    disk: str | None, off: bool, as_json: bool, path: str | None, /, **given: Any
+    disk: str | None, off: bool, as_json: bool, path: str | None, **given: Any
 ) -> int:
     """Limit what the guests of DISK read and write. It counts at once, for what waits, too.
 
