@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MODULES = (
     "monitor", "block", "disks", "jobs", "stream", "commit", "mirror", "transaction", "snapshot",
-    "bitmaps", "change", "groups", "descriptors", "exports", "legacy",
+    "bitmaps", "backup", "change", "groups", "descriptors", "exports", "legacy",
     "throttle", "objects",
 )  # fmt: skip
 

@@ -1,0 +1,444 @@
+"""Starting a backup: into a node, or into a file that is made here or exists.
+
+A backup is a part of a transaction, even if it is the only one: it attaches itself to its disk
+inside the drain that all parts share, which is the moment that it keeps. What is looked at, in
+which order, and the words are QEMU's.
+
+The target's backing node is no part of the backup's own business, and has to be right all the same,
+for a target that copies on write reads it. Where the target has none it is lent one meanwhile:
+
+    top                     what the disk's root lies over: that is not copied
+    none                    the disk's root itself. The target is the disk's overlay, and shows the
+                            moment to whoever it is exported to. In the end that view is lost
+    incremental, bitmap     nobody knows what: the target may be laid over an older backup later, so
+                            zeroes have to be written and not left out
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cowferry.block.bitmap import Bitmap
+from cowferry.block.disk import Disk
+from cowferry.block.node import Extent, Node, State, chain, clear
+from cowferry.block.spill import UNIT
+from cowferry.drivers import OVERLAYS, driver, format_of, opening
+from cowferry.errors import CowferryError, DeviceInUse, NotSupported
+from cowferry.jobs.backup import BITMAP_MODES, CBW_POLICIES, Backup
+from cowferry.jobs.job import POLICIES
+from cowferry.operations import bitmaps, check_mode, check_unlimited, free, job_name
+from cowferry.operations.mirror import (
+    _check_backing,
+    _create,
+    _is_file,
+    _opened,
+    _same_image,
+    _unmake,
+)
+from cowferry.operations.transaction import Part, Transaction
+
+if TYPE_CHECKING:
+    from cowferry.daemon import Daemon
+
+SYNC = ("top", "full", "none", "incremental", "bitmap")
+BY_BITMAP = ("incremental", "bitmap")
+MAX_WORKERS = (1 << 31) - 1
+WHY = "block device is in use by block job: backup"
+
+
+class Unknown(Node):
+    """What a target that gets changes only is laid over later. It reads as data, so that zeroes
+    are written over it."""
+
+    driver = "unknown"
+    read_only = True
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        yield Extent(length, State.DATA)
+
+    def read_run(self, buf: memoryview, offset: int, extent: Extent) -> None:
+        clear(buf)
+
+
+class What(NamedTuple):
+    """What is to be copied; `bitmap` by name, and what becomes of it."""
+
+    sync: str = "full"
+    bitmap: str | None = None
+    bitmap_mode: str | None = None
+    compress: bool = False
+
+
+class Perf(NamedTuple):
+    """QEMU's x-perf. Here work is sized by the time it takes, and shared extents are used wherever
+    the file system has them, so that two of these tell nothing that has an effect."""
+
+    use_copy_range: bool = False
+    max_workers: int = 64
+    max_chunk: int = 0
+    min_cluster_size: int = 0
+
+
+class Start(Part):
+    """A backup as a part: made and claimed when prepared, attached in the drain, then started."""
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        so_far: Transaction,
+        disk: Disk,
+        target: Node,
+        job_id: str,
+        *,
+        sync: str,
+        bitmap: Bitmap | None = None,
+        bitmap_mode: str = "on-success",
+        made: list[str] | None = None,
+        adopted: bool = False,
+        **more: Any,
+    ) -> None:
+        self.daemon = daemon
+        self.disk = disk
+        self.target = daemon.graph.disk_over(target)
+        self.bitmap = bitmap
+        self.made = made if made is not None else []
+        self.adopted = adopted
+        self.job_id = job_id
+        self.lent = self._to_lend(sync)
+        self.lending = False
+        self.nodes = [disk.root, target]
+        self.job = Backup(
+            disk,
+            self.target,
+            base=disk.root.backing if sync == "top" else None,
+            everything=sync != "none",
+            bitmap=bitmap,
+            by_bitmap=sync in BY_BITMAP,
+            bitmap_mode=bitmap_mode,
+            released=self._released,
+            **more,
+        )
+        kept = target if sync == "none" else None
+        daemon.graph.claim(
+            self.nodes, WHY, job_id, wanted="backup", served=disk.root, kept=kept
+        )  # fmt: skip
+        try:
+            if so_far.group is not None:
+                so_far.group.add(self.job)
+            daemon.works_on[self.job] = disk
+            daemon.jobs.admit(self.job, job_id)
+        except BaseException:
+            self._release()
+            raise
+        if bitmap is not None:
+            bitmap.busy = "backup"
+
+    def _to_lend(self, sync: str) -> Node | None:
+        """What the target is to lie over meanwhile, if it lies over nothing."""
+        node = self.target.root
+        if node.backing is not None or node.driver not in OVERLAYS:
+            return None
+        if sync == "none":
+            return self.disk.root
+        if sync == "top":
+            return self.disk.root.backing
+        # A full copy whose header names something that was not opened must hide that, too.
+        only_part = sync in BY_BITMAP or node.backing_spec is not None
+        return Unknown(node.size) if only_part else None
+
+    # The steps ---------------------------------------------------------------------------
+
+    def drains(self) -> list[Disk]:
+        return [self.disk]
+
+    def settle(self) -> None:
+        self._lend()
+        self.job.attach()
+
+    def unsettle(self) -> None:
+        self.job.detach()
+        self._take_back()
+
+    def parted(self) -> None:
+        self.job.start()
+
+    def abort(self) -> None:
+        if self.bitmap is not None:
+            self.bitmap.busy = ""
+        self.job.withdraw()  # which releases everything
+
+    # -------------------------------------------------------------------------------------
+
+    def _lend(self) -> None:
+        if self.lent is not None:
+            with self.target.exclusive():
+                self.target.root.backing = self.lent
+            self.lending = True
+
+    def _take_back(self) -> None:
+        if self.lending:
+            with self.target.exclusive():
+                if self.target.root.backing is self.lent:  # else the view is lost, and stays so
+                    self.target.root.backing = None
+            self.lending = False
+
+    def _released(self, failed: bool) -> None:
+        """The job is over."""
+        try:
+            self._take_back()
+        finally:
+            self._release()
+            if failed:
+                _unmake(self.made)
+
+    def _release(self) -> None:
+        graph = self.daemon.graph
+        graph.release(self.nodes, WHY, self.job_id)
+        if self.adopted:
+            graph.let_go(self.target.root)
+        graph.tidy(self.nodes)
+
+
+# By node ----------------------------------------------------------------------------------
+
+
+def into_node(
+    daemon: Daemon,
+    so_far: Transaction,
+    device: str,
+    target: str,
+    what: What,
+    *,
+    job_id: str | None = None,
+    perf: Perf | None = None,
+    **more: Any,
+) -> Start:
+    """blockdev-backup. Raises `CowferryError`."""
+    graph = daemon.graph
+    source, node = _node(daemon, device), _node(daemon, target)
+    disk = graph.disk(device)
+    bitmap, mode = _bitmap(daemon, so_far, source, what)
+    check_unlimited(node, "targets")
+    if node is source:
+        raise CowferryError("Source and target cannot be the same")
+    if _same_image(source, node):
+        raise CowferryError("Source and target cannot be the same", "both are over one file")
+    chunk = _check(node, what, perf or Perf(), more)
+    if node.size != source.size:
+        raise CowferryError(
+            "Source and target image have different sizes",
+            f"'{device}' has {source.size} bytes and '{target}' {node.size}",
+        )
+    _check_target(daemon, node, target)
+    _check_source(daemon, disk, device, node)
+    _check_sync(source, node, what.sync)
+    return Start(
+        daemon, so_far, disk, node, job_name(daemon, device, job_id), sync=what.sync,
+        bitmap=bitmap, bitmap_mode=mode, max_chunk=chunk, **more,
+    )  # fmt: skip
+
+
+def _node(daemon: Daemon, name: str) -> Node:
+    node = bitmaps.node_of(daemon, name)
+    if node is None:
+        raise CowferryError(
+            f"Cannot find device='{name}' nor node-name='{name}'",
+            f"there are: {', '.join(daemon.graph.names()) or 'none'}",
+        )
+    return node
+
+
+def _bitmap(
+    daemon: Daemon, so_far: Transaction, source: Node, what: What
+) -> tuple[Bitmap | None, str]:
+    """The bitmap that is meant, and what becomes of it in the end. Raises `CowferryError`."""
+    sync, name, mode = what.sync, what.bitmap, what.bitmap_mode
+    check_mode("sync", sync, SYNC)
+    if mode is not None:
+        check_mode("bitmap-mode", mode, BITMAP_MODES)
+    if sync in BY_BITMAP and name is None:
+        raise CowferryError(f"must provide a valid bitmap name for '{sync}' sync mode")
+    if sync == "incremental":
+        if mode not in (None, "on-success"):
+            raise CowferryError(
+                "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'",
+                "sync=bitmap has the other modes",
+            )
+        mode = "on-success"
+    if name is None:
+        if mode is not None:
+            raise CowferryError("Cannot specify bitmap sync mode without a bitmap")
+        return None, "on-success"
+    bitmap = bitmaps.find(source, name, so_far)
+    if bitmap is None:
+        raise bitmaps.not_found(f"Bitmap '{name}' could not be found", [source])
+    if mode is None:
+        raise CowferryError("Bitmap sync mode must be given when providing a bitmap")
+    bitmaps.check_usable(source, bitmap)
+    if sync == "none":
+        raise CowferryError(f"sync mode '{sync}' does not produce meaningful bitmap outputs")
+    if mode == "never" and sync not in BY_BITMAP:
+        raise CowferryError(
+            f"Bitmap sync mode '{mode}' has no meaningful effect when combined with sync mode "
+            f"'{sync}'"
+        )
+    if mode != "never":
+        bitmaps.check_usable(source, bitmap, changing=True)
+    return bitmap, mode
+
+
+def _check(target: Node, what: What, perf: Perf, more: dict[str, Any]) -> int:
+    """The options that have nothing to do with the disk; the largest chunk, 0 if it is ours."""
+    if what.compress:
+        raise NotSupported(
+            f"Compression is not supported for this drive {target.name}",
+            "a live backup is not compressed: cowferry convert -c does that afterwards",
+        )
+    for key in ("on_source_error", "on_target_error"):
+        check_mode(key.replace("_", "-"), more.get(key, "report"), POLICIES)
+    check_mode("on-cbw-error", more.get("on_cbw_error", CBW_POLICIES[0]), CBW_POLICIES)
+    if not 1 <= perf.max_workers <= MAX_WORKERS:
+        raise CowferryError(f"max-workers must be between 1 and {MAX_WORKERS}")
+    if perf.max_chunk < 0:
+        raise CowferryError("max-chunk must be zero (which means no limit) or positive")
+    if 0 < perf.max_chunk < UNIT:
+        raise CowferryError(
+            f"Required max-chunk ({perf.max_chunk}) is less than backup cluster size ({UNIT})"
+        )
+    least = perf.min_cluster_size
+    if least and least & (least - 1):
+        raise CowferryError("min-cluster-size needs to be a power of 2")
+    if least > UNIT:
+        raise NotSupported(
+            f"min-cluster-size {least} is not supported", f"old data is saved in units of {UNIT}"
+        )
+    scratch = more.get("scratch")
+    if scratch is not None and not os.path.isdir(scratch):
+        raise CowferryError(f"'{scratch}' is no folder for scratch files")
+    return perf.max_chunk
+
+
+def _check_target(daemon: Daemon, node: Node, name: str) -> None:
+    """Raise unless nobody else uses the node, and it may be written."""
+    graph = daemon.graph
+    if node.read_only:
+        raise CowferryError(f"Block node is read-only: '{name}'", "open the target for writing")
+    over = graph.stranger(node, [])
+    if over is not None:
+        raise DeviceInUse(
+            f"Node '{node.name}' is busy: node is used as backing hd of '{over.name}'",
+            "back up into a node that nobody else uses",
+        )
+    if graph.exported(node) or any(d.root is node for d in graph.disks.values()):
+        raise DeviceInUse(
+            f"Node '{node.name}' is in use: it is a disk of its own, or exported",
+            "back up into a node that nobody else uses",
+        )
+
+
+def _check_source(daemon: Daemon, disk: Disk, device: str, target: Node | None) -> None:
+    """Raise unless all who may write the disk come by its gate."""
+    root = disk.root
+    over = daemon.graph.stranger(root, [] if target is None else [target])
+    if over is not None and not root.read_only:
+        daemon.graph.check_free(root, "backup")
+        raise CowferryError("Need a root block node", f"'{device}' lies below '{over.name}'")
+    free(daemon, device, "backup")
+
+
+def _check_sync(source: Node, target: Node, sync: str) -> None:
+    """Raise unless what is not copied can be seen through the target."""
+    if sync == "none":
+        if target.backing is not None and target.backing is not source:
+            raise CowferryError(
+                f"'{target.name}' lies over '{target.backing.name}' and not over '{source.name}'",
+                f"sync=none wants an overlay of it: open it with backing={source.name}, or none",
+            )
+        if target.driver not in OVERLAYS:
+            _check_backing(target, source)
+    elif sync == "top":
+        _check_backing(target, source.backing)
+
+
+# By file ----------------------------------------------------------------------------------
+
+
+def into_file(
+    daemon: Daemon,
+    so_far: Transaction,
+    device: str,
+    target: str,
+    what: What,
+    *,
+    format: str | None = None,
+    mode: str = "absolute-paths",
+    node_name: str | None = None,
+    job_id: str | None = None,
+    perf: Perf | None = None,
+    **more: Any,
+) -> Start:
+    """drive-backup: into a file that is made here, or exists. Raises `CowferryError`.
+
+    What was made here goes again if the backup fails or is called off."""
+    source = _node(daemon, device)
+    disk = daemon.graph.disk(device)
+    check_mode("mode", mode, ("absolute-paths", "existing"))
+    sync = what.sync
+    bitmap, bitmap_mode = _bitmap(daemon, so_far, source, what)
+    chunk = _check(source, what, perf or Perf(), more)
+    _check_source(daemon, disk, device, None)
+    job_id = job_name(daemon, device, job_id)
+    if any(_is_file(n, target) for n in chain(source)):
+        raise CowferryError("Source and target cannot be the same", f"'{target}' is in its chain")
+    # What the header names: for `none` nothing, because it is not there any more afterwards.
+    below = source.backing if sync == "top" else None
+    made: list[str] = []
+    if mode == "existing":
+        format = format or format_of(target)
+    else:
+        format = format or (source.driver if source.driver in ("raw", *OVERLAYS) else "raw")
+        driver(format)
+        if format not in OVERLAYS and (below is not None or sync == "none"):
+            raise NotSupported(
+                f"Backing file not supported for file format '{format}'",
+                "use format=qcow2 or sync=full",
+            )
+        _create(target, format, source.size, source, below, made)
+    node = _open(daemon, target, format, sync, below, made, source.size, node_name)
+    try:
+        if node.size != source.size:
+            raise CowferryError(
+                "Source and target image have different sizes",
+                f"'{device}' has {source.size} bytes and '{target}' {node.size}",
+            )
+        _check_sync(source, node, sync)
+        return Start(
+            daemon, so_far, disk, node, job_id, sync=sync, bitmap=bitmap,
+            bitmap_mode=bitmap_mode, made=made, adopted=True, max_chunk=chunk, **more,
+        )  # fmt: skip
+    except BaseException:
+        daemon.graph.let_go(node)
+        _unmake(made)
+        raise
+
+
+def _open(
+    daemon: Daemon, path: str, format: str, sync: str, below: Node | None, made: list[str],
+    size: int, node_name: str | None,
+) -> Node:  # fmt: skip
+    """The file as a node, over what it is to be over, or (changes only) over what it names."""
+    if sync in ("top", "none") or format not in OVERLAYS:
+        return _opened(daemon, path, format, below, made, size, node_name)
+    options = opening.image_options(path, format)
+    if node_name is not None:
+        options["node-name"] = node_name
+    try:
+        return daemon.graph.adopt(options, explicit=node_name is not None)
+    except BaseException:
+        _unmake(made)
+        raise
