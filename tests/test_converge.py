@@ -255,6 +255,7 @@ class Nobody:
     """A tap that does nothing."""
 
     holds = None
+    slow = True
 
     def before(self, offset: int, length: int) -> None: ...
     def after(self, offset: int, length: int, data: memoryview | None) -> None: ...

@@ -41,6 +41,10 @@ class Tap(Protocol):
     @property
     def holds(self) -> Bitmap | None: ...
 
+    @property
+    def slow(self) -> bool:
+        """Whether they may wait for more than local files and memory."""
+
     def before(self, offset: int, length: int) -> None:
         """The range is about to change."""
 
@@ -79,6 +83,7 @@ class Disk:
         self._brake: Brake | None = None  # the second. Set by `brake`
         self._turning = threading.Lock()  # guards the three above
         self.copy_on_read = copy_on_read and not root.read_only
+        self.leases.reset(root.granule, self._holds())
         self._local = threading.local()  # .place: this thread's place in the gate
 
     @property
@@ -286,11 +291,9 @@ class Disk:
     def resize(self, size: int) -> None:
         """Change the disk's size under a drain."""
         with self.exclusive():
-            self.root.resize(size)
-            for bitmap in (*self.bitmaps.values(), *self.root.bitmaps.values()):
+            self.root.change_size(size)
+            for bitmap in self.bitmaps.values():
                 bitmap.resize(size)
-            if self.root.keeper is not None:
-                self.root.keeper.resized()
 
     @contextmanager
     def _changing(self, offset: int, length: int, data: memoryview | None = None) -> Iterator[None]:
@@ -319,11 +322,13 @@ class Disk:
         for bitmap in self.root.bitmaps.values():
             bitmap.mark(offset, length)
 
-    @property
-    def may_wait(self) -> bool:
+    def may_wait(self, offset: int, length: int) -> bool:
         """Whether a write may have to wait for more than the file it goes to: not to be done by
         one whose wait would hold up others."""
-        return bool(self.taps or self.root.keeper is not None)
+        keeper = self.root.keeper
+        if keeper is not None and keeper.holds.any(offset, length):
+            return True
+        return any(tap.slow for tap in self.taps)
 
     def _holds(self) -> tuple[Bitmap, ...] | None:
         """Where write leases are not handed out. Inside a drain."""

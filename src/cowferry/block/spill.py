@@ -3,9 +3,11 @@
 A backup has to save what a guest is about to overwrite. If it wrote that to its target at once, the
 guest would wait for the target: seconds, if that is far away. So old bytes go here first: into
 memory while there is little, then into a scratch file on local storage, which has no name and is
-gone with its last user. The job moves them on at the target's pace.
+gone with its last user. When the job comes to a range it reads the disk and lays over it what was
+saved here.
 
-Nothing here is durable, and need not be: a backup that is interrupted begins anew.
+Only what is overwritten is saved, not the granule around it: a guest that writes 4 KiB waits for
+4 KiB. Nothing here is durable, and need not be: a backup that is interrupted begins anew.
 """
 
 from __future__ import annotations
@@ -15,103 +17,117 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from typing import NamedTuple
 
 from cowferry.block import sysio
-from cowferry.block.bitmap import Bitmap
-from cowferry.block.node import read_fully
+from cowferry.block.node import clear, read_fully
 
-UNIT = 64 << 10  # bytes; what is put, taken and told apart
-MEMORY = 64 << 20  # bytes kept in memory before the file is used
+UNIT = 64 << 10  # bytes; what is dropped together
+MEMORY = 128 << 20  # bytes kept in memory before the file is used
+
+
+class Piece(NamedTuple):
+    """Old bytes `offset, length`, inside one unit: here, in the file, or zeroes."""
+
+    offset: int
+    length: int
+    data: bytes | None
+    filed: bool
 
 
 class Spill:
-    """Old bytes by their offset on the disk, in units. Thread-safe.
+    """Old bytes by their offset on the disk. Thread-safe; no byte is put twice before a drop.
 
     `folder` is where the scratch file is made when it is needed (None: the folder for temporary
     files); `limit` the most bytes that it may hold (0: what the file system has)."""
 
-    def __init__(
-        self, size: int, folder: str | None = None, limit: int = 0, memory: int = MEMORY
-    ) -> None:
-        self.size = size
+    def __init__(self, folder: str | None = None, limit: int = 0, memory: int = MEMORY) -> None:
         self.folder = folder
         self.limit = limit
         self.memory = memory
-        self.held = Bitmap("", size, UNIT)  # what is here; guarded by itself
-        self.lock = threading.Lock()  # guards the four below
-        self._buffers: dict[int, bytes] = {}  # unit's offset -> its bytes
-        self._resident = 0  # bytes of those
+        self.lock = threading.Lock()  # guards all below
+        self._units: dict[int, list[Piece]] = {}  # by the unit's offset; the oldest first
+        self._resident = 0  # bytes in memory
         self._filed = 0  # bytes in the file
         self._fd = -1
 
-    def put(self, offset: int, data: bytes) -> None:
-        """Keep the bytes of one unit. Raises `OSError`, ENOSPC if there is no room."""
+    def put(self, offset: int, length: int, data: bytes | None) -> None:
+        """Keep bytes of one unit (None: zeroes). Raises `OSError`, ENOSPC if there is no room."""
         with self.lock:
-            if self._resident + len(data) <= self.memory:
-                self._buffers[offset] = data
-                self._resident += len(data)
-                self.held.set(offset, len(data))
+            if data is None or self._resident + length <= self.memory:
+                self._resident += length if data is not None else 0
+                self._add(Piece(offset, length, data, False))
                 return
-            if self.limit and self._filed + len(data) > self.limit:
+            if self.limit and self._filed + length > self.limit:
                 raise OSError(errno.ENOSPC, "the scratch file has reached its limit")
             if self._fd < 0:
                 self._fd = _unnamed(self.folder)
-            self._filed += len(data)
-        try:
-            sysio.pwrite(self._fd, data, offset)
-        except BaseException:
-            with self.lock:
-                self._filed -= len(data)
-            raise
-        self.held.set(offset, len(data))
+        sysio.pwrite(self._fd, data, offset)
+        with self.lock:
+            self._filed += length
+            self._add(Piece(offset, length, None, True))
 
-    def runs(self, length: int) -> Iterator[tuple[int, int]]:
-        """What is held, as (offset, length), no more than `length` bytes of it."""
-        for offset, run in self.held.runs():
-            if length <= 0:
-                return
-            yield offset, min(run, length)
-            length -= run
+    def _add(self, piece: Piece) -> None:
+        self._units.setdefault(piece.offset // UNIT * UNIT, []).append(piece)
 
-    def take(self, buf: memoryview, offset: int) -> None:
-        """Fill `buf` with what is held there; it goes on being held. Raises `OSError`."""
-        for at in range(offset, offset + len(buf), UNIT):
-            part = buf[at - offset : at - offset + UNIT]
-            with self.lock:
-                found = self._buffers.get(at)
-            if found is not None:
-                part[:] = found
-            else:
-                read_fully(self._fd, part, at)
+    def pieces(self, offset: int, length: int) -> list[Piece]:
+        """What is kept of the units in the range."""
+        with self.lock:
+            if not self._units:
+                return []
+            found = (self._units.get(at) for at in range(offset, offset + length, UNIT))
+            return [p for pieces in found if pieces is not None for p in pieces]
+
+    def fill(self, buf: memoryview, piece: Piece) -> None:
+        """The bytes of one of `pieces`. Raises `OSError`."""
+        if piece.filed:
+            read_fully(self._fd, buf, piece.offset)
+        elif piece.data is None:
+            clear(buf)
+        else:
+            buf[:] = piece.data
+
+    def lay(self, buf: memoryview, offset: int) -> None:
+        """Lay what is kept over `buf`, which is what the disk has at `offset`. Raises `OSError`."""
+        for p in self.pieces(offset, len(buf)):
+            self.fill(buf[p.offset - offset : p.offset - offset + p.length], p)
 
     def drop(self, offset: int, length: int) -> None:
-        """It is not needed any more."""
-        self.held.clear(offset, length)
-        filed: list[tuple[int, int]] = []
+        """The units of the range are not needed any more."""
+        gone: list[Piece] = []
         with self.lock:
             for at in range(offset, offset + length, UNIT):
-                found = self._buffers.pop(at, None)
-                if found is not None:
-                    self._resident -= len(found)
-                else:
-                    n = min(UNIT, self.size - at)
-                    self._filed -= n
-                    filed.append((at, n))
-        for at, n in filed:
-            with contextlib.suppress(OSError):  # then the room comes back at the end
-                sysio.fallocate(self._fd, sysio.PUNCH_HOLE | sysio.KEEP_SIZE, at, n)
+                gone += self._units.pop(at, ())
+            for p in gone:
+                self._resident -= p.length if p.data is not None else 0
+                self._filed -= p.length if p.filed else 0
+        for p in gone:
+            if p.filed:
+                with contextlib.suppress(OSError):  # then the room comes back at the end
+                    sysio.fallocate(
+                        self._fd, sysio.PUNCH_HOLE | sysio.KEEP_SIZE, p.offset, p.length
+                    )
+
+    @property
+    def oldest(self) -> int:
+        """The offset of the unit that has been here for longest; -1: nothing is."""
+        with self.lock:
+            return next(iter(self._units), -1)
+
+    @property
+    def roomy(self) -> bool:
+        """Whether there is memory for a few units more."""
+        return self._resident + 16 * UNIT <= self.memory
 
     @property
     def filed(self) -> int:
         """Bytes in the scratch file."""
-        with self.lock:
-            return self._filed
+        return self._filed
 
     def close(self) -> None:
         """Nobody puts or takes any more."""
         with self.lock:
-            self._buffers.clear()
+            self._units.clear()
             self._resident = self._filed = 0
             if self._fd >= 0:
                 os.close(self._fd)

@@ -230,7 +230,7 @@ class Connection:
             return False
         try:
             if self.lane.write(data, offset, len(data)) == SLOW:
-                if self.disk.gate.contended or self.disk.may_wait:
+                if self.disk.gate.contended or self.disk.may_wait(offset, len(data)):
                     return False
                 # Allocate now: that is cheaper than waking a worker.
                 self.disk.pwrite(data, offset, paid=True)

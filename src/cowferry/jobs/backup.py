@@ -41,12 +41,13 @@ from cowferry.block.spill import UNIT, Spill
 from cowferry.jobs.job import Job, Progress, ReadFailed
 
 MIN_CHUNK = 1 << 20
-MAX_CHUNK = 8 << 20  # read into memory at once
+MAX_CHUNK = 2 << 20  # read into memory at once: more does not stay in the cache
 MAX_CLONE = 64 << 20  # shared between files at once
 STEP = 0.02  # seconds a chunk should take: a guest's write to it waits for as long
 IDLE = 0.25  # seconds between looks while there is nothing to do
 CROWDED = 256 << 20  # bytes in the scratch file: moving those on comes first
 WRITEBACK = 1 << 20  # runs of this size are handed to the disk at once
+MOST_BITS = 1 << 28  # of a bitmap: 32 MiB
 BITMAP_MODES = ("on-success", "never", "always")
 CBW_POLICIES = ("break-guest-write", "break-snapshot")
 
@@ -62,6 +63,14 @@ class Lost(Node):
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         raise OSError(errno.EIO, f"{self.filename}: the backup that kept this moment is over")
+
+
+def _piece(size: int) -> int:
+    """Bytes in which a guest's writes are told apart: few, but not too many bits."""
+    piece = 4096
+    while size // piece > MOST_BITS:
+        piece *= 2
+    return min(piece, UNIT)
 
 
 class Backup(Job):
@@ -104,15 +113,17 @@ class Backup(Job):
         self.on_target_error = on_target_error
         self.on_cbw_error = on_cbw_error
         self.max_chunk = max_chunk or MAX_CHUNK
-        # What is to be saved and is not yet: cleared inside the gate, with the bytes in hand.
-        self.pending = Bitmap("", disk.size, UNIT)
+        # What the disk still has as it was, and nobody has saved. In pieces, for a guest waits.
+        self.pending = Bitmap("", disk.size, _piece(disk.size) if everything else UNIT)
+        self.todo = Bitmap("", disk.size, UNIT)  # what is to be copied and is not in hand yet
         self.missing = Bitmap("", disk.size, UNIT)  # what the target does not have, of all that
         self.since: Bitmap | None = None  # what was written since T0, for the bitmap
-        self.spill = Spill(disk.size, scratch, scratch_limit)
+        self.spill = Spill(scratch, scratch_limit)
         self.copier = Copier()
         self.clones: bool | None = None  # whether the two files can share bytes; None: not known
         self.chunk = MIN_CHUNK
         self.cursor = 0
+        self.enough = False  # of a backup that has no end of its own: it is to end well
         self.broke: OSError | None = None  # why the point in time is lost
         self._buffer = memoryview(bytearray(0))  # what `_hand` lies in, used again and again
         self._saving = Gate()  # a unit is saved by one of those who overwrite parts of it
@@ -126,19 +137,28 @@ class Backup(Job):
         """Where a guest's write has to come by."""
         return self.pending
 
+    @property
+    def slow(self) -> bool:
+        """While there is memory for old bytes, a guest's write waits for nothing else."""
+        return not (self.everything and self.spill.roomy)
+
     # The moment --------------------------------------------------------------------------
 
     def attach(self) -> None:
         """T0. Inside a drain of the disk."""
         bitmap = self.bitmap
         if self.by_bitmap and bitmap is not None:
+            # Whole granules of the target: what else of them is written is not a guest's, or older.
+            granule = max(UNIT, self.target.root.granule)
             for offset, length in bitmap.runs():
-                self.pending.set(offset, length)
+                start = offset // granule * granule
+                self.todo.set(start, -(-(offset + length) // granule) * granule - start)
         else:
-            self.pending.set(0, self.disk.size)
+            self.todo.set(0, self.disk.size)
+        self.pending.merge(self.todo)
         if self.everything:
-            self.missing.merge(self.pending)
-            self.length = self.pending.count()
+            self.missing.merge(self.todo)
+            self.length = sum(n for _, n in self.todo.runs())
         if bitmap is not None:
             self.since = Bitmap("", self.disk.size, bitmap.granularity)
             self.since.recording = bitmap.recording
@@ -169,51 +189,36 @@ class Backup(Job):
             if self.broke is not None:
                 raise self.broke
             begin = time.monotonic()
-            runs, spilled = self._next()
-            if not runs:
-                if self.everything:
+            found = self._next() if self.everything else None
+            if found is None:
+                if self.everything or self.enough:
                     break
                 yield Progress(idle=IDLE)
                 continue
-            if not spilled and self.clones is not False:
-                shared = yield from self.attempt("write", partial(self._share, runs))
-                if shared is None:
-                    self._give_up(runs)
+            offset, length = found
+            if self.clones is not False:
+                copied = yield from self.attempt("write", partial(self._share, offset, length))
             else:
-                loaded = yield from self.attempt("read", partial(self.load, runs, spilled))
-                if loaded is None:
-                    self._give_up(runs)
-                elif (yield from self.attempt("write", self.store)) is not None and spilled:
-                    for offset, length in runs:
-                        self.spill.drop(offset, length)
-            length = sum(n for _, n in runs)
+                copied = yield from self.attempt("read", partial(self.load, offset, length))
+                if copied is not None:
+                    copied = yield from self.attempt("write", self.store)
+            self._done_with(offset, length)
             self._adapt(time.monotonic() - begin, length)
-            yield Progress(done=length, moved=length)
+            yield Progress(done=length, moved=copied or 0)
         yield from self.attempt("write", self._flush)
 
-    def _next(self) -> tuple[list[tuple[int, int]], bool]:
-        """The next runs to be copied, and whether they are spilled."""
+    def _next(self) -> tuple[int, int] | None:
+        """The next range to be copied: in order, or out of the scratch file if that is large."""
         limit = self._limit()
-        crowded = self.spill.filed > CROWDED
-        for spilled in (True, False) if crowded else (False, True):
-            if spilled:
-                runs = list(self.spill.runs(min(limit, self.max_chunk)))
-            else:
-                runs = self._pending_runs(limit) if self.everything else []
-            if runs:
-                return runs, spilled
-        return [], False
-
-    def _pending_runs(self, limit: int) -> list[tuple[int, int]]:
-        for again in (False, True):
-            for offset, length in self.pending.runs(self.cursor):
+        if self.spill.filed > CROWDED and self.spill.oldest >= 0:
+            self.cursor = self.spill.oldest
+        for _ in range(2):
+            for offset, length in self.todo.runs(self.cursor):
                 length = min(length, limit)
                 self.cursor = offset + length
-                return [(offset, length)]
-            if again or not self.cursor:
-                break
+                return offset, length
             self.cursor = 0
-        return []
+        return None
 
     def _limit(self) -> int:
         limit = self.chunk
@@ -233,49 +238,46 @@ class Backup(Job):
         elif took > STEP * 2:
             self.chunk = max(self.chunk // 2, MIN_CHUNK)
 
-    def _give_up(self, runs: list[tuple[int, int]]) -> None:
-        """An error was ignored: the range stays missing, and the job fails in the end."""
+    def _done_with(self, offset: int, length: int) -> None:
+        """The target has the range; or an error was ignored, and it stays missing."""
         self._hand = []
-        for offset, length in runs:
-            self.pending.clear(offset, length)
-            if self.spill.held.any(offset, length):
-                self.spill.drop(offset, length)
+        self.todo.clear(offset, length)
+        self.pending.clear(offset, length)
+        self.spill.drop(offset, length)
 
-    def load(self, runs: list[tuple[int, int]], spilled: bool) -> int:
-        """Have the old bytes of the runs in hand: from then on a guest may overwrite them."""
+    def load(self, offset: int, length: int) -> int:
+        """Have the old bytes of the range in hand: from then on a guest may overwrite them."""
         hand: list[tuple[int, memoryview | None]] = []
         used = 0  # bytes of the buffer
-        total = sum(n for _, n in runs)
-        if len(self._buffer) < total:
-            self._buffer = memoryview(bytearray(total))
-        for offset, length in runs:
-            if spilled:
-                buf = self._buffer[used : used + length]
-                used += length
-                self.spill.take(buf, offset)
-                hand.append((offset, buf))
-                continue
-            with self.disk.shared(offset, length):
-                for at, n in list(self.pending.runs(offset, length)):
-                    n = min(at + n, offset + length) - at
-                    for span in spans(self.source, at, n, UNIT, self.base):
-                        if span.kind is Kind.KEEP:
-                            self.missing.clear(span.offset, span.length)
-                        elif span.kind is Kind.ZERO:
-                            hand += self._zeroes(span.offset, span.length)
-                        else:
-                            buf = self._buffer[used : used + span.length]
-                            used += span.length
-                            read(self.source, buf, span.offset)
-                            hand.append((span.offset, buf))
-                self.pending.clear(offset, length)
-            self.disk.leases.drop(offset, offset + length)
+        if len(self._buffer) < length:
+            self._buffer = memoryview(bytearray(length))
+        with self.disk.shared(offset, length):
+            for at, n in self._left(offset, length):
+                for span in spans(self.source, at, n, UNIT, self.base):
+                    saved = self.spill.pieces(span.offset, span.length)
+                    if span.kind is Kind.KEEP and not saved:
+                        self.missing.clear(span.offset, span.length)
+                    elif span.kind is Kind.ZERO and not saved:
+                        hand += [
+                            (unit, None)
+                            for unit in range(span.offset, span.offset + span.length, UNIT)
+                        ]
+                    else:
+                        buf = self._buffer[used : used + span.length]
+                        used += span.length
+                        read(self.source, buf, span.offset)
+                        self.spill.lay(buf, span.offset)
+                        hand.append((span.offset, buf))
+            self.pending.clear(offset, length)
+            self.todo.clear(offset, length)
+        self.disk.leases.drop(offset, offset + length)
         self._hand = hand
-        return sum(len(b) for _, b in hand if b is not None)
+        return used
 
-    def _zeroes(self, offset: int, length: int) -> list[tuple[int, memoryview | None]]:
-        """Zeroes in hand: as many entries as there are units, for an entry has no length."""
-        return [(at, None) for at in range(offset, offset + length, UNIT)]
+    def _left(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The runs of the range that are still to be done. Inside the gate."""
+        end = offset + length
+        return [(at, min(at + n, end) - at) for at, n in self.todo.runs(offset, length)]
 
     def store(self) -> int:
         """Write to the target what is in hand. Raises `OSError`; then it stays in hand."""
@@ -312,26 +314,29 @@ class Backup(Job):
                             sysio.start_writeback(e.fd, e.host, e.length)
         self.missing.clear(offset, length)
 
-    def _share(self, runs: list[tuple[int, int]]) -> int:
+    def _share(self, offset: int, length: int) -> int:
         """Copy between the files, shared where the file system can; the bytes that were moved.
 
         Shared bytes take no time, so this is inside the gate. What is dirty is written out before,
         or the clone would wait for it there."""
         moved = 0
-        for offset, length in runs:
-            if self.clones:
-                for e in self.disk.extents(offset, length):
-                    if e.fd >= 0:
-                        sysio.write_out(e.fd, e.host, e.length)
-            with self.disk.shared(offset, length):
-                for at, n in list(self.pending.runs(offset, length)):
-                    n = min(at + n, offset + length) - at
-                    for span in spans(self.source, at, n, UNIT, self.base):
-                        if span.kind is not Kind.KEEP:
-                            moved += self._place(span)
-                        self.missing.clear(span.offset, span.length)
-                    self.pending.clear(at, n)
-            self.disk.leases.drop(offset, offset + length)
+        if self.clones:
+            for e in self.disk.extents(offset, length):
+                if e.fd >= 0:
+                    sysio.write_out(e.fd, e.host, e.length)
+        with self.disk.shared(offset, length):
+            for at, n in self._left(offset, length):
+                for span in spans(self.source, at, n, UNIT, self.base):
+                    if span.kind is not Kind.KEEP:
+                        moved += self._place(span)
+                    for p in self.spill.pieces(span.offset, span.length):
+                        buf = memoryview(bytearray(p.length))
+                        self.spill.fill(buf, p)
+                        self._put(p.offset, p.length, buf)
+                    self.missing.clear(span.offset, span.length)
+                self.pending.clear(at, n)
+                self.todo.clear(at, n)
+        self.disk.leases.drop(offset, offset + length)
         if self.clones is None and (self.copier.cloned or self.copier.moved):
             self.clones = bool(self.copier.cloned)
         return moved
@@ -366,47 +371,61 @@ class Backup(Job):
 
     def before(self, offset: int, length: int) -> None:
         """A guest is about to overwrite the range: its old bytes are saved first (K2)."""
-        start = offset // UNIT * UNIT
-        end = min(-(-(offset + length) // UNIT) * UNIT, self.disk.size)
+        piece = self.pending.granularity
+        start = offset // piece * piece
+        end = min(-(-(offset + length) // piece) * piece, self.disk.size)
         if not self.pending.any(start, end - start):
             return
-        claim = self._saving.claim(start, end)
+        claim = self._saving.claim(start // UNIT * UNIT, -(-end // UNIT) * UNIT)
         try:
-            for at, n in list(self.pending.runs(start, end - start)):
-                self._save(at, min(at + n, end) - at)
-        finally:
-            self._saving.release(claim)
-
-    def _save(self, offset: int, length: int) -> None:
-        for span in spans(self.source, offset, length, UNIT, self.base):
-            if span.kind is not Kind.KEEP or not self.everything:
-                for at in range(span.offset, span.offset + span.length, UNIT):
-                    n = min(UNIT, span.offset + span.length - at)
-                    if not self._save_unit(at, n, span.kind is Kind.ZERO):
-                        return
-            else:
-                self.missing.clear(span.offset, span.length)
-            self.pending.clear(span.offset, span.length)
-
-    def _save_unit(self, offset: int, length: int, zero: bool) -> bool:
-        """False: the point in time is lost, and there is nothing left to save."""
-        try:
-            buf = memoryview(bytearray(length))
-            if not zero:
-                read(self.source, buf, offset)
-            if self.everything:
-                try:
-                    self.spill.put(offset, bytes(buf))
-                except OSError:  # no room: then the guest waits for the target after all
-                    self._put(offset, length, None if zero else buf)
-            else:
-                self._put(offset, length, None if zero else buf)
+            for at in range(start // UNIT * UNIT, end, UNIT):  # a unit, or what is touched of it
+                self._save(at, max(at, start), min(at + UNIT, end))
         except OSError as error:
             if self.on_cbw_error == "break-guest-write":
                 raise
             self._break(error)
-            return False
-        return True
+        finally:
+            self._saving.release(claim)
+
+    def _save(self, unit: int, start: int, end: int) -> None:
+        """Of one unit, the bytes from `start` to `end`, if they are pending."""
+        whole = min(unit + UNIT, self.disk.size) - unit
+        if self.base is not None and self._kept(unit, whole):
+            for bitmap in (self.pending, self.todo, self.missing):
+                bitmap.clear(unit, whole)  # or what the guest writes would look like old bytes
+            return
+        for at, n in list(self.pending.runs(start, end - start)):
+            n = min(at + n, end) - at
+            buf = memoryview(bytearray(n))
+            read(self.source, buf, at)
+            if not self.everything:
+                self._put(at, n, buf)
+            else:
+                try:
+                    self.spill.put(at, n, None if buf.obj == bytes(n) else bytes(buf))
+                except OSError:  # no room: then the guest waits for the target after all
+                    self._unload(unit, whole)
+                    return
+            self.pending.clear(at, n)
+
+    def _kept(self, unit: int, length: int) -> bool:
+        """Whether only what is below `base` answers for the unit: the target shows that, too."""
+        return self.todo.any(unit, 1) and all(
+            s.kind is Kind.KEEP for s in spans(self.source, unit, length, UNIT, self.base)
+        )
+
+    def _unload(self, unit: int, length: int) -> None:
+        """The whole unit goes to the target at once. Raises `OSError`; then nothing has changed.
+
+        The unit may be larger than what the guest has entered. The rest of it nobody can change:
+        while it is pending, whoever would has to come by, and waits for us."""
+        buf = memoryview(bytearray(length))
+        read(self.source, buf, unit)
+        self.spill.lay(buf, unit)
+        self._put(unit, length, buf)
+        for bitmap in (self.pending, self.todo):
+            bitmap.clear(unit, length)
+        self.spill.drop(unit, length)
 
     def _break(self, error: OSError) -> None:
         """The guest goes on; what it overwrites now, the backup has lost."""
@@ -434,7 +453,14 @@ class Backup(Job):
     # The end -----------------------------------------------------------------------------
 
     def approach(self) -> None:
+        self._lose()
         self.target.flush()
+
+    def suffice(self) -> None:
+        """Whoever reads the overlay of a pull backup has all of it: end, and end well."""
+        with self.changed:
+            self.enough = True
+            self.changed.notify_all()
 
     def drains(self) -> list[Disk]:
         return [self.disk]
@@ -467,7 +493,8 @@ class Backup(Job):
 
     def clean(self) -> None:
         try:
-            self._lose()
+            if self._attached or self._ended:
+                self._lose()
             if self._attached:
                 with self.disk.exclusive():
                     self._settle_bitmap()

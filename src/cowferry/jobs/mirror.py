@@ -436,6 +436,7 @@ class Mirror(Job):
     # Write-blocking: a tap of the disk -------------------------------------------------------
 
     holds: Bitmap | None = None  # every write comes by
+    slow = True
 
     def before(self, offset: int, length: int) -> None:
         """Nothing to do: the target wants what is new."""
