@@ -14,8 +14,8 @@ written (see `check`). It goes when the image is closed, or made read-only, and 
 
 Room is only ever taken at the end of the file. A cluster that is zeroed or discarded keeps its
 place, and the room goes back to the host as a hole in the file. Room that was reserved and not
-needed is used for the next clusters; what is left of it at the end is cut off when the image is
-closed.
+needed is used for the next clusters. What is left of it when the image is closed is cut off, or,
+if other clusters lie behind it, leaked with no bytes in it.
 
 Locks: `meta` guards every table and the file's end, and is a leaf but for loading tables from the
 file; no data I/O happens under it. `flushing` makes flushes take turns; it is taken before `meta`.
@@ -380,12 +380,15 @@ class Qed(Node):
             self.file.flush()
 
     def _cut(self) -> None:
-        """Room at the file's end that nobody needed is given back to the host."""
+        """Room that nobody needed is given back to the host; elsewhere than at the end it leaks."""
         end = self.end
         for host, clusters in sorted(self.spare, reverse=True):
-            if host + clusters * self.cluster_size == end:
-                self.spare.remove((host, clusters))
+            length = clusters * self.cluster_size
+            if host + length == end:
                 end = host
+            else:
+                self.file.discard(host, length)
+        self.spare.clear()
         if end < self.end:
             self.cut_off(end)
 

@@ -20,6 +20,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from cowferry.block.node import Extent, State
@@ -110,12 +111,11 @@ class Tables:
         data = bytearray(self.page_bytes)
         self.image.file.pread(memoryview(data), offset)
         entries = self.pages[number] = entries_of(data)
-        unsafe = self.dirty | self.writing
-        if len(self.pages) > self.keep + len(unsafe):
-            for old in self.pages:
-                if old not in unsafe and old != number:
-                    del self.pages[old]
-                    break
+        unsafe = self.dirty | self.writing | {number}
+        excess = len(self.pages) - self.keep - len(unsafe)
+        if excess > 0:
+            for old in list(islice((p for p in self.pages if p not in unsafe), excess)):
+                del self.pages[old]
         return entries
 
     def for_writing(self, number: int) -> array[int]:
