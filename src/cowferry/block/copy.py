@@ -169,6 +169,7 @@ class Copier:
         offset, length = span.offset, span.length
         if span.kind is Kind.KEEP:
             return
+        target.changing(offset, length)
         if span.kind is Kind.ZERO:
             target.zero(offset, length, unmap=True)
             return

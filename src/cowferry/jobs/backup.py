@@ -344,7 +344,6 @@ class Backup(Job):
     def _place(self, span: Any) -> int:
         try:
             with self.target.exclusive(span.offset, span.length):
-                self.target.root.changing(span.offset, span.length)
                 self.copier.place(self.source, self.target.root, span)
         except OSError as error:
             raise self._blame(error, span.offset, span.length) from error

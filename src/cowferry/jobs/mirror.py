@@ -334,6 +334,7 @@ class Mirror(Job):
         for at in range(offset, offset + length, PIECE):
             piece = memoryview(bytearray(min(PIECE, offset + length - at)))
             self.source.pread(piece, at)
+            self.target.changing(at, len(piece))
             if piece.obj == bytes(len(piece)) and not self.inside:
                 self.target.zero(at, len(piece), unmap=True)
             else:
@@ -453,6 +454,7 @@ class Mirror(Job):
         try:
             with self._alone(offset, length):
                 if data is not None:
+                    self.target.changing(offset, length)
                     self.target.pwrite(data, offset)
                 else:
                     for span in spans(self.source, offset, length, 1, self._shines()):
