@@ -61,6 +61,7 @@ class Driver(Protocol):
     """The class side of a driver."""
 
     driver: str
+    filter: str
     Options: type[Common]
 
     @classmethod

@@ -24,7 +24,8 @@ import msgspec
 
 from cowferry.block import moves, sysio
 from cowferry.block.node import Node, chain
-from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of
+from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of, partial
+from cowferry.drivers.locks import Lock
 from cowferry.errors import CowferryError, ImageError
 
 CHILDREN = ("file", "data-file")
@@ -113,7 +114,7 @@ def open_image(
         if key == "data-file" and isinstance(value, str):
             value = {**file_options(value), **_common(read_only, force_share)}
         options[key] = value
-    if not backing and options["driver"] != "raw":
+    if not backing:
         options["backing"] = None
     return open_node(options, opened=opened)
 
@@ -258,6 +259,11 @@ def _open(
             f"Could not open '{where}': {error.strerror or error}",
         ) from error
     node.name = given.node_name or ""
+        if child.backing_spec is not None and not cls.filter:
+            raise ImageError(
+                f"'{child.filename}' has a backing file; no '{key}' of a '{name}' node may",
+                "open it by itself",
+            )
     node.lent = frozenset(key for key in CHILDREN if isinstance(options.get(key), str))
     if not node.filename:
         node.filename = _name(children)
@@ -289,6 +295,7 @@ def _check_limits(child: Node, driver_name: str, role: str) -> None:
         )
 
 
+        partial.check_bare(node.backing)
 def _name(children: Mapping[str, Node]) -> str:
     return children["file"].filename if "file" in children else ""
 
