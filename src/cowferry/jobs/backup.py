@@ -38,6 +38,7 @@ from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
 from cowferry.block.node import Extent, Node, read
 from cowferry.block.spill import UNIT, Spill
+from cowferry.block.throttle import WRITE
 from cowferry.jobs.job import Job, Progress, ReadFailed
 
 MIN_CHUNK = 1 << 20
@@ -222,7 +223,10 @@ class Backup(Job):
 
     def _limit(self) -> int:
         limit = self.chunk
-        if self.clones is None:
+        if self.target.turnstiles:
+            self.clones = False  # what is shared would pass them unseen
+            limit = min(limit, 4 * UNIT)
+        elif self.clones is None:
             limit = UNIT  # the first piece finds out
         elif not self.clones:
             limit = min(limit, self.max_chunk)
@@ -294,6 +298,7 @@ class Backup(Job):
                 length = min(count * UNIT, self.disk.size - offset)
             else:
                 length = len(data)
+            self.target.wait(WRITE, length)  # its own limits, if it has any
             self._put(offset, length, data)
             moved += length if data is not None else 0
             del self._hand[:count]
