@@ -176,15 +176,20 @@ def test_N6_a_failed_flush_of_marks_is_sticky(
     marks.close()
 
 
-def test_a_void_file_says_nothing(tmp_path: Path) -> None:
+def test_a_file_that_was_removed_says_nothing_even_if_its_name_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = str(tmp_path / "f")
-    marks = Marks(path, contents(in_use=True))
-    marks.void()
-    marks.close()
-    assert bitmap_file.read(path) is None
+    bitmap_file.write(path, contents(in_use=True))
     bitmap_file.remove(path)
     assert os.listdir(tmp_path) == []
     bitmap_file.remove(path)
+    bitmap_file.write(path, contents(in_use=True))
+    with monkeypatch.context() as patch, Unflushed() as unflushed:
+        patch.setattr(sysio, "unlink", lambda path: None)
+        bitmap_file.remove(path)
+        assert not unflushed.has(path)
+    assert bitmap_file.read(path) is None
 
 
 @pytest.mark.parametrize("in_use", [False, True])

@@ -25,6 +25,8 @@ class Bitmap:
         self.name = name
         self.persistent = persistent  # its node's keeper makes it durable
         self.inconsistent = False  # nobody kept it for a while: it can be removed, nothing else
+        self.reason = ""  # why it is inconsistent, in words that follow "it is: "
+        self.guarded = False  # its keeper marks regions before a write, recorded or not
         self.busy = ""  # who uses it now and must not be disturbed; "" nobody
         self.granularity = granularity
         self.recording = True  # written only inside a drain of the disk

@@ -20,6 +20,7 @@ Nothing that a file says is believed before it is checked, and no more is alloca
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import struct
@@ -272,7 +273,6 @@ class Marks:
         self._finished = 0
         self._running = False
         self._failed: OSError | None = None  # what one fdatasync did not do, no later one does
-        self._sector = sector
         folder = os.path.dirname(os.path.abspath(path))
         if folder == moves.state_folder():
             moves.make_folder(folder)
@@ -335,7 +335,11 @@ class Marks:
         for at in range(a, b, step):
             part = entry.bits[at * UNIT : min(at + step, b) * UNIT].tobytes()
             part = part.ljust(-(-len(part) // SECTOR) * SECTOR, b"\0")
-            sysio.pwrite(self._fd, part, self._offsets[id(entry)] + at * SECTOR)
+            try:
+                sysio.pwrite(self._fd, part, self._offsets[id(entry)] + at * SECTOR)
+            except OSError as error:
+                self._failed = self._failed or error  # the picture is not what the file holds
+                raise
 
     def flush(self) -> None:
         """All that was set before the call is durable on return; those who wait together wait for
@@ -367,25 +371,45 @@ class Marks:
                     f"the bitmap file '{self.path}' cannot be flushed: {self._failed.strerror}",
                 )
 
-    def void(self) -> None:
-        """Durably: nothing in this file counts any more, wherever its name may still be found."""
-        sector = bytearray(self._sector)
-        head = list(HEADER.unpack_from(sector))
-        head[5] = VOID
-        sysio.pwrite(self._fd, _sealed(HEADER.pack(*head)), 0)
-        self.flush()
+    @property
+    def named(self) -> bool:
+        """Whether its name leads to it still."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Let the file go. Idempotent; does not flush."""
-        if self._fd >= 0:
+        with self._grouped:
+            while self._running:
+                self._grouped.wait()
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+                self._failed = self._failed or OSError(errno.EBADF, "it was closed")
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
             os.close(self._fd)
-            self._fd = -1
 
 
 def remove(path: str) -> None:
-    """Durably remove the file, if it is there. Raises `OSError`."""
+    """Durably: nothing that may be there counts any more. Raises `OSError`.
+
+    It is made void before its name goes, for the name may come back after a power cut."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            header = HEADER.pack(
+                MAGIC, VERSION, HEADER.size, 0, 0, VOID, 0, 0, bytes(16), *[0] * 10
+            )
+            sysio.pwrite(fd, _sealed(header), 0)
+            sysio.fdatasync(fd)
+        finally:
+            os.close(fd)
     for name in (path, f"{path}.new"):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):
             sysio.unlink(name)
             sysio.flush_directory(os.path.dirname(os.path.abspath(path)))
 

@@ -1,31 +1,615 @@
-"""Keepers: what makes the persistent dirty bitmaps of a node outlive a crash."""
+"""Keepers: what makes the persistent dirty bitmaps of a node outlive a crash (B1, B2).
+
+A bit in memory dies with the process, and to write it before every guest's write would cost an
+fdatasync each. So what is on disk is coarse while the image is written: before the first write to a
+*region* that is not marked there, all bits of the region are set, in the file beside the image
+(`block/bitmap_file.py`), durably. Then the guest writes into the region without asking anybody, and
+memory has the precise bits. Whoever crashed and whenever, the file has a superset of what changed.
+
+`holds` says where a write has to come to us first: the disk hands out no write lease there
+(`block/lease.py`). It is the complement of what the file has set, so what is dirty is never held.
+A *checkpoint*, inside a drain, makes the file precise again, and holds what it has cleared.
+
+Where bitmaps are at rest, while nobody writes the image:
+
+* in the image, if its format has room for them (`Node.stores_bitmaps`). Before the image is
+  written they are put into the file, in use, and marked in use in the image, with the file's
+  *token*. After a crash the file counts if the image has its token, which goes when another program
+  writes the image. And other programs see that the bitmaps are in use, and do not rely on them;
+* in the file otherwise. At rest it says the image's inode and time of change, and counts if they
+  are the same. In use it counts if the inode is the same: who crashed could not say the time.
+
+Bitmaps that cannot be relied on any more are *inconsistent*: listed, and removed, no more.
+
+The order of things, at each of which the power may fail:
+
+    open for writing   file in use, durable (and the token in the image, durable); the guest
+    a new set of bitmaps, or bits cleared   the file anew, in use, renamed over the old one
+    a new size         the file with both sizes; the image; the file with the new size
+    rest               the guest's data durable, the image's time of change too; the file at rest
+                       (or the bitmaps into the image; then the file goes)
+    no bitmaps left    the file made void, durable, so that its name may come back; the file goes
+
+Lock order: the disk's range, then the keeper's, then bitmaps' and the image's metadata.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import stat
+import threading
+
+from bitarray import bitarray
+
+from cowferry.block import bitmap_file, moves, sysio
 from cowferry.block.bitmap import Bitmap
+from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Stamp
+from cowferry.block.node import Node
+from cowferry.errors import CowferryError, ImageError, NotSupported
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".bitmaps"
+REGION = 4 << 20  # bytes that are marked together, at least
+REGIONS = 1 << 15  # at most so many in a disk
+HOLD = 64 << 10  # bytes for which `holds` has a bit, at least
+
+
+def stamp(node: Node) -> Stamp:
+    """What ties a file to the image under `node` as it is now. Zeroes for a device."""
+    st = os.fstat(_file(node).fd)
+    return Stamp(st.st_ino, st.st_mtime_ns) if stat.S_ISREG(st.st_mode) else Stamp()
 
 
 class Keeper:
-    """The durable side of one node's persistent bitmaps."""
+    """The durable side of one node's persistent bitmaps. Thread-safe.
+
+    There is one as long as the node has such bitmaps; on a read-only node, and between `rest` and
+    `resume`, it is at rest and does nothing. `holds` is for disks to read: outside of a drain they
+    see bits go, never come."""
 
     holds: Bitmap  # where a change of the node is not yet marked durably
 
-    def protect(self, offset: int, length: int) -> tuple[int, int]:
-        """Mark the regions of the range durably; [start, end) in bytes of what is marked now."""
-        raise NotImplementedError
+    def __init__(self, node: Node, generation: int = 0, token: bytes = b"") -> None:
+        self.node = node
+        # Duty: the file, its picture and `holds` change together; guards all that follows. Held
+        # over writes of the file, never over its fdatasync on behalf of a guest's write.
+        self._lock = threading.Lock()
+        self._marks: Marks | None = None  # None: at rest
+        self._entries: dict[int, Entry] = {}  # id(bitmap) -> what the file has of it
+        self._epoch = 0  # how often bits in the file may have been cleared
+        self._broken = False  # the file may not be what a power cut leaves: write a new one
+        self._generation = generation
+        self._token = token  # of the file in use; b"" none yet
+        self._told = False  # whether an image with room for bitmaps has the token
+        self._path = ""  # of the file, while it is in use
+        self._next_size: int | None = None  # during a resize
+        self._seen = stamp(node)  # at rest: to notice that it did not stay there
+        self._shape()
 
-    def resized(self) -> None:
-        """The node has another size now."""
-        raise NotImplementedError
+    # What the guest waits for ----------------------------------------------------------------
+
+    def protect(self, offset: int, length: int) -> tuple[int, int]:
+        """Mark the regions of the range durably; [start, end) in bytes of what is marked now.
+
+        The caller is inside the range. Raises `OSError`; then nothing may be written."""
+        start = offset // self.region * self.region
+        end = -(-(offset + length) // self.region) * self.region
+        while True:
+            with self._lock:
+                if self._marks is None:
+                    raise OSError(errno.EROFS, f"{self._name}: its bitmaps are at rest")
+                pairs = [(b, self._entries.get(id(b))) for b in self._kept()]
+                stale = any(e is None or not (e.recording or e.guarded) for _, e in pairs)
+                if self._broken or stale:
+                    try:
+                        self._renew(precise=False, mark=(start, end))
+                    except CowferryError as error:
+                        raise OSError(errno.EIO, error.desc) from error
+                    self.holds.clear(start, end - start)
+                    return start, end
+                for bitmap, entry in pairs:
+                    assert entry is not None
+                    granularity = bitmap.granularity
+                    self._marks.set(entry, start // granularity, -(-end // granularity))
+                marks, epoch = self._marks, self._epoch
+            try:
+                marks.flush()
+            except OSError as error:
+                with self._lock:
+                    if self._marks is marks:  # or it was closed under us, for a new one
+                        log.warning("%s; writing a new one", error)
+                        self._broken = True
+                continue
+            with self._lock:
+                if self._epoch == epoch:  # or it was cleared again before it was flushed
+                    self.holds.clear(start, end - start)
+                    return start, end
+
+    # Inside a drain of every disk over the node ------------------------------------------------
 
     def checkpoint(self) -> None:
-        """What is on disk becomes the precise bits again. Inside a drain of every disk above."""
-        raise NotImplementedError
+        """What is on disk becomes precise again, sooner or later. Raises `OSError`, which does no
+        harm: it says more than it has to, then."""
+        with self._lock:
+            if self._marks is None:
+                return
+            if self._broken:
+                self._renew()
+                return
+            self._epoch += 1
+            try:
+                for bitmap in self._persistent():
+                    entry = self._entries.get(id(bitmap))
+                    if entry is not None:
+                        self._marks.replace(entry, _bits(bitmap))
+            finally:
+                self._hold()
+
+    def changed(self) -> None:
+        """Bitmaps were added, removed, enabled, disabled or cleared: durable on return.
+
+        Without any persistent one left the keeper is gone, too. Raises `OSError`, `CowferryError`;
+        then the old set is on disk, or the new one, and the caller undoes its change."""
+        with self._lock:
+            if self._marks is None:
+                raise CowferryError(
+                    f"'{self._name}' is read-only, and so are its persistent bitmaps"
+                )
+            if self._persistent():
+                self._renew()
+                return
+            try:
+                self._remove()
+            except BaseException:
+                self._distrust()
+                raise
+            self._marks.close()
+            self._marks = None
+            self.node.keeper = None
+
+    def resizing(self, size: int) -> None:
+        """The node is about to have another size: either is right from now on, durably.
+
+        Raises `OSError`, `CowferryError`; then it must stay as it is."""
+        with self._lock:
+            self._next_size = size
+            try:
+                if self._marks is not None:
+                    self._renew()
+            except BaseException:
+                self._next_size = None
+                raise
+
+    def resized(self) -> None:
+        """The node has another size now, or has not after all, and so have its bitmaps.
+
+        A failure does no harm: the file goes on saying both."""
+        with self._lock:
+            self._next_size = None
+            self._shape()
+            if self._marks is None:
+                return
+            try:
+                self._renew()
+            except (OSError, CowferryError) as error:
+                log.warning("the bitmaps of '%s' say its old size, too: %s", self._name, error)
 
     def rest(self) -> None:
-        """Nobody will write any more: the precise bits go to where they are at rest."""
-        raise NotImplementedError
+        """Nobody writes the image any more: precise bits, durable, that others may rely on.
+
+        Before the node is closed or becomes read-only, after its driver's last write. Raises
+        `OSError`, `CowferryError`; then they are in use still."""
+        with self._lock:
+            if self._marks is None:
+                return
+            try:
+                self._rest()
+            except BaseException:
+                self._distrust()
+                raise
+            self._marks.close()
+            self._marks = None
+            self._entries = {}
+            self._seen = stamp(self.node)
 
     def resume(self) -> None:
-        """The node may be written again."""
-        raise NotImplementedError
+        """The image may be written again; before anybody does. Raises `OSError`, `CowferryError`;
+        then nobody may."""
+        with self._lock:
+            if self._marks is None:
+                if stamp(self.node) != self._seen and not self.node.stores_bitmaps:
+                    for bitmap in self._persistent():
+                        _distrusted(bitmap, "the image was changed by another program")
+                self._begin()
+
+    def close(self) -> None:
+        """Let the file go as it is: after `rest` has failed, or as if the power had."""
+        with self._lock:
+            if self._marks is not None:
+                self._marks.close()
+                self._marks = None
+
+    # What others may know ----------------------------------------------------------------------
+
+    @property
+    def coarse(self) -> int:
+        """Bytes that the file says are dirty and the bitmaps do not, of the worst of them."""
+        with self._lock:
+            return max(
+                (
+                    entry.bits.count() * bitmap.granularity - bitmap.count()
+                    for bitmap in self._kept()
+                    if (entry := self._entries.get(id(bitmap))) is not None
+                ),
+                default=0,
+            )
+
+    # Under `_lock` -------------------------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        return self.node.filename
+
+    def _persistent(self) -> list[Bitmap]:
+        return [b for b in self.node.bitmaps.values() if b.persistent]
+
+    def _kept(self) -> list[Bitmap]:
+        """Those that a write has to be marked in before it is done."""
+        return [b for b in self._persistent() if not b.inconsistent and (b.recording or b.guarded)]
+
+    def _shape(self) -> None:
+        """Sizes that follow from those of the disk and of the bitmaps; holds everything kept."""
+        size, kept = self.node.size, self._kept()
+        unit = max([HOLD, *(b.granularity for b in kept)])
+        self.region = max(REGION, unit)
+        while self.region * REGIONS < size:
+            self.region *= 2
+        self.holds = Bitmap(f"#{self._name}", size, unit)
+        if kept:
+            self.holds.set(0, size)
+
+    def _hold(self) -> None:
+        """Hold what the file does not have set of all that are kept. Inside a drain."""
+        self._shape()
+        holds = self.holds
+        lacking = bitarray(len(holds.bits), endian="little")
+        lacking.setall(False)
+        for bitmap in self._kept():
+            entry = self._entries.get(id(bitmap))
+            if entry is None or not (entry.recording or entry.guarded):
+                return  # and all is held
+            factor = holds.granularity // bitmap.granularity
+            lacking |= _folded(~_fitted(entry.bits, len(lacking) * factor), factor)
+        holds.replace(lacking)
+
+    def _renew(self, precise: bool = True, mark: tuple[int, int] = (0, 0)) -> None:
+        """A new file instead, in use, with what the bitmaps are now; durable on return.
+
+        Not `precise`, which is inside a drain only: what the old one had, and the range `mark`. On
+        an error the old file is there, and all is as it was, or nothing is relied on."""
+        old = self._marks
+        if precise:
+            self._shape()
+        size = max(self.node.size, self._next_size or 0)
+        entries = {}
+        for bitmap in self._persistent():
+            before = self._entries.get(id(bitmap))
+            bits = _fitted(_bits(bitmap), -(-size // bitmap.granularity))
+            if not precise:
+                if before is not None:
+                    bits |= _fitted(before.bits, len(bits))
+                if bitmap in self._kept():
+                    first, stop = mark[0] // bitmap.granularity, -(-mark[1] // bitmap.granularity)
+                    bits[first : min(stop, len(bits))] = True
+            entries[id(bitmap)] = _entry(bitmap, bits)
+        try:
+            self._marks = Marks(
+                self._path,
+                Contents(
+                    size=self.node.size,
+                    next_size=self._next_size,
+                    generation=self._generation,
+                    token=self._token,
+                    in_use=True,
+                    stamp=Stamp(stamp(self.node).inode),
+                    region=self.region,
+                    entries=list(entries.values()),
+                ),
+            )
+        except BaseException:
+            if old is None or not old.named:
+                self._broken = True
+                if precise:
+                    self._entries = {}
+            if precise:
+                self._hold()
+            raise
+        if old is not None:
+            old.close()
+        self._entries = entries
+        self._epoch += 1
+        if self.node.stores_bitmaps and not self._told:
+            self._broken = True
+            self.node.write_bitmaps(self._persistent(), self._token)
+            self._told = True
+        self._broken = False
+        if precise:
+            self._hold()
+
+    def _distrust(self) -> None:
+        """What is on disk is unclear: nobody writes before there is a new file. Inside a drain."""
+        self._broken = True
+        self._entries = {}
+        self._hold()
+
+    def _begin(self) -> None:
+        """In use from now on."""
+        self._generation += 1
+        self._token = self._token or secrets.token_bytes(16)
+        self._told = False
+        self._path = moves.place(self._name, SUFFIX)
+        try:
+            self._renew()
+            for path in moves.places(self._name, SUFFIX):
+                if path != self._path:
+                    bitmap_file.remove(path)
+        except BaseException:
+            if self._marks is not None:
+                self._marks.close()
+                self._marks = None
+            raise
+
+    def _rest(self) -> None:
+        bitmaps = self._persistent()
+        if self.node.stores_bitmaps:
+            self._told = False
+            self.node.write_bitmaps(bitmaps)
+            self._token = b""
+            with contextlib.suppress(OSError):  # without its token in the image it does not count
+                bitmap_file.remove(self._path)
+            return
+        image = _file(self.node)
+        image.flush()  # which tells of one that has failed before (N6)
+        sysio.fsync(image.fd)  # or the image might lose its time of change
+        bitmap_file.write(
+            self._path,
+            Contents(
+                size=self.node.size,
+                generation=self._generation,
+                token=self._token,
+                stamp=stamp(self.node),
+                region=self.region,
+                entries=[_entry(b, _bits(b)) for b in bitmaps],
+            ),
+        )
+
+    def _remove(self) -> None:
+        """There is none left."""
+        if not self.node.stores_bitmaps:
+            bitmap_file.remove(self._path)
+            return
+        self._told = False
+        self.node.write_bitmaps([])
+        with contextlib.suppress(OSError):
+            bitmap_file.remove(self._path)
+
+
+# Finding them -----------------------------------------------------------------------------------
+
+
+def attach(node: Node, repair: bool = False) -> None:
+    """A format node was opened: its persistent bitmaps are there, and kept if it is writable.
+
+    Raises `ImageError` if they cannot be kept, though they should; then the node is not to be
+    written, unless it is to `repair` it. What is wrong with a bitmap itself makes it inconsistent,
+    and is told in the log."""
+    if not _can_keep(node):
+        return
+    try:
+        found, generation, token = _find(node)
+        for bitmap in found:
+            bitmap.persistent = True
+            node.bitmaps[bitmap.name] = bitmap
+            if bitmap.inconsistent:
+                log.warning(
+                    "'%s': bitmap '%s' is inconsistent: %s",
+                    node.filename,
+                    bitmap.name,
+                    bitmap.reason,
+                )
+        if found:
+            node.keeper = Keeper(node, generation, token)
+            if not node.read_only:
+                node.keeper.resume()
+    except (OSError, CowferryError) as error:
+        node.keeper = None
+        why = error.desc if isinstance(error, CowferryError) else error.strerror or str(error)
+        if node.read_only or repair:
+            log.warning("'%s': its bitmaps cannot be kept: %s", node.filename, why)
+            return
+        hint = error.hint if isinstance(error, CowferryError) else ""
+        raise ImageError(
+            f"'{node.filename}': its bitmaps cannot be kept: {why}",
+            hint or "the image and its bitmaps are intact; it can be opened read-only",
+        ) from error
+
+
+def keep(node: Node, bitmap: Bitmap) -> None:
+    """One more persistent bitmap of a node, durable on return. Inside a drain of the disks over it.
+
+    Raises `OSError`, `CowferryError`; then it is not there."""
+    bitmap.persistent = True
+    before = node.bitmaps
+    node.bitmaps = {**before, bitmap.name: bitmap}
+    try:
+        changed(node)
+    except BaseException:
+        node.bitmaps = before
+        raise
+
+
+def changed(node: Node) -> None:
+    """The node's persistent bitmaps are others, or have other bits than a guest's writes set:
+    durable on return. See `Keeper.changed`; here there need not be a keeper yet."""
+    if node.keeper is not None:
+        node.keeper.changed()
+        return
+    if not any(b.persistent for b in node.bitmaps.values()):
+        return
+    if not _can_keep(node):
+        raise NotSupported(
+            f"'{node.name or node.filename}' cannot have persistent bitmaps",
+            "they need an image in a local file or device, from its beginning on; without "
+            "persistent it can have one",
+        )
+    if node.read_only:
+        raise CowferryError(f"'{node.name or node.filename}' is read-only")
+    fresh(node.filename)  # if there is anything, it does not count
+    keeper = Keeper(node)
+    try:
+        keeper.resume()
+    except BaseException:
+        try:  # it might be found after a crash, and nobody would have kept it
+            fresh(node.filename)
+        except OSError as error:
+            log.critical(
+                "'%s%s' must not be there, and cannot be removed: %s", node.filename, SUFFIX, error
+            )
+        raise
+    node.keeper = keeper
+
+
+def fresh(image: str) -> None:
+    """There is a new image under this name: bitmaps of an older one go. Raises `OSError`."""
+    for path in moves.places(image, SUFFIX):
+        bitmap_file.remove(path)
+
+
+def _find(node: Node) -> tuple[list[Bitmap], int, bytes]:
+    """The bitmaps of the image, the generation of its file, and the token that they share.
+
+    Raises `OSError`, `ImageError`."""
+    file: Contents | None = None
+    damaged: Damaged | None = None
+    for path in moves.places(node.filename, SUFFIX):
+        try:
+            found = bitmap_file.read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except Damaged as error:
+            log.warning("%s", error)
+            damaged = error
+            continue
+        if found is not None and (file is None or found.generation > file.generation):
+            file = found
+    generation = file.generation if file is not None else 0
+    token = node.bitmap_token() if node.stores_bitmaps else b""
+    if node.stores_bitmaps and not (file and file.in_use and token and file.token == token):
+        return _in_image(node, file, damaged), generation, b""
+    if damaged is not None:
+        gone = [Bitmap(name, node.size, granularity) for name, granularity in damaged.names]
+        for bitmap in gone:
+            _distrusted(bitmap, f"its file is {damaged.what}")
+        return gone, generation, b""
+    if file is None:
+        return [], 0, b""
+    why = _objection(node, file)
+    bitmaps = []
+    for entry in file.entries:
+        if entry.kind == "dirty":
+            bitmap = Bitmap(entry.name, node.size, entry.granularity)
+            bitmap.recording, bitmap.guarded = entry.recording, entry.guarded
+            bitmap.replace(_fitted(entry.bits, len(bitmap.bits)))
+            if entry.inconsistent:
+                _distrusted(bitmap, "it was so before")
+            elif why:
+                _distrusted(bitmap, why)
+            bitmaps.append(bitmap)
+    return bitmaps, generation, file.token if node.stores_bitmaps else b""
+
+
+def _in_image(node: Node, file: Contents | None, damaged: Damaged | None) -> list[Bitmap]:
+    """What an image with room for bitmaps says itself."""
+    why = "it was in use by a program that did not close the image"
+    if damaged is not None:
+        why = f"its file is {damaged.what}"
+    elif file is not None and file.in_use:
+        why = "the image was changed by another program"
+    bitmaps = node.read_bitmaps()
+    for bitmap in bitmaps:
+        if bitmap.inconsistent and not bitmap.reason:
+            bitmap.reason = why
+    return bitmaps
+
+
+def _objection(node: Node, file: Contents) -> str:
+    """Why a file is not about this image as it is; empty if it is."""
+    if node.size not in (file.size, file.next_size):
+        return f"it is of another size: {file.size} bytes, and the image has {node.size}"
+    if node.stores_bitmaps:  # the image has its token
+        return ""
+    now = stamp(node)
+    if now.inode != file.stamp.inode:
+        return "it is of another image"
+    if not file.in_use and now.mtime_ns != file.stamp.mtime_ns:
+        return "the image was changed by another program"
+    return ""
+
+
+def _distrusted(bitmap: Bitmap, why: str) -> None:
+    bitmap.inconsistent = True
+    bitmap.reason = why
+
+
+def _can_keep(node: Node) -> bool:
+    """A format, right over a local file or device."""
+    if node.filter or node.file is None:
+        return False
+    return node.from_start and node.file.file is None and node.file.fd >= 0
+
+
+def _file(node: Node) -> Node:
+    """The node of the host file that the image is."""
+    assert node.file is not None
+    return node.file
+
+
+def _bits(bitmap: Bitmap) -> bitarray:
+    """Its bits at this moment."""
+    with bitmap.lock:
+        return bitmap.bits.copy()
+
+
+def _fitted(bits: bitarray, length: int) -> bitarray:
+    """So many of them, with clear ones at the end if there are fewer. A copy."""
+    fitted = bits[:length]
+    have = len(fitted)
+    fitted.extend(bitarray(length - have))
+    fitted[have:] = False
+    return fitted
+
+
+def _folded(bits: bitarray, factor: int) -> bitarray:
+    """One bit for each `factor` bits: whether any of them is set."""
+    folded = bits[::factor]
+    for i in range(1, factor):
+        folded |= bits[i::factor]
+    return folded
+
+
+def _entry(bitmap: Bitmap, bits: bitarray) -> Entry:
+    """What a file says of a bitmap."""
+    return Entry(
+        bitmap.name,
+        "dirty",
+        bitmap.granularity,
+        bits,
+        recording=bitmap.recording,
+        guarded=bitmap.guarded,
+        inconsistent=bitmap.inconsistent,
+    )

@@ -83,6 +83,8 @@ class Node:
     #: Whether what is a hole reads as zero once there is no backing node.
     holes_read_zero: bool = True
     room: int = 1 << 62  # bytes of room that a job takes at once, fills, and says so (`filled`)
+    fd: int = -1  # of the host file, if this is one
+    from_start: bool = True  # its first byte is the first of what its file name means
     #: Whether the format has room for dirty bitmaps of its own (`read_bitmaps`, `write_bitmaps`).
     stores_bitmaps: bool = False
     #: Makes the persistent ones among `bitmaps` outlive a crash; None if there are none.
@@ -130,17 +132,30 @@ class Node:
         """Grow (or, where the driver can, shrink) to `size` bytes. New bytes read as zeroes."""
         raise NotSupported(f"{self.driver} node '{self.name or self.filename}' cannot be resized")
 
+    def change_size(self, size: int) -> None:
+        """`resize`, and the bitmaps with it. Inside a drain of the disks over it."""
+        if self.keeper is not None:
+            self.keeper.resizing(size)
+        try:
+            self.resize(size)
+        finally:
+            for bitmap in self.bitmaps.values():
+                bitmap.resize(self.size)
+            if self.keeper is not None:
+                self.keeper.resized()
+
     # Dirty bitmaps -----------------------------------------------------------------------
 
     def changing(self, offset: int, length: int) -> None:
         """The bytes are about to change: the bitmaps know, durably where they have to.
 
         A disk sees to this for its root. Whoever writes a node by itself (a commit into a base, a
-        copy into a target) calls it first. Raises `OSError`; then nothing may be written."""
-        if self.keeper is not None:
-            self.keeper.protect(offset, length)
+        copy into a target) calls it first, inside the range of a disk over the node. Raises
+        `OSError`; then nothing may be written."""
         for bitmap in self.bitmaps.values():
             bitmap.mark(offset, length)
+        if self.keeper is not None and self.keeper.holds.any(offset, length):
+            self.keeper.protect(offset, length)
 
     def read_bitmaps(self) -> list[Bitmap]:
         """The bitmaps that the image itself holds; one in use by somebody who is gone is

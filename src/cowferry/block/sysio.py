@@ -72,7 +72,7 @@ def fdatasync(fd: int) -> None:
 
 
 def fsync(fd: int) -> None:
-    """Durable: the data, the size, and the extended attributes."""
+    """Durable: the data, the size, the extended attributes, and the time of change."""
     os.fsync(fd)
     if recorder is not None:
         recorder.flushed(fd)

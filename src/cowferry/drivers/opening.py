@@ -22,9 +22,9 @@ from typing import Any
 
 import msgspec
 
-from cowferry.block import moves, sysio
+from cowferry.block import keeper, moves, sysio
 from cowferry.block.node import Node, chain
-from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of, partial
+from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of
 from cowferry.drivers.locks import Lock
 from cowferry.errors import CowferryError, ImageError
 
@@ -114,7 +114,7 @@ def open_image(
         if key == "data-file" and isinstance(value, str):
             value = {**file_options(value), **_common(read_only, force_share)}
         options[key] = value
-    if not backing:
+    if not backing and options["driver"] != "raw":
         options["backing"] = None
     return open_node(options, opened=opened)
 
@@ -184,11 +184,12 @@ def create_image(
 ) -> None:
     """Make a new image of `size` bytes. `options` are qemu-img's `-o` names.
 
-    What is recorded of an older image under this name goes, unless the new one is the `goal` of
-    a disk that has yet to move there: until then the old name leads where it led. Raises
-    `CowferryError`; an unfinished file is removed if it was made here."""
+    Bitmaps of an older image under this name go. So does what is recorded of it, unless the new one
+    is the `goal` of a disk that has yet to move there: until then the old name leads where it led.
+    Raises `CowferryError`; an unfinished file is removed if it was made here."""
     existed = os.path.lexists(path)
     try:
+        _forget_bitmaps(path)
         if not goal:
             moves.fresh(path)
         driver(format).create(path, size, options)
@@ -198,6 +199,19 @@ def create_image(
         if isinstance(error, OSError):
             raise ImageError(f"{path}: {error.strerror or error}") from error
         raise
+
+
+def _forget_bitmaps(path: str) -> None:
+    """Bitmaps beside an image that is about to be replaced go, unless somebody has it open."""
+    if not any(os.path.lexists(p) for p in moves.places(path, keeper.SUFFIX)):
+        return
+    if os.path.exists(path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            Lock.take(fd, path, read_only=False, force_share=False).drop()
+        finally:
+            os.close(fd)
+    keeper.fresh(path)
 
 
 def backing_path(image: str, recorded: str) -> str:
@@ -259,15 +273,11 @@ def _open(
             f"Could not open '{where}': {error.strerror or error}",
         ) from error
     node.name = given.node_name or ""
-        if child.backing_spec is not None and not cls.filter:
-            raise ImageError(
-                f"'{child.filename}' has a backing file; no '{key}' of a '{name}' node may",
-                "open it by itself",
-            )
     node.lent = frozenset(key for key in CHILDREN if isinstance(options.get(key), str))
     if not node.filename:
         node.filename = _name(children)
     made.append(node)
+    keeper.attach(node, given.repair)
     backing = options.get("backing", "")
     if backing is None or (isinstance(backing, Mapping) and not backing):
         node.backing_refused = backing is None
@@ -295,7 +305,6 @@ def _check_limits(child: Node, driver_name: str, role: str) -> None:
         )
 
 
-        partial.check_bare(node.backing)
 def _name(children: Mapping[str, Node]) -> str:
     return children["file"].filename if "file" in children else ""
 

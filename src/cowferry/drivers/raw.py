@@ -24,17 +24,14 @@ class Raw(Node):
     def __init__(self, file: Node, start: int, size: int | None) -> None:
         self.file: Node = file
         self.start = start
+        self.from_start = start == 0
         self.whole = size is None and start == 0
         self.size = file.size - start if size is None else size
         self.read_only = file.read_only
 
     @classmethod
     def open(cls, options: Raw.Options, children: Mapping[str, Node]) -> Raw:
-        """A raw node over `file`, or one that is being filled (`partial.py`).
-
-        Raises `CowferryError` if the window does not fit, or a part of the image is not here."""
-        from cowferry.drivers import partial
-
+        """A raw node over `file`. Raises `CowferryError` if the window does not fit."""
         if "file" not in children:
             raise CowferryError("A block device must be specified for 'file'")
         file = children["file"]
@@ -44,25 +41,15 @@ class Raw(Node):
                 f"'{file.filename}': offset {options.offset} and size {options.size} do not fit "
                 f"into its {file.size} bytes"
             )
-        filling = partial.find(file) if isinstance(file, File) else None
-        if filling is None or not isinstance(file, File):
-            return cls(file, options.offset, options.size)
-        if options.offset or options.size not in (None, filling.contents.size):
-            raise NotSupported(
-                f"'{file.filename}' is being filled from its backing file, and has no windows",
-                "leave out offset and size",
-            )
-        return partial.Partial(file, filling)
+        return cls(file, options.offset, options.size)
 
     @classmethod
     def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
-        """A raw image of `size` bytes; with a backing file, to be filled from it."""
-        from cowferry.drivers import partial
-
-        unknown = set(options) - {"preallocation", "extent_size_hint", "nocow"} - partial.CREATION
+        """A raw image of `size` bytes."""
+        unknown = set(options) - {"preallocation", "extent_size_hint", "nocow"}
         if unknown:
             raise CowferryError(f"raw images have no option '{min(unknown)}'")
-        partial.create(path, size, options)
+        File.create(path, size, options)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The file's own runs."""
@@ -93,14 +80,32 @@ class Raw(Node):
 
     def reopen(self, read_only: bool) -> None:
         """The file's access, and ours."""
-        if read_only and not self.read_only:
+        if read_only == self.read_only:
+            return
+        if read_only:
             self.file.flush()
-        self.file.reopen(read_only)  # a node that was lent has no other writer
-        self.read_only = read_only
+            if self.keeper is not None:
+                self.keeper.rest()
+        try:
+            self.file.reopen(read_only)  # a node that was lent has no other writer
+            self.read_only = read_only
+            if not read_only and self.keeper is not None:
+                self.keeper.resume()
+        except BaseException:
+            if not read_only:  # nobody may write: its bitmaps are not kept
+                self.file.reopen(True)
+                self.read_only = True
+            elif self.keeper is not None:
+                self.keeper.resume()
+            raise
 
     def close(self) -> None:
         """Flush, and close the file below if it is ours."""
-        if "file" not in self.lent:
-            self.file.close()
-        elif not self.read_only:
-            self.file.flush()
+        try:
+            if self.keeper is not None:
+                self.keeper.rest()
+        finally:
+            if "file" not in self.lent:
+                self.file.close()
+            elif not self.read_only:
+                self.file.flush()

@@ -53,7 +53,7 @@ class Into:
         for node in (*self.between, self.base):
             moves.committing(node.filename, self.top.filename)
         if self.base.size < self.size:
-            self.base.resize(self.size)
+            self.base.change_size(self.size)
             self.base.flush()
 
     def end(self) -> None:

@@ -41,7 +41,7 @@ def resize_command(
             client.call("block_resize", device=filename, size=wanted, force=force or None)
     else:
         with image(filename, format, read_only=False, image_opts=image_opts) as node:
-            node.resize(new_size(filename, node.size, size, shrink))
+            node.change_size(new_size(filename, node.size, size, shrink))
             node.flush()
     if not quiet:
         click.echo("Image resized.")

@@ -700,6 +700,7 @@ class Qcow2(Node):
             )
         if read_only and not self.broken:
             if self.keeper is not None:
+                self.close_tables()
                 self.keeper.rest()
             self.close_tables()
         # A child that was lent has no other writer: its access is what we need.
@@ -736,6 +737,7 @@ class Qcow2(Node):
             if not self.read_only and not self.broken:
                 try:
                     if self.keeper is not None:
+                        self.close_tables()
                         self.keeper.rest()
                 finally:
                     self.close_tables()

@@ -495,7 +495,14 @@ class Qed(Node):
             return
         if read_only:
             self.mark_clean()
-        self.file.reopen(read_only)  # a node that was lent has no other writer
+            if self.keeper is not None:
+                self.keeper.rest()
+        try:
+            self.file.reopen(read_only)  # a node that was lent has no other writer
+        except BaseException:
+            if read_only and self.keeper is not None:
+                self.keeper.resume()
+            raise
         self.read_only = read_only
         if read_only:
             return
@@ -503,6 +510,8 @@ class Qed(Node):
             with self.meta:
                 self._adopt(headers.parse(self.file))
             self._prepare_for_writing()
+            if self.keeper is not None:
+                self.keeper.resume()
         except BaseException:
             self.read_only = True
             self.file.reopen(True)
@@ -516,6 +525,8 @@ class Qed(Node):
         try:
             if not self.read_only:
                 self.mark_clean()
+                if self.keeper is not None:
+                    self.keeper.rest()
         finally:
             if "file" not in self.lent:
                 self.file.close()
