@@ -24,7 +24,7 @@ import msgspec
 
 from cowferry.block import keeper, moves, sysio
 from cowferry.block.node import Node, chain
-from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of
+from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of, partial
 from cowferry.drivers.locks import Lock
 from cowferry.errors import CowferryError, ImageError
 
@@ -114,7 +114,7 @@ def open_image(
         if key == "data-file" and isinstance(value, str):
             value = {**file_options(value), **_common(read_only, force_share)}
         options[key] = value
-    if not backing and options["driver"] != "raw":
+    if not backing:
         options["backing"] = None
     return open_node(options, opened=opened)
 
@@ -259,6 +259,11 @@ def _open(
             raise CowferryError(f"Invalid parameter type for '{key}', expected: object or string")
     for key, child in children.items():
         _check_limits(child, name, key)
+        if child.backing_spec is not None and not cls.filter:
+            raise ImageError(
+                f"'{child.filename}' has a backing file; no '{key}' of a '{name}' node may",
+                "open it by itself",
+            )
     try:
         for key, recorded in cls.companions(children).items():
             path = _beside(children["file"].filename, recorded)
@@ -290,6 +295,7 @@ def _open(
         node.backing = lookup(backing)
     if node.backing is not None:
         _check_limits(node.backing, name, "backing")
+        partial.check_bare(node.backing)
     if opened is not None:
         opened(node, options)
     return node

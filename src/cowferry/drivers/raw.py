@@ -31,7 +31,11 @@ class Raw(Node):
 
     @classmethod
     def open(cls, options: Raw.Options, children: Mapping[str, Node]) -> Raw:
-        """A raw node over `file`. Raises `CowferryError` if the window does not fit."""
+        """A raw node over `file`, or one that is being filled (`partial.py`).
+
+        Raises `CowferryError` if the window does not fit, or a part of the image is not here."""
+        from cowferry.drivers import partial
+
         if "file" not in children:
             raise CowferryError("A block device must be specified for 'file'")
         file = children["file"]
@@ -41,15 +45,25 @@ class Raw(Node):
                 f"'{file.filename}': offset {options.offset} and size {options.size} do not fit "
                 f"into its {file.size} bytes"
             )
-        return cls(file, options.offset, options.size)
+        filling = partial.find(file) if isinstance(file, File) else None
+        if filling is None or not isinstance(file, File):
+            return cls(file, options.offset, options.size)
+        if options.offset or options.size not in (None, filling.contents.size):
+            raise NotSupported(
+                f"'{file.filename}' is being filled from its backing file, and has no windows",
+                "leave out offset and size",
+            )
+        return partial.Partial(file, filling)
 
     @classmethod
     def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
-        """A raw image of `size` bytes."""
-        unknown = set(options) - {"preallocation", "extent_size_hint", "nocow"}
+        """A raw image of `size` bytes; with a backing file, to be filled from it."""
+        from cowferry.drivers import partial
+
+        unknown = set(options) - {"preallocation", "extent_size_hint", "nocow"} - partial.CREATION
         if unknown:
             raise CowferryError(f"raw images have no option '{min(unknown)}'")
-        File.create(path, size, options)
+        partial.create(path, size, options)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The file's own runs."""
