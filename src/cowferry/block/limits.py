@@ -302,6 +302,7 @@ class Member:
             if group._wait(direction):
                 return False
             group._charge(direction, length)
+            group._turn = 1 - direction
             return True
 
     def queue(self, direction: int, length: int, go: Go, owner: object = None) -> None:
