@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cowferry.block import moves
 from cowferry.block.disk import Disk
@@ -25,6 +25,9 @@ from cowferry.exports.nbd import NbdExport, NbdServer
 from cowferry.graph import Graph
 from cowferry.jobs.job import Job, Jobs
 from cowferry.jobs.states import Status
+
+if TYPE_CHECKING:
+    from cowferry.operations.pull import Pull
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class Daemon:
         self.jobs = Jobs(self._job_event)
         self.nbd: NbdServer | None = None
         self.exports: dict[str, Export] = {}
+        self.pulls: dict[str, Pull] = {}  # pull backups that are going on
         # Names only, for options that refer to one: here each connection has its own thread.
         self.iothreads: set[str] = set()
         # Duty: commands that change the graph see each other whole. Never held while waiting

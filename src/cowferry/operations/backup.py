@@ -24,7 +24,7 @@ from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Extent, Node, State, chain, clear
 from cowferry.block.spill import UNIT
-from cowferry.drivers import OVERLAYS, driver, format_of, opening
+from cowferry.drivers import EXTENSIONS, OVERLAYS, driver, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.backup import BITMAP_MODES, CBW_POLICIES, Backup
 from cowferry.jobs.job import POLICIES
@@ -32,6 +32,7 @@ from cowferry.operations import bitmaps, check_mode, check_unlimited, free, job_
 from cowferry.operations.mirror import (
     _check_backing,
     _create,
+    _is_device,
     _is_file,
     _opened,
     _same_image,
@@ -442,3 +443,113 @@ def _open(
     except BaseException:
         _unmake(made)
         raise
+
+
+# Of several disks, into new files -----------------------------------------------------------
+
+MODES = ("full", "incremental", "top")
+
+
+class Wanted(NamedTuple):
+    """One disk of a backup. `base` is the backup before, which an increment is laid over."""
+
+    device: str
+    target: str
+    format: str | None = None
+    base: str | None = None
+    base_format: str | None = None
+
+
+def into_new(
+    daemon: Daemon,
+    so_far: Transaction,
+    wanted: Wanted,
+    mode: str,
+    job_id: str,
+    *,
+    bitmap: str | None = None,
+    bitmap_mode: str = "on-success",
+    **more: Any,
+) -> Start:
+    """A backup into a file that is not there yet. Raises `CowferryError`.
+
+    `full`: all of it. `incremental`: an overlay of `wanted.base` with what the bitmap says.
+    `top`: an overlay of what the disk lies over. A full one that names a bitmap begins it, or lets
+    it count anew from this moment on, if the backup succeeds; if it fails, all is dirty."""
+    device, target = wanted.device, wanted.target
+    check_mode("mode", mode, MODES)
+    source = _node(daemon, device)
+    disk = daemon.graph.disk(device)
+    if (wanted.base is None) == (mode == "incremental"):
+        raise CowferryError(
+            f"an increment of '{device}' needs the backup before it, and no other has one",
+            "name it as its base",
+        )
+    if mode == "incremental":
+        what = What("bitmap", bitmap, bitmap_mode)
+        if bitmap is None:
+            raise CowferryError(
+                "an increment needs the bitmap that the backup before it began",
+                "name it; a full backup that names one begins it",
+            )
+    else:
+        what = What(mode, bitmap, bitmap_mode if bitmap is not None else None)
+        if bitmap is not None and bitmaps.find(source, bitmap, so_far) is None:
+            so_far.parts.append(all_dirty(so_far, device, bitmap))
+    found, _ = _bitmap(daemon, so_far, source, what)
+    _check(source, what, Perf(), more)
+    _check_source(daemon, disk, device, None)
+    base = wanted.base
+    for path in (target, base) if base is not None else (target,):
+        if any(_is_file(n, path) for n in chain(source)):
+            raise CowferryError(f"'{path}' is in the chain of '{device}'", "name another file")
+    known = EXTENSIONS.get(os.path.splitext(target)[1].lower())
+    like = source.driver if source.driver in ("raw", *OVERLAYS) else "raw"
+    format = wanted.format or known or (like if mode == "full" else "qcow2")
+    driver(format)
+    if format not in OVERLAYS and mode != "full" and (base is not None or source.backing):
+        raise NotSupported(
+            f"'{target}': a {format} image has no backing file", "use format=qcow2, or a full one"
+        )
+    made: list[str] = []
+    under = source.backing if mode == "top" else None
+    previous: Node | None = None
+    try:
+        if base is not None:
+            previous = under = _opened_before(daemon, base, wanted.base_format)
+        if format != "raw" or not _is_device(target):
+            if os.path.isfile(target) and os.path.getsize(target):
+                raise CowferryError(
+                    f"'{target}' exists", "a backup overwrites no other: remove it, or name another"
+                )
+            _create(target, format, source.size, source, under, made)
+        node = _opened(daemon, target, format, under, made, source.size)
+    except BaseException:
+        if previous is not None:
+            daemon.graph.let_go(previous)
+        raise
+    try:
+        return Start(
+            daemon, so_far, disk, node, job_id, sync=what.sync, bitmap=found,
+            bitmap_mode=what.bitmap_mode or "on-success", made=made, adopted=True, **more,
+        )  # fmt: skip
+    except BaseException:
+        daemon.graph.let_go(node)
+        _unmake(made)
+        raise
+
+
+def _opened_before(daemon: Daemon, path: str, format: str | None) -> Node:
+    """The backup before, with all that it lies over. Raises `CowferryError`."""
+    if not os.path.exists(path):
+        raise CowferryError(f"the backup before, '{path}', is not there", "name where it is")
+    options = opening.image_options(path, format, read_only=True)
+    return daemon.graph.adopt(options)
+
+
+def all_dirty(so_far: Transaction, device: str, name: str) -> bitmaps.Add:
+    """A new persistent bitmap. Until the backup that begins it has succeeded all is dirty, so that
+    nobody takes it for the word of one that failed."""
+    added = bitmaps.Add(so_far, device, name, persistent=True)
+    added.bitmap.set(0, added.bitmap.size)
+    return added
