@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from cowferry.block.disk import Disk
 from cowferry.block.limits import Group
 from cowferry.block.node import Node, chain
-from cowferry.drivers import opening
+from cowferry.drivers import opening, partial
 from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound, ImageError
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}")
@@ -298,11 +298,14 @@ class Graph:
             return self.disk_over(node)
 
     def disk_over(self, node: Node) -> Disk:
-        """The one disk whose root is `node`, made if nobody has asked before."""
+        """The one disk whose root is `node`, made if nobody has asked before.
+
+        Raises `ImageError` for a bare file that is no disk by itself."""
         with self.lock:
             for disk in (*self.disks.values(), *self.bare.values()):
                 if disk.root is node:
                     return disk
+            partial.check_bare(node)
             disk = self.bare[node.name] = self._disk(node, node.name)
             return disk
 

@@ -48,7 +48,7 @@ from bitarray import bitarray
 
 from cowferry.block import bitmap_file, moves, sysio
 from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Unknown
-from cowferry.block.node import ZEROES, Extent, State, read, resolve
+from cowferry.block.node import ZEROES, Extent, Node, State, read, resolve
 from cowferry.drivers.file import File
 from cowferry.drivers.options import number
 from cowferry.drivers.raw import Raw
@@ -561,7 +561,7 @@ def _refused(image: str, path: str, what: str) -> ImageError:
     )
 
 
-def check_bare(node: object) -> None:
+def check_bare(node: Node) -> None:
     """Raise `ImageError` for a file that must not be read as it is: it is being filled."""
     if isinstance(node, File) and find(node) is not None:
         raise ImageError(
@@ -630,9 +630,10 @@ def _granule(options: Mapping[str, Any]) -> int:
     return granule
 
 
-def declare_complete(file: File) -> None:
+def declare_complete(file: Node) -> None:
     """The image in `file` is complete, says somebody who knows: its `IMAGE.filling` was lost, or is
     no good. Raises `CowferryError` if that is there and knows better."""
+    assert isinstance(file, File)
     try:
         filling = find(file)
     except ImageError:

@@ -246,20 +246,19 @@ class Change:
 
     def _opened(self, options: dict[str, Any]) -> Node:
         """The new image; one whose backing file is in the present chain goes on top of that."""
-        if options["driver"] != "raw":
-            new = self.graph.adopt({**options, "backing": None})
-            spec = new.backing_spec
-            if spec is None:
-                return new
-            try:
-                path = opening.backing_path(new.filename, spec[0])
-                self.under = next((n for n in chain(self.old) if _same(n.filename, path)), None)
-            except BaseException:
-                self.graph.let_go(new)
-                raise
-            if self.under is not None:
-                return new
+        new = self.graph.adopt({**options, "backing": None})
+        spec = new.backing_spec
+        if spec is None:
+            return new
+        try:
+            path = opening.backing_path(new.filename, spec[0])
+            self.under = next((n for n in chain(self.old) if _same(n.filename, path)), None)
+        except BaseException:
             self.graph.let_go(new)
+            raise
+        if self.under is not None:
+            return new
+        self.graph.let_go(new)
         return self.graph.adopt(options)
 
     def settle(self) -> None:

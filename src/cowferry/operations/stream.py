@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cowferry.block.node import Node, chain
+from cowferry.drivers.partial import FILLING
 from cowferry.errors import CowferryError, NotSupported
 from cowferry.jobs.job import Job
 from cowferry.jobs.stream import Stream
@@ -42,10 +43,11 @@ def start(
         raise CowferryError(f"{' and '.join(lowest)} cannot be specified at the same time")
     if backing_file is not None and base is None and base_node is None and bottom is None:
         raise CowferryError("backing file specified, but streaming the entire chain")
-    if top.driver in ("raw", "file"):
+    if top.driver in ("raw", "file") and top.backing is None:
         raise NotSupported(
             f"'{device}' is a {top.driver} image: it has no backing file to stream from",
-            "streaming needs a copy-on-write image, such as qcow2",
+            "there is nothing to do, unless it was made with a backing file and "
+            f"'{top.filename}{FILLING}' is lost: then put that back, and write nothing before",
         )
     layer = any(n.backing is top for n in graph.every_node())
     if top.read_only and not layer:

@@ -12,7 +12,7 @@ from typing import Any
 
 from cowferry.block.node import Node
 from cowferry.cli.keyval import parse_option
-from cowferry.drivers import opening
+from cowferry.drivers import opening, partial
 from cowferry.errors import CowferryError, ImageError
 
 
@@ -47,6 +47,7 @@ def image(
             repair=repair,
         )
     try:
+        partial.check_bare(node)
         yield node
     finally:
         opening.close_chain(node)

@@ -27,7 +27,12 @@ def create_command(
 ) -> int:  # fmt: skip
     """Make an image of SIZE bytes (suffixes k, M, G, T) at FILENAME.
 
-    With a backing file the size may be left out: it is then the backing file's.
+    With a backing file the size may be left out: it is then the backing file's. A raw image with
+    one is to be filled from it, by `cowferry stream`: FILENAME.filling says what it holds already.
+
+    \b
+        cowferry create vm.qcow2 20G
+        cowferry create -f raw -b base.raw -F raw vm.raw
     """
     from cowferry.drivers import EXTENSIONS
 

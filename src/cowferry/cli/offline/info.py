@@ -13,6 +13,7 @@ from cowferry.block.node import Node, chain
 from cowferry.cli.offline import image
 from cowferry.cli.sizes import human
 from cowferry.drivers import opening
+from cowferry.drivers.partial import Partial
 
 
 @click.command("info")
@@ -59,6 +60,12 @@ def describe(node: Node) -> dict[str, Any]:
             out["full-backing-filename"] = opening.backing_path(node.filename, name)
         if format:
             out["backing-filename-format"] = format
+    if isinstance(node, Partial):
+        out["filling"] = {
+            "filename": node.filling.path,
+            "filled": node.held,
+            "granularity": node.granule,
+        }
     out["dirty-flag"] = bool(getattr(node, "dirty_flag", False))
     return out
 
@@ -81,6 +88,12 @@ def in_words(info: dict[str, Any]) -> str:
         lines.append(f"backing file: {name}{actual}")
         if "backing-filename-format" in info:
             lines.append(f"backing file format: {info['backing-filename-format']}")
+    if "filling" in info:
+        filled, whole = info["filling"]["filled"], info["virtual-size"]
+        lines.append(
+            f"being filled: {human(filled)} of {human(whole)} ({100 * filled // max(whole, 1)}%)"
+            f" are here, says {info['filling']['filename']}"
+        )
     if info.get("snapshots"):
         lines.append("Snapshot list:")
         lines.append("ID        TAG               VM SIZE                DATE")
