@@ -10,6 +10,7 @@
             cowferry.stream(disk)                       # then the base may be deleted
             cowferry.snapshot(disk, "vm.1.qcow2")       # vm.qcow2 never changes again
             cowferry.commit(disk)                       # and back into it
+            cowferry.backup(disk, "/backup/vm.qcow2", bitmap="b0")   # as of this moment
             cowferry.copy(disk, "/other/vm.qcow2", pivot=True)   # the guests never notice
 
 Everything is blocking and thread-safe; offsets and lengths are bytes. Mistakes raise
@@ -24,6 +25,7 @@ from cowferry.errors import CowferryError
 
 if TYPE_CHECKING:
     from cowferry.library import (
+        backup,
         change,
         change_backing_file,
         commit,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         group,
         limit,
         open,
+        pull,
         serve,
         snapshot,
         stream,
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CowferryError",
+    "backup",
     "change",
     "change_backing_file",
     "commit",
@@ -48,6 +52,7 @@ __all__ = [
     "group",
     "limit",
     "open",
+    "pull",
     "serve",
     "snapshot",
     "stream",

@@ -257,6 +257,105 @@ def group(
         )
 
 
+def backup(
+    disks: Mapping[Disk, str] | Disk,
+    target: str | None = None,
+    *,
+    mode: str = "full",
+    bitmap: str | None = None,
+    bitmap_mode: str = "on-success",
+    base: Mapping[Disk, str] | str | None = None,
+    format: str | None = None,
+    scratch: str | None = None,
+    speed: int = 0,
+    progress: Watcher | None = None,
+) -> None:
+    """Copy what one disk holds (to `target`), or several (disk -> target), at this one moment.
+
+    `mode` "full" with a `bitmap` begins to record what changes from this moment on; "incremental"
+    copies what it says into an overlay of `base`, the backup before; "top" copies the disk's own
+    image into an overlay of its backing file. `scratch` is a folder for old data that waits for a
+    slow target. Raises `CowferryError`; then what was made is gone, and bitmaps keep every bit."""
+    daemon = _daemon()
+    chosen = dict(disks) if isinstance(disks, Mapping) else {disks: target}
+    before = base if isinstance(base, Mapping) else dict.fromkeys(chosen, base)
+    wanted = []
+    for disk, path in chosen.items():
+        if path is None:
+            raise CowferryError(f"disk '{_name(disk)}' needs a target")
+        under = before.get(disk)
+        one = {
+            "device": _name(disk), "target": os.path.abspath(path), "format": format,
+            "base": os.path.abspath(under) if under is not None else None,
+        }  # fmt: skip
+        wanted.append({k: v for k, v in one.items() if v is not None})
+    name = f"library-{next(_numbers)}"
+    arguments = {
+        "id": name, "disks": wanted, "mode": mode, "bitmap": bitmap, "bitmap-mode": bitmap_mode,
+        "speed": speed, "auto-dismiss": False,
+        "scratch": os.path.abspath(scratch) if scratch is not None else None,
+    }  # fmt: skip
+    daemon.execute("x-disk-backup", {k: v for k, v in arguments.items() if v is not None})
+    ids = [name] if len(wanted) == 1 else [f"{name}-{w['device']}" for w in wanted]
+    jobs = [job for job in map(daemon.jobs.get, ids) if job is not None]
+    try:
+        for job in jobs:
+            while not job.wait(TICK):
+                if progress is not None:
+                    progress(sum(j.offset for j in jobs), sum(j.length for j in jobs))
+    except BaseException:
+        for job in jobs:
+            with suppress(CowferryError):
+                job.cancel()
+        for job in jobs:
+            job.wait()
+        raise
+    finally:
+        for job in jobs:
+            job.dismiss()
+    errors = [f"{w['device']}: {j.error}" for w, j in zip(wanted, jobs, strict=True) if j.error]
+    if errors or any(job.cancelled for job in jobs):
+        raise CowferryError(
+            f"the backup failed: {'; '.join(errors) or 'cancelled'}",
+            "the disks are intact, what was made is gone, and bitmaps keep every bit",
+        )
+
+
+@contextmanager
+def pull(
+    *disks: Disk, bitmap: str | None = None, anew: bool = True, scratch: str | None = None
+) -> Iterator[dict[Disk, str]]:
+    """Disks as they are at this one moment, each exported read-only under an NBD URI.
+
+    With a `bitmap` the exports say what has changed (qemu:dirty-bitmap:NAME); if the block ends
+    without an exception it counts `anew` from the moment on, otherwise it keeps every bit. Raises
+    `CowferryError`, in the end if a moment was lost because old data could not be kept."""
+    daemon = _daemon()
+    names = {_name(disk): disk for disk in disks}
+    id = f"library-{next(_numbers)}"
+    with tempfile.TemporaryDirectory(prefix="cowferry-") as folder:
+        mine = daemon.nbd is None
+        if mine:
+            daemon.start_nbd({"type": "unix", "path": os.path.join(folder, "nbd.sock")})
+        try:
+            arguments = {
+                "id": id, "disks": [{"device": name} for name in names], "bitmap": bitmap,
+                "anew": anew, "scratch": os.path.abspath(scratch) if scratch is not None else None,
+            }  # fmt: skip
+            given = {k: v for k, v in arguments.items() if v is not None}
+            found = daemon.execute("x-backup-export", given)
+            try:
+                yield {names[d["device"]]: d["uris"][0] for d in found["disks"]}
+            except BaseException:
+                with suppress(CowferryError):  # a moment was lost: the first error says more
+                    daemon.execute("x-backup-export-end", {"id": id, "failed": True})
+                raise
+            daemon.execute("x-backup-export-end", {"id": id})
+        finally:
+            if mine:
+                daemon.stop_nbd()
+
+
 def _attend(
     group: Group | None, over: threading.Event, pivot: bool, progress: Watcher | None
 ) -> None:

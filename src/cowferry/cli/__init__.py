@@ -34,6 +34,7 @@ COMMANDS = {
     "stream": ("moving", "Fill a disk from its backing chain."),
     "commit": ("moving", "Merge layers of a disk's chain downwards."),
     "copy": ("moving", "Copy a disk elsewhere, and move it there."),
+    "backup": ("backup", "Back up disks as they are at one moment."),
     "group": ("groups", "Stream, copy or commit several disks as one."),
     "change": ("disks", "Switch a disk to another image."),
     "backing": ("disks", "Record another backing file name in a header."),

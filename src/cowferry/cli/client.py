@@ -30,6 +30,8 @@ OPTIONS = {
     "resume it first, or use force": "resume it first, or leave out --soft",
     "use force": "use --force",
     "query-jobs lists": "cowferry jobs lists",
+    "x-backup-export-end": "cowferry backup --end",
+    "another id": "another --id",
 }
 
 

@@ -191,7 +191,7 @@ class DiskToExport(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
 
 class BackupExport(Args):
     disks: list[DiskToExport]
-    id: str = "backup"
+    id: str = "pull"
     bitmap: str | None = None
     anew: bool = True
     scratch: str | None = None
@@ -248,7 +248,7 @@ def backup_export(daemon: Daemon, args: BackupExport) -> ExportedBackup:
 
 
 class BackupExportEnd(Args):
-    id: str = "backup"
+    id: str = "pull"
     failed: bool = False
 
 

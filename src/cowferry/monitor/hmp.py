@@ -185,6 +185,24 @@ def drive_mirror(daemon: Daemon, words: list[str]) -> str:
 
 
 @verb(
+    "drive_backup", "drive_backup [-n] [-f] [-c] DEVICE TARGET [FORMAT]",
+    "back a disk up (-n: TARGET exists, -f: all of it, not the top alone, -c: compress)",
+)  # fmt: skip
+def drive_backup(daemon: Daemon, words: list[str]) -> str:
+    flags, rest = arguments(words, VERBS["drive_backup"].usage, 2, 3, "nfc")
+    given = {
+        "device": rest[0],
+        "target": rest[1],
+        "mode": "existing" if "n" in flags else "absolute-paths",
+        "sync": "full" if "f" in flags else "top",
+        "compress": "c" in flags,
+    }
+    given |= {"format": rest[2]} if len(rest) > 2 else {}
+    daemon.execute("drive-backup", given)
+    return ""
+
+
+@verb(
     "block_commit", "block_commit DEVICE [TOP [BASE]]",
     "merge images of a disk's chain, from TOP down into BASE",
 )  # fmt: skip

@@ -132,7 +132,8 @@ def begin(
         raise CowferryError(f"Invalid backup id '{id}'", "a letter, then letters, digits, -._")
     if id in daemon.pulls:
         raise DeviceInUse(
-            f"Backup '{id}' is going on already", f"end it: x-backup-export-end {id}; or name yours"
+            f"Backup '{id}' is going on already",
+            "end it with x-backup-export-end, or give yours another id",
         )
     if daemon.nbd is None:
         raise CowferryError("NBD server not running", "start it with nbd-server-start")
