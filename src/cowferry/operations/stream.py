@@ -46,8 +46,8 @@ def start(
     if top.driver in ("raw", "file") and top.backing is None:
         raise NotSupported(
             f"'{device}' is a {top.driver} image: it has no backing file to stream from",
-            "there is nothing to do, unless it was made with a backing file and "
-            f"'{top.filename}{FILLING}' is lost: then put that back, and write nothing before",
+            "a qcow2 image can have one, and a raw one made with one; if this was such a one, then "
+            f"'{top.filename}{FILLING}' is lost: put it back before anybody writes",
         )
     layer = any(n.backing is top for n in graph.every_node())
     if top.read_only and not layer:
