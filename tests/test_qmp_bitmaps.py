@@ -157,8 +157,8 @@ def names(talk: Talk, scene: Scene) -> None:
     bitmap(talk, "merge", "vm/b0", bitmaps=["zz"])
     bitmap(talk, "merge", "vm/b0", bitmaps=["b0"])
     bitmap(talk, "merge", "vm/b0", bitmaps=["p0", {"node": "t", "name": "t0"}])
-    for node, name in (("t", "zz"), ("nope", "t0"), ("small", "s0")):
-        bitmap(talk, "merge", "vm/b0", bitmaps=[{"node": node, "name": name}])
+    for node, source in (("t", "zz"), ("nope", "t0"), ("small", "s0")):
+        bitmap(talk, "merge", "vm/b0", bitmaps=[{"node": node, "name": source}])
     bitmap(talk, "merge", "vm/b0", bitmaps=[{"node": "t"}])
     for arguments in ({"node": "vm"}, {"name": "b"}, {"node": "vm", "name": 3},
                       {"node": "vm", "name": "c", "disabled": 3}):  # fmt: skip
@@ -263,8 +263,7 @@ def exports(talk: Talk, scene: Scene) -> None:
         bitmap(talk, "add", where)
     bitmap(talk, "add", "vm/off", disabled=True)
     bitmap(talk, "remove", "vm/below")
-    where = {"type": "unix", "data": {"path": str(scene.folder / "nbd")}}
-    talk.quietly("nbd-server-start", addr=where)
+    serve(talk, scene)
     export(talk, "e", "zz")
     export(talk, "e", "on")
     export(talk, "e", {"node": "vm", "name": "zz"})
@@ -299,8 +298,7 @@ def a_read_only_image(talk: Talk, scene: Scene) -> None:
     stored(scene, "good", "off")
     scene.add("kept", read_only=True)
     look(talk)
-    where = {"type": "unix", "data": {"path": str(scene.folder / "nbd")}}
-    talk.quietly("nbd-server-start", addr=where)
+    serve(talk, scene)
     for verb in ("clear", "remove"):
         bitmap(talk, verb, "kept/good")
     bitmap(talk, "merge", "kept/good", bitmaps=["good"])
@@ -322,8 +320,7 @@ def an_inconsistent_one_can_be_removed(talk: Talk, scene: Scene) -> None:
     spoil(scene)
     scene.add("kept")
     look(talk)
-    where = {"type": "unix", "data": {"path": str(scene.folder / "nbd")}}
-    talk.quietly("nbd-server-start", addr=where)
+    serve(talk, scene)
     bitmap(talk, "add", "kept/bad")
     bitmap(talk, "add", "kept/bad", persistent=True)
     bitmap(talk, "add", "kept/m")
@@ -337,6 +334,12 @@ def an_inconsistent_one_can_be_removed(talk: Talk, scene: Scene) -> None:
     bitmap(talk, "remove", "kept/bad")
     look(talk)
     talk.quietly("nbd-server-stop")
+
+
+def serve(talk: Talk, scene: Scene) -> None:
+    """An NBD server."""
+    where = {"type": "unix", "data": {"path": str(scene.folder / "nbd")}}
+    talk.quietly("nbd-server-start", addr=where)
 
 
 def stored(scene: Scene, on: str, off: str) -> None:

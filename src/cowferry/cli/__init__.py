@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": ("offline.compare", "Compare what two images hold."),
     "resize": ("offline.resize", "Change an image's size, or that of a disk in use."),
     "rebase": ("offline.rebase", "Give an overlay another backing file."),
+    "bitmap": ("offline.bitmap", "Record what changes in an image, or in a disk in use."),
     "current": ("offline.current", "Print where a disk is now that once was in a file."),
     # the daemon
     "serve": ("serve", "Serve disks to guests, until stopped."),

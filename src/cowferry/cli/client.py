@@ -32,7 +32,15 @@ OPTIONS = {
     "query-jobs lists": "cowferry jobs lists",
     "x-backup-export-end": "cowferry backup --end",
     "another id": "another --id",
+    "with block-dirty-bitmap-remove": "with cowferry bitmap --remove",
 }
+
+
+def in_options(hint: str) -> str:
+    """A hint as the command line says it."""
+    for member, option in OPTIONS.items():
+        hint = hint.replace(member, option)
+    return hint
 
 
 class Client:
@@ -75,8 +83,7 @@ class Client:
         try:
             return self.execute(command, plain, fds)
         except QmpError as error:
-            for member, option in OPTIONS.items():
-                error.hint = error.hint.replace(member, option)
+            error.hint = in_options(error.hint)
             raise
 
     def execute(self, command: str, arguments: dict[str, Any], fds: Sequence[int] = ()) -> Any:

@@ -11,6 +11,7 @@ import msgspec
 from cowferry.block import moves
 from cowferry.block.node import Node, chain
 from cowferry.commands import Args, NoArgs, command
+from cowferry.commands.bitmaps import dirty_info
 from cowferry.commands.throttle import shown
 from cowferry.drivers import driver
 from cowferry.drivers.file import File
@@ -19,7 +20,6 @@ from cowferry.graph import actual_size
 from cowferry.jobs.create import Create
 
 if TYPE_CHECKING:
-    from cowferry.block.bitmap import Bitmap
     from cowferry.block.disk import Disk
     from cowferry.daemon import Daemon
 
@@ -186,19 +186,6 @@ def device_info(node: Node, disk: Disk | None = None) -> dict[str, Any]:
     if bitmaps:
         out["dirty-bitmaps"] = [dirty_info(b) for b in bitmaps]
     return out
-
-
-def dirty_info(bitmap: Bitmap) -> dict[str, Any]:
-    """QMP: BlockDirtyInfo. Those of jobs have no name."""
-    out: dict[str, Any] = {"name": bitmap.name} if bitmap.name else {}
-    out |= {
-        "count": bitmap.count(),
-        "granularity": bitmap.granularity,
-        "recording": bitmap.recording and not bitmap.inconsistent,
-        "busy": bool(bitmap.busy) or not bitmap.name,
-        "persistent": bitmap.persistent,
-    }
-    return {**out, "inconsistent": True} if bitmap.inconsistent else out
 
 
 class QueryNodes(Args):

@@ -4,6 +4,9 @@ Each change is a part of a transaction, alone or with others, and takes effect i
 every disk that can change the node: so a bitmap that is added, or cleared, in the same transaction
 as a snapshot or a backup tells exactly what has changed since *that* moment, on all of the disks.
 What is looked at, in which order, and the words are QEMU's.
+
+A persistent bitmap is durably what the command made it before the command is answered. Several
+changes of one node are stored at once, by the last of them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cowferry.block import keeper
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, chain
@@ -91,8 +95,8 @@ def check_usable(
     if bitmap.inconsistent and not broken:
         raise CowferryError(
             f"Bitmap '{name}' is inconsistent and cannot be used",
-            "nobody kept it up to date for a while: remove it with block-dirty-bitmap-remove, "
-            "and begin again with a full backup",
+            f"{bitmap.reason}; remove it with block-dirty-bitmap-remove, and begin again with a "
+            "full backup",
         )
 
 
@@ -111,19 +115,55 @@ def _is_file_of(node: Node, other: Node) -> bool:
 class _Change(Part):
     """A change of one node's bitmaps, at one moment for whoever may write the node."""
 
-    def __init__(self, daemon: Daemon, node: Node, bitmap: Bitmap) -> None:
-        self.daemon = daemon
+    def __init__(self, so_far: Transaction, node: Node, bitmap: Bitmap) -> None:
+        self.so_far = so_far
         self.node = node
         self.bitmap = bitmap
+        self.done = False
+        self.storing = False  # has begun to store what this and others have changed
 
     def drains(self) -> list[Disk]:
         """The disks that read through the node; and if a job fills it, the one whose bytes those
         are, for the job writes only while it is inside the gate of that one."""
-        disks = self.daemon.graph.disks_above(self.node)
-        held = self.daemon.graph.claims.get(id(self.node))
-        job = self.daemon.jobs.get(held.holder) if held is not None and held.holder else None
-        source = self.daemon.works_on.get(job) if job is not None else None
+        daemon = self.so_far.daemon
+        disks = daemon.graph.disks_above(self.node)
+        held = daemon.graph.claims.get(id(self.node))
+        job = daemon.jobs.get(held.holder) if held is not None and held.holder else None
+        source = daemon.works_on.get(job) if job is not None else None
         return disks if source is None or source in disks else [*disks, source]
+
+    @property
+    def stored(self) -> bool:
+        """Whether it has to be durable."""
+        return self.bitmap.persistent
+
+    def settle(self) -> None:
+        self.do()
+        self.done = True
+        if self.stored and self is self._together()[-1]:
+            self.storing = True
+            keeper.changed(self.node)
+
+    def unsettle(self) -> None:
+        if self.done:
+            self.undo()
+        if self.stored:
+            together = self._together()
+            if self is together[0] and together[-1].storing:
+                keeper.changed(self.node)
+
+    def _together(self) -> list[_Change]:
+        """The changes of the node that are stored at once."""
+        changes = (p for p in self.so_far.parts if isinstance(p, _Change) and p.stored)
+        return [p for p in changes if p.node is self.node]
+
+    def do(self) -> None:
+        """In memory."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Exactly as it was."""
+        raise NotImplementedError
 
 
 class Add(_Change):
@@ -131,18 +171,17 @@ class Add(_Change):
 
     def __init__(
         self,
-        daemon: Daemon,
+        so_far: Transaction,
         node_name: str,
         name: str,
         *,
         granularity: int | None = None,
         persistent: bool = False,
         disabled: bool = False,
-        so_far: Transaction | None = None,
     ) -> None:
         if not name:
             raise CowferryError("Bitmap name cannot be empty")
-        node = node_of(daemon, node_name, so_far)
+        node = node_of(so_far.daemon, node_name, so_far)
         if node is None:
             raise CowferryError(f"Cannot find device='{node_name}' nor node-name='{node_name}'")
         if granularity is None:
@@ -151,18 +190,18 @@ class Add(_Change):
             raise CowferryError("Granularity must be power of 2 and at least 512")
         if find(node, name, so_far) is not None:
             raise CowferryError(f"Bitmap already exists: {name}")
-        above = [o.name for o in daemon.graph.every_node() if _is_file_of(node, o)]
+        refusal = f"Can't make bitmap '{name}' persistent in '{node_name}'"
+        if len(name.encode()) > MAX_NAME:
+            raise CowferryError(
+                f"{refusal}: Name length exceeds maximum ({MAX_NAME} characters)"
+                if persistent
+                else f"Bitmap name too long: {name}"
+            )
+        above = [o.name for o in so_far.daemon.graph.every_node() if _is_file_of(node, o)]
         if above:
             raise CowferryError(
                 f"Node '{node_name}' is written through '{above[0]}', where nobody would tell it",
                 f"add the bitmap to '{above[0]}'",
-            )
-        if len(name.encode()) > MAX_NAME:
-            raise CowferryError(
-                f"Can't make bitmap '{name}' persistent in '{node_name}': "
-                f"Name length exceeds maximum ({MAX_NAME} characters)"
-                if persistent
-                else f"Bitmap name too long: {name}"
             )
         if node.size // granularity // 8 > MAX_BITS:
             raise CowferryError(
@@ -170,37 +209,33 @@ class Add(_Change):
                 "choose a larger granularity",
             )
         if persistent and node.read_only:
-            raise CowferryError(
-                f"Can't make bitmap '{name}' persistent in '{node_name}': it is read-only"
-            )
+            raise CowferryError(f"{refusal}: it is read-only")
         bitmap = Bitmap(name, node.size, granularity, persistent=persistent)
         bitmap.recording = not disabled
-        super().__init__(daemon, node, bitmap)
+        super().__init__(so_far, node, bitmap)
 
-    def settle(self) -> None:
+    def do(self) -> None:
         self.before = self.node.bitmaps
         self.node.bitmaps = {**self.before, self.bitmap.name: self.bitmap}
 
-    def unsettle(self) -> None:
+    def undo(self) -> None:
         self.node.bitmaps = self.before
 
 
 class Remove(_Change):
     """No such bitmap any more, in memory and where it is kept."""
 
-    def __init__(
-        self, daemon: Daemon, node_name: str, name: str, so_far: Transaction | None = None
-    ) -> None:
-        node, bitmap = look_up(daemon, node_name, name, so_far)
+    def __init__(self, so_far: Transaction, node_name: str, name: str) -> None:
+        node, bitmap = look_up(so_far.daemon, node_name, name, so_far)
         check_usable(node, bitmap, changing=True, broken=True)
-        super().__init__(daemon, node, bitmap)
+        super().__init__(so_far, node, bitmap)
         bitmap.busy = "its removal"
 
-    def settle(self) -> None:
+    def do(self) -> None:
         self.before = self.node.bitmaps
         self.node.bitmaps = {k: b for k, b in self.before.items() if b is not self.bitmap}
 
-    def unsettle(self) -> None:
+    def undo(self) -> None:
         self.node.bitmaps = self.before
 
     def abort(self) -> None:
@@ -210,42 +245,37 @@ class Remove(_Change):
 class Clear(_Change):
     """What has changed so far is forgotten."""
 
-    def __init__(
-        self, daemon: Daemon, node_name: str, name: str, so_far: Transaction | None = None
-    ) -> None:
-        node, bitmap = look_up(daemon, node_name, name, so_far)
+    def __init__(self, so_far: Transaction, node_name: str, name: str) -> None:
+        node, bitmap = look_up(so_far.daemon, node_name, name, so_far)
         check_usable(node, bitmap, changing=True)
-        super().__init__(daemon, node, bitmap)
+        super().__init__(so_far, node, bitmap)
 
-    def settle(self) -> None:
+    def do(self) -> None:
         self.before = self.bitmap.copy()
         self.bitmap.clear(0, self.bitmap.size)
 
-    def unsettle(self) -> None:
+    def undo(self) -> None:
         self.bitmap.replace(self.before.bits)
 
 
 class Record(_Change):
     """Writes are recorded from now on, or are not."""
 
-    def __init__(
-        self,
-        daemon: Daemon,
-        node_name: str,
-        name: str,
-        recording: bool,
-        so_far: Transaction | None = None,
-    ) -> None:
-        node, bitmap = look_up(daemon, node_name, name, so_far)
+    def __init__(self, so_far: Transaction, node_name: str, name: str, recording: bool) -> None:
+        node, bitmap = look_up(so_far.daemon, node_name, name, so_far)
         check_usable(node, bitmap)
-        super().__init__(daemon, node, bitmap)
+        super().__init__(so_far, node, bitmap)
         self.recording = recording
 
-    def settle(self) -> None:
+    @property
+    def stored(self) -> bool:
+        return self.bitmap.persistent and not self.node.read_only
+
+    def do(self) -> None:
         self.before = self.bitmap.recording
         self.bitmap.recording = self.recording
 
-    def unsettle(self) -> None:
+    def undo(self) -> None:
         self.bitmap.recording = self.before
 
 
@@ -253,20 +283,15 @@ class Merge(_Change):
     """What other bitmaps have set, one has set, too; they may be of other nodes as large."""
 
     def __init__(
-        self,
-        daemon: Daemon,
-        node_name: str,
-        target: str,
-        sources: Sequence[Named],
-        so_far: Transaction | None = None,
+        self, so_far: Transaction, node_name: str, target: str, sources: Sequence[Named]
     ) -> None:
-        node, bitmap = look_up(daemon, node_name, target, so_far)
+        node, bitmap = look_up(so_far.daemon, node_name, target, so_far)
         check_usable(node, bitmap, changing=True)
-        super().__init__(daemon, node, bitmap)
+        super().__init__(so_far, node, bitmap)
         self.sources: list[Bitmap] = []
         for source in sources:
             of, name = (node_name, source) if isinstance(source, str) else source
-            where, found = look_up(daemon, of, name, so_far)
+            where, found = look_up(so_far.daemon, of, name, so_far)
             check_usable(where, found)
             if found.size != bitmap.size:
                 raise CowferryError(
@@ -275,13 +300,13 @@ class Merge(_Change):
                 )
             self.sources.append(found)
 
-    def settle(self) -> None:
+    def do(self) -> None:
         self.before = self.bitmap.copy()
         for source in self.sources:
             if source is not self.bitmap:
                 self.bitmap.merge(source)
 
-    def unsettle(self) -> None:
+    def undo(self) -> None:
         self.bitmap.replace(self.before.bits)
 
 
