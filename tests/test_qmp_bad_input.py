@@ -152,7 +152,7 @@ BAD = (
     commit(GENERIC, "Invalid job ID ''", job_id=None),
     # stream
     stream(MISSING, "Device 'nope' not found", device="nope"),
-    stream(UNABLE, "raw image", "copy-on-write", device="t"),
+    stream(UNABLE, "raw image", "is lost", device="t"),
     stream(GENERIC, "Node 't' is not a backing image of 'vm'", "base <- sn1", base_node="t"),
     stream(GENERIC, "Node 'vm' is not a backing image of 'vm'", base_node="vm"),
     stream(GENERIC, "Image 'zz' is not a backing image of 'vm'", base="zz"),
