@@ -26,10 +26,11 @@ def make_base(folder: Path, size: int, seed: int = 1) -> bytearray:
 
 
 def overlay(folder: Path, name: str, backing: str, format: str, size: int, **options: str) -> Path:
-    """A qcow2 overlay `folder/name` on `backing` (a name in the same folder)."""
+    """An overlay `folder/name`, qcow2 or QED by its name, on `backing` (in the same folder)."""
     path = folder / name
+    kind = "qed" if path.suffix == ".qed" else "qcow2"
     opening.create_image(
-        str(path), "qcow2", size, {"backing_file": backing, "backing_fmt": format, **options}
+        str(path), kind, size, {"backing_file": backing, "backing_fmt": format, **options}
     )
     return path
 
