@@ -321,6 +321,11 @@ class Daemon:
                     except OSError as error:
                         log.error("disk '%s' cannot be flushed: %s", disk.name, error)
 
+    @property
+    def ending(self) -> bool:
+        """Whether it is about to close: what is called off now may be gone on with."""
+        return self._closing.is_set()
+
     def quit(self) -> None:
         """Ask for the end; whoever runs the daemon calls `close`."""
         self.stopped.set()

@@ -21,6 +21,9 @@ While a commit runs, its base and the layers that it skips are no good by themse
 part of what was above them. `IMAGE.committing` says so from before the first write until the end
 is durable (C2).
 
+While a copy to a raw image runs that can be gone on with after a crash (`block/unfinished.py`),
+`IMAGE.copying` beside it says so, and which bitmap of the source tells what it lacks.
+
 Images that are not plain files (devices, remote disks), and those in a folder where we may not
 write, have their records in the state folder: `$COWFERRY_STATE`, else `/var/lib/cowferry` for
 root and `$XDG_STATE_HOME/cowferry` for others.
@@ -45,7 +48,7 @@ from cowferry.block import sysio
 
 log = logging.getLogger(__name__)
 
-MOVED, COMMITTING = ".moved", ".committing"
+MOVED, COMMITTING, COPYING = ".moved", ".committing", ".copying"
 MAX_NAME = 200  # characters of a record's name in the state folder
 
 
@@ -193,6 +196,7 @@ def fresh(image: str) -> None:
     """There is a new image under this name: records of an older one go."""
     settled(image)
     committed(image)
+    copied(image)
 
 
 def apart(copy: str, disk: str) -> None:
@@ -240,6 +244,26 @@ def half_committed(image: str) -> str | None:
         return None
     top = str(body.get("top"))
     return None if _named(follow(top).path) == _named(image) else top
+
+
+def copying(image: str, source: str, bitmap: str, size: int, inode: int) -> None:
+    """From now on `image`, of `size` bytes, lacks what `bitmap` of the image `source` says."""
+    body = {"source": _named(source), "bitmap": bitmap, "size": size, "inode": inode}
+    _store(place(image, COPYING), {**body, "generation": 1}, undo=False)
+
+
+def copied(image: str) -> None:
+    """`image` lacks nothing, or is of no use."""
+    for path in places(image, COPYING):
+        _remove(path)
+
+
+def half_copied(image: str) -> dict[str, Any] | None:
+    """What `copying` recorded, if that copy was not finished; a pivot finishes it."""
+    body = _load(image, COPYING)
+    if body is None:
+        return None
+    return None if _named(follow(str(body.get("source"))).path) == _named(image) else body
 
 
 def _named(image: str) -> str:

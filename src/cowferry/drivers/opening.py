@@ -5,7 +5,8 @@ image could talk us into opening something that its owner did not mean. Hence:
 
 * a backing string is followed only with the format recorded beside it; a missing format is
   an error with the command that repairs it, never a guess (CVE-2008-2004 and its heirs);
-* a backing string is a path. `json:...` and `proto:...` are refused (CVE-2024-4467);
+* a backing string is a path. `json:...` and `proto:...` are refused (CVE-2024-4467), and an image
+  that an NBD server gives us names no files of ours at all;
 * a recorded data file is followed if it is a plain name in the image's own folder; one that
   lies elsewhere has to be named by whoever opens the image;
 * a chain that comes back to a file already in it is refused by device and inode;
@@ -22,11 +23,11 @@ from typing import Any
 
 import msgspec
 
-from cowferry.block import keeper, moves, sysio
+from cowferry.block import keeper, moves, names, sysio
 from cowferry.block.node import Node, chain
 from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of, partial
 from cowferry.drivers.locks import Lock
-from cowferry.errors import CowferryError, ImageError
+from cowferry.errors import CowferryError, ImageError, NotSupported
 
 CHILDREN = ("file", "data-file")
 Lookup = Callable[[str], Node]
@@ -123,10 +124,13 @@ def current_image(path: str, format: str | None = None) -> tuple[str, str | None
     """The image that a disk which once was in `path` is in now, and its format if that is known.
 
     It follows the records of moves (`block/moves.py`). Raises `ImageError` if the image is no good
-    by itself, because a commit into it was begun and not finished (C2)."""
+    by itself, because a commit into it, or a copy to it, was begun and not finished (C2)."""
+    if names.is_uri(path):
+        return path, format
     try:
         now = moves.follow(path, format)
         top = moves.half_committed(now.path)
+        copied = moves.half_copied(now.path)
     except OSError as error:
         raise ImageError(
             f"'{path}': which image is current cannot be told: {error.strerror or error}",
@@ -143,11 +147,21 @@ def current_image(path: str, format: str | None = None) -> tuple[str, str | None
             f"it is good below the images above it: open '{top}' or what lies over it, and commit "
             "again",
         )
+    if copied is not None:
+        raise ImageError(
+            f"'{now.path}' holds a part of a copy of '{copied['source']}' that was not finished",
+            f"open '{copied['source']}', and copy it to '{now.path}' again: it goes on from there; "
+            f"or remove both '{now.path}' and '{now.path}{moves.COPYING}'",
+        )
     return now.path, now.format
 
 
 def file_options(path: str) -> dict[str, Any]:
-    """The options of the protocol node for a host path."""
+    """The options of the protocol node for a host path, or for a URI. Raises `CowferryError`."""
+    if names.is_uri(path):
+        from cowferry.drivers import nbd
+
+        return nbd.options_of(path)
     return {"driver": "file", "filename": path}
 
 
@@ -158,7 +172,9 @@ def _common(read_only: bool, force_share: bool) -> dict[str, Any]:
 def image_options(
     path: str, format: str | None = None, *, read_only: bool = False, force_share: bool = False
 ) -> dict[str, Any]:
-    """blockdev-add options for an image file. Raises `ImageError` if its format is unclear."""
+    """blockdev-add options for an image file, or an export that a URI names.
+
+    Raises `ImageError` if its format is unclear."""
     common = _common(read_only, force_share)
     return {
         "driver": format or format_of(path),
@@ -187,6 +203,11 @@ def create_image(
     Bitmaps of an older image under this name go. So does what is recorded of it, unless the new one
     is the `goal` of a disk that has yet to move there: until then the old name leads where it led.
     Raises `CowferryError`; an unfinished file is removed if it was made here."""
+    if names.is_uri(path):
+        raise NotSupported(
+            f"'{path}' is an export: no image can be made there",
+            "write into what is there: convert -n, copy --reuse-external, mode=existing",
+        )
     existed = os.path.lexists(path)
     try:
         _forget_bitmaps(path)
@@ -217,7 +238,15 @@ def _forget_bitmaps(path: str) -> None:
 def backing_path(image: str, recorded: str) -> str:
     """Where a recorded backing name leads, seen from the image that records it.
 
-    Raises `ImageError` for anything that is not a plain path."""
+    Raises `ImageError` for anything that is not a plain path, and for an image that a server gave
+    us: it would have us open files of its choice."""
+    if names.is_uri(image):
+        raise ImageError(
+            f"'{image}': its backing file '{recorded[:200]}' is not followed, for the image is an "
+            "NBD server's",
+            "name the backing file with the option backing, or open the image without it "
+            "(backing=null)",
+        )
     if PROTOCOL.match(recorded):
         raise ImageError(
             f"'{image}': its backing file '{recorded[:200]}' is not a plain path",
@@ -229,6 +258,8 @@ def backing_path(image: str, recorded: str) -> str:
 
 def _beside(image: str, recorded: str) -> str | None:
     """The path of a file recorded in `image`, if it lies in the same folder."""
+    if names.is_uri(image):
+        return None
     folder = os.path.realpath(os.path.dirname(os.path.abspath(image)))
     path = os.path.join(folder, recorded)
     inside = os.path.dirname(os.path.realpath(path)) == folder

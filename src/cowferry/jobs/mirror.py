@@ -28,6 +28,7 @@ one that overwrites what the layers above cover is not.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -44,14 +45,18 @@ from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain, read
 from cowferry.block.rates import WINDOW, Rates
 from cowferry.block.throttle import Brake
+from cowferry.block.unfinished import Unfinished
 from cowferry.errors import CowferryError
 from cowferry.jobs.job import Job, Progress, ReadFailed
 from cowferry.jobs.states import Status, allow
+
+log = logging.getLogger(__name__)
 
 MIN_CHUNK = 1 << 20
 MAX_CHUNK = 64 << 20
 STEP = 0.02  # seconds a chunk should take: a guest's allocating write waits for as long
 SCAN = 64 << 20  # bytes looked at between yields when the first bits are set
+CHECKPOINT = 5.0  # seconds of copying that a crash may cost
 IDLE = 0.05  # seconds between looks at the bitmap when nothing is dirty
 CLOSE = 1 << 20  # dirty bytes that are copied under a short drain rather than chased
 SLOWEST = 1 << 20  # bytes per second that a braked guest may write at least
@@ -93,6 +98,7 @@ class Mirror(Job):
         on_target_error: str = "report",
         converge_by: float = 0,
         backing: Node | None = None,
+        unfinished: Unfinished | None = None,
         move: Callable[[], list[Move]] = list,
         switched: Callable[[], None] | None = None,
         detached: Callable[[], None] | None = None,
@@ -127,7 +133,11 @@ class Mirror(Job):
         self.cursor = 0
         self._left = 0  # dirty bytes when last asked whether we are near
         self.did: list[str] = []  # what was done to converge
+        self.went_on = ""  # in words, if it did
         self.limited = False  # it is the job's own speed limit that misses the deadline
+        self.unfinished = unfinished  # lets the copy go on after a crash
+        self._checked = clock()  # when it was told last how far we are
+        self._written = 0  # by guests, until then
         self._moving = move
         self._backing = backing
         self._switched = switched
@@ -159,6 +169,11 @@ class Mirror(Job):
             self._steer()
             if self._tap_error is not None:
                 yield from self._tell_tap_error()
+            if self.unfinished is not None and self._clock() - self._checked >= CHECKPOINT:
+                if not told or self._written != self.dirty.written:
+                    self._written = self.dirty.written
+                    yield from self.attempt("write", self.checkpoint)
+                self._checked = self._clock()
             runs = self._next()
             chasing = told and not self.completing
             if runs and (chasing or not self._near()):
@@ -217,7 +232,26 @@ class Mirror(Job):
         if not blocking:
             self.disk.brake = None
 
+    def checkpoint(self) -> int:
+        """Have it on record how far the copy is: what was copied is on the target's disk first."""
+        assert self.unfinished is not None
+        self.target.flush()
+        with self.disk.exclusive():
+            if self._blocking:  # guests' writes have gone there meanwhile
+                self.target.flush()
+            self.unfinished.checkpoint(self.dirty)
+        return 0
+
     def _first_bits(self) -> Iterator[Progress]:
+        if self.unfinished is not None and self.unfinished.resumed:
+            self.dirty.merge(self.unfinished.bitmap)
+            there = self.disk.size - self.dirty.count()
+            self.went_on = (
+                f"went on with a copy that was not finished: {there / 1e6:.0f} MB of "
+                f"{self.disk.size / 1e6:.0f} MB were there"
+            )
+            yield self._progress(0, 0)
+            return
         if self.base is None:
             self.dirty.set(0, self.disk.size)
             yield self._progress(0, 0)
@@ -579,7 +613,7 @@ class Mirror(Job):
                 f"{r.copy_rate / 1e6:.0f} MB/s are copied; use copy-mode write-blocking, "
                 "a higher speed, or converge-by"
             )
-        return ""
+        return self.went_on
 
     # Verbs -----------------------------------------------------------------------------------
 
@@ -654,8 +688,20 @@ class Mirror(Job):
             moves.apart(self.target.filename, self.disk.root.filename)
         if self.pivot and self._switched is not None:
             self._switched()
+        if self.unfinished is not None:
+            self._finished(self.unfinished)
         if self.pivot and self._detached is not None:
             self._detached()
+
+    def _finished(self, copy: Unfinished) -> None:
+        try:
+            if self.pivot:
+                copy.over()
+            else:
+                with self.disk.exclusive():
+                    copy.over()
+        except (OSError, CowferryError):
+            log.exception("what was kept beside '%s' could not be removed", copy.target)
 
     def clean(self) -> None:
         try:

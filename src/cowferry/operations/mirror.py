@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block import sysio
+from cowferry.block import sysio, unfinished
 from cowferry.block.node import Node, chain
+from cowferry.block.unfinished import Unfinished
 from cowferry.drivers import EXTENSIONS, OVERLAYS, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.job import POLICIES, Job
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from cowferry.daemon import Daemon
     from cowferry.graph import Graph
     from cowferry.jobs.group import Group
+
+log = logging.getLogger(__name__)
 
 SYNC = ("top", "full", "none", "incremental", "bitmap")
 MIN_GRANULARITY, MAX_GRANULARITY = 512, 64 << 20
@@ -100,9 +104,9 @@ def into_node(
     graph = daemon.graph
     disk = root_disk(daemon, device)
     node = graph.disk(target).root
+    check_unlimited(node, "targets")
     if node is disk.root:
         raise CowferryError("Can't mirror node into itself")
-    check_unlimited(node, "targets")
     if _same_image(disk.root, node):
         raise CowferryError("Can't mirror node into itself", "both are over one file")
     _check(disk, sync, granularity, more)
@@ -137,11 +141,11 @@ def _start(
     *,
     job_id: str | None,
     layers: tuple[Layer, ...] = (),
-    abandoned: Callable[[bool], None] | None = None,
+    abandoned: Callable[[Job], None] | None = None,
     group: Group | None = None,
     **more: Any,
 ) -> Job:
-    """`abandoned` hears that the disk stays where it is, and whether the copy is no good."""
+    """`abandoned` hears that the disk stays where it is."""
     graph = daemon.graph
     free(daemon, device, "mirror")
     job_id = job_name(daemon, device, job_id)
@@ -154,7 +158,7 @@ def _start(
         def released() -> None:
             held.end()
             if disk.root is not target and abandoned is not None:
-                abandoned(job.status is Status.ABORTING)
+                abandoned(job)
 
         def detached() -> None:
             with contextlib.ExitStack() as steps:  # in reverse order, each whatever the others do
@@ -230,9 +234,9 @@ def into_file(
     node = _opened(daemon, target, format, below, made, disk.size, node_name)
     base = root.backing if sync == "top" else None
 
-    def abandoned(failed: bool) -> None:
+    def abandoned(job: Job) -> None:
         graph.let_go(node)
-        if failed:
+        if job.status is Status.ABORTING:
             _unmake(made)
 
     try:
@@ -288,6 +292,7 @@ def copy(
     made: list[str] = []
     nodes: list[Node] = []
     layers: list[Layer] = []
+    half = unfinished.find(disk, target) if format == "raw" and not overlaid else None
     previous: tuple[Node, Node] | None = None  # (source, its copy) of the layer below
     try:
         for source in kept:
@@ -305,27 +310,51 @@ def copy(
         if shallow:
             previous = (below[0], below[0])
         under = previous[1] if previous is not None else None
-        if format != "raw" or not _is_device(target):  # a device is there already
+        if half is None and (format != "raw" or not _is_device(target)):  # a device is there
             _create(target, format, disk.size, root, under, made)
         node = _opened(daemon, target, format, under, made, disk.size)
         nodes.append(node)
+        if half is None and format == "raw" and not overlaid:
+            half = _begin(disk, target)
 
-        def abandoned(failed: bool) -> None:
+        def abandoned(job: Job) -> None:
+            failed = job.status is Status.ABORTING
             for n in reversed(nodes):
                 graph.let_go(n)
-            if failed:
+            if failed and half is not None and (job.error is not None or daemon.ending):
+                half.bitmap.busy = ""  # it can be gone on with
+            elif failed:
+                if half is not None:
+                    with disk.exclusive():
+                        half.over()
+                    made.append(target)
                 _unmake(made)
 
         return _start(
             daemon, device, disk, node, job_id=job_id,
             base=previous[0] if previous is not None else None,
-            layers=tuple(layers), backing=under, group=group, abandoned=abandoned, **more,
+            layers=tuple(layers), backing=under, group=group, abandoned=abandoned,
+            unfinished=half, **more,
         )  # fmt: skip
     except BaseException:
         for n in reversed(nodes):
             graph.let_go(n)
+        if half is not None and not half.resumed:
+            with disk.exclusive():
+                half.over()
+        elif half is not None:
+            half.bitmap.busy = ""
         _unmake(made)
         raise
+
+
+def _begin(disk: Disk, target: str) -> Unfinished | None:
+    """Have it kept what the target lacks, where that can be: a crash costs little then."""
+    try:
+        return unfinished.begin(disk, target)
+    except (OSError, CowferryError) as error:
+        log.warning("'%s' begins anew if it is interrupted: %s", target, error)
+        return None
 
 
 def _create(
