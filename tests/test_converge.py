@@ -241,8 +241,7 @@ def test_a_guest_whose_writes_are_braked_reads_as_ever(tmp_path: Path) -> None:
     server.listen_unix(str(tmp_path / "s"))
     try:
         with NbdClient(server.uri("vm")) as client:
-            client._request(nbd.WRITE, 0, 0, 4096)
-            client.sock.sendall(bytes(4096))
+            client.link.submit(nbd.WRITE, 0, 0, 4096, bytes(4096))
             assert client.pread(4096, 8192) == contents(disk)[8192 : 8192 + 4096]
             timer.advance(LONGEST)
     finally:

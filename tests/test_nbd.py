@@ -391,8 +391,7 @@ def test_bounds_and_flags_get_an_errno_and_the_connection_goes_on(tmp_path: Path
             client.pread(1, 0, 1 << 9)
         assert unknown.value.errno == errno.EINVAL
         with pytest.raises(OSError) as command:
-            client._request(99, 0, 0, 0)
-            client._answer()
+            client.link.wait(client.link.submit(99, 0, 0, 0))
         assert command.value.errno == errno.EINVAL
         assert client.pread(0, 0) == b""
         assert client.pread(2, SIZE - 2) == b"\0\0"
@@ -401,9 +400,9 @@ def test_bounds_and_flags_get_an_errno_and_the_connection_goes_on(tmp_path: Path
 def test_a_write_larger_than_allowed_ends_only_its_connection(tmp_path: Path) -> None:
     with serving(tmp_path), NbdClient(uri(tmp_path)) as good:
         with NbdClient(uri(tmp_path)) as bad:
-            bad._request(nbd.WRITE, 0, 0, 0xFFFFFFFF)
+            call = bad.link.submit(nbd.WRITE, 0, 0, 0xFFFFFFFF)
             with pytest.raises(OSError):
-                bad._answer()
+                bad.link.wait(call)
         assert good.pread(1, 0) == b"\0"
 
 
@@ -549,15 +548,12 @@ def test_an_exclusive_section_delays_only_what_it_overlaps(tmp_path: Path) -> No
     with serving(tmp_path) as (_, disk), NbdClient(uri(tmp_path)) as client:
         client.pread(512, 0)
         with disk.exclusive(0, 65536):
-            client._request(nbd.READ, 0, 0, 512)  # held back, in a worker's hands
-            held = client._cookie
-            client._request(nbd.READ, 0, 1 << 20, 512)  # overtakes it on the same connection
-            assert client.structured
-            _, _, _, cookie, length = nbd.CHUNK.unpack(receive(client.sock, 20))
-            receive(client.sock, length)
-            assert cookie == client._cookie
-        client._cookie = held
-        client._answer(memoryview(bytearray(512)), 0)
+            first, second = (memoryview(bytearray(512)) for _ in range(2))
+            held = client.link.submit(nbd.READ, 0, 0, 512, into=first)  # in a worker's hands
+            # The other overtakes it on the same connection.
+            client.link.wait(client.link.submit(nbd.READ, 0, 1 << 20, 512, into=second))
+            assert not held.done
+        client.link.wait(held)
 
 
 def test_a_client_that_does_not_read_stalls_only_itself(tmp_path: Path) -> None:
@@ -567,7 +563,7 @@ def test_a_client_that_does_not_read_stalls_only_itself(tmp_path: Path) -> None:
         for client in stuck:
             client.sock.settimeout(0.2)
             for _ in range(12):  # more than the workers, more than any budget
-                client._request(nbd.READ, 0, 0, 4 << 20)
+                client.link.submit(nbd.READ, 0, 0, 4 << 20)
         for _ in range(50):
             good.pread(1 << 20, 0)  # beyond INLINE: needs a worker
             good.flush()

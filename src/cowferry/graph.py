@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from cowferry.block import names
 from cowferry.block.disk import Disk
 from cowferry.block.limits import Group
 from cowferry.block.node import Node, chain
@@ -496,7 +497,7 @@ class Graph:
                 recorded = n.backing_spec[0]
                 if _same_file(opening.backing_path(above.filename, recorded), below.filename):
                     return recorded, below.driver
-        return os.path.abspath(below.filename), below.driver
+        return names.absolute(below.filename), below.driver
 
     def detached(self, old: Node, base: Node | None) -> None:
         """An overlay has let go of `old` and what is between it and `base`: close what is idle."""
@@ -592,7 +593,9 @@ def _same_file(a: str, b: str) -> bool:
 
 
 def actual_size(path: str) -> int:
-    """Bytes that a file occupies on the host. Raises `ImageError`."""
+    """Bytes that a file occupies on the host; none, if a server holds it. Raises `ImageError`."""
+    if names.is_uri(path):
+        return 0
     try:
         return os.stat(path).st_blocks * 512
     except OSError as error:

@@ -71,6 +71,8 @@ class Node:
     align: int = 1
     granule: int = 64 << 10
     read_only: bool = False
+    #: Whether asking for its runs is asking somebody else: then nobody asks about more than needed.
+    remote: bool = False
     backing: Node | None = None
     #: (file name exactly as recorded, format or None) that the image's header asks for.
     backing_spec: tuple[str, str | None] | None = None
@@ -325,6 +327,11 @@ def part(runs: Iterable[Extent], skip: int, length: int) -> Iterator[Extent]:
             yield e if n == e.length else e._replace(length=n, host=e.host + skip)
             length -= n
         skip = max(skip - e.length, 0)
+
+
+def far(node: Node | None) -> bool:
+    """Whether any node under `node`, a format's file included, is remote."""
+    return any(n.remote or (n.file is not None and n.file.remote) for n in chain(node))
 
 
 ZEROES = bytes(1 << 20)

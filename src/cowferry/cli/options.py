@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+from cowferry.block import names
 from cowferry.cli.sizes import Size
 from cowferry.errors import CowferryError
 
@@ -77,10 +78,12 @@ def job_id(verb: str, disk: str) -> str:
 
 
 def absolute(file: str) -> str:
-    """A file for the daemon, which may run in another folder. Raises `CowferryError` for none."""
+    """A file for the daemon, which may run in another folder; or a URI as it is.
+
+    Raises `CowferryError` for none."""
     if not file:
         raise CowferryError("an empty file name")
-    return os.path.abspath(file)
+    return names.absolute(file)
 
 
 def image(name: str | None) -> str | None:

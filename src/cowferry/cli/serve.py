@@ -16,9 +16,11 @@ import socket
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import click
 
+from cowferry.block import names
 from cowferry.cli.keyval import parse_option, split
 from cowferry.cli.limits import numbers, parse_limits
 from cowferry.cli.run import make_run_folder
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 
 
 def disk_name(argument: str) -> tuple[str, str]:
-    """(name, path) of NAME=FILE or FILE, whose name is then its stem."""
+    """(name, path) of NAME=FILE or FILE, whose name is then its stem; a URI's is the export's."""
+    if names.is_uri(argument):
+        export = unquote(urlsplit(argument).path).rpartition("/")[2]
+        return export or "nbd", argument
     name, equals, path = argument.partition("=")
     if equals and name and "/" not in name and not os.path.exists(argument):
         return name, path
@@ -178,7 +183,8 @@ class Serving:
                 copy_on_read=self.given["copy_on_read"],
                 read_only=self.given["read_only"],
             )
-            if os.path.realpath(path) != os.path.realpath(disk.root.filename):
+            moved = os.path.realpath(path) != os.path.realpath(disk.root.filename)
+            if moved and not names.is_uri(path):
                 click.echo(f"{name}: '{path}' has moved to '{disk.root.filename}'", err=True)
             self._limit(daemon, name)  # before the first guest comes
             daemon.add_export(disk, name, writable=not disk.read_only)

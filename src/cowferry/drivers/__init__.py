@@ -19,12 +19,13 @@ from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 
+from cowferry.block import names
 from cowferry.block.node import Node
 from cowferry.errors import CowferryError, ImageError
 
 MODULES = {
     "file": "file", "host_device": "file", "raw": "raw", "qcow2": "qcow2", "qed": "qed",
-    "throttle": "throttle",
+    "throttle": "throttle", "nbd": "nbd",
 }  # fmt: skip
 
 #: Formats of images that have a backing file.
@@ -108,11 +109,13 @@ def driver(name: str) -> Driver:
 
 
 def format_of(path: str) -> str:
-    """The format that a file's name says, "raw" if it says none or is a block device.
+    """The format that a file's name says, "raw" if it says none, or is a device or a URI.
 
     The content is looked at only to *refuse*: a file whose name says raw (or nothing) but
     which begins like another image needs an explicit format, for a guest could have written
     that header. Raises `ImageError` then."""
+    if names.is_uri(path):
+        return "raw"  # what a server exports is the disk, whatever the export is called
     found = EXTENSIONS.get(os.path.splitext(path)[1].lower())
     if found is not None:
         return found

@@ -72,6 +72,10 @@ class Raw(Node):
     def pread(self, buf: memoryview, offset: int) -> None:
         self.file.pread(buf, self.start + offset)
 
+    def read_run(self, buf: memoryview, offset: int, extent: Extent) -> None:
+        """A run of a file without a descriptor."""
+        self.file.read_run(buf, self.start + offset, extent)
+
     def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
         self.file.pwrite(buf, self.start + offset, fua)
 

@@ -15,7 +15,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block import sysio
+from cowferry.block import names, sysio
 from cowferry.block.disk import Disk
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
@@ -108,7 +108,7 @@ class Snapshot(Part):
         return self._take(overlay)
 
     def _old_name(self) -> str:
-        return os.path.abspath(self.old.filename)
+        return names.absolute(self.old.filename)
 
     def _take(self, overlay: Node) -> Snapshot:
         self.overlay = overlay

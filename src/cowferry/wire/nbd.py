@@ -72,6 +72,7 @@ ERRNOS = {
     errno.EOPNOTSUPP: 95,
     errno.ESHUTDOWN: 108,
 }
+LOCAL = {wire: code for code, wire in ERRNOS.items()}
 ALIASES = {errno.EACCES: 1, errno.EROFS: 1, errno.EDQUOT: 28, errno.EFBIG: 28, errno.EBADF: 1}
 
 
@@ -80,6 +81,11 @@ def to_wire(code: int | None) -> int:
     if code is None:
         return 5
     return ERRNOS.get(code) or ALIASES.get(code) or 5
+
+
+def from_wire(code: int) -> int:
+    """The errno that an error number of a server stands for; EINVAL for an unknown one."""
+    return LOCAL.get(code, errno.EINVAL)
 
 
 def greeting() -> bytes:
@@ -168,3 +174,56 @@ def error_chunk(cookie: int, code: int, text: str) -> bytes:
     raw = text.encode()[:MAX_STRING]
     payload = struct.pack(">IH", code, len(raw)) + raw
     return CHUNK.pack(CHUNK_MAGIC, CHUNK_DONE, CHUNK_ERROR, cookie, len(payload)) + payload
+
+
+# What a client sends, and what it is told ------------------------------------------------
+
+
+def option(number: int, payload: bytes = b"") -> bytes:
+    """One option."""
+    return OPTION.pack(IHAVEOPT, number, len(payload)) + payload
+
+
+def go(name: str, information: Iterable[int] = ()) -> bytes:
+    """Payload of INFO and GO."""
+    raw, wanted = name.encode(), list(information)
+    return struct.pack(f">I{len(raw)}sH{len(wanted)}H", len(raw), raw, len(wanted), *wanted)
+
+
+def meta(name: str, queries: Iterable[str]) -> bytes:
+    """Payload of LIST and SET_META_CONTEXT."""
+    strings = [q.encode() for q in queries]
+    raw = name.encode()
+    out = struct.pack(">I", len(raw)) + raw + struct.pack(">I", len(strings))
+    return out + b"".join(struct.pack(">I", len(s)) + s for s in strings)
+
+
+def parse_block_size(payload: bytes) -> tuple[int, int, int]:
+    """(minimum, preferred, maximum) of INFO_BLOCK_SIZE. Raises `ValueError` for an absurd one."""
+    _, minimum, preferred, maximum = struct.unpack(">HIII", payload)
+    powers = all(n and not n & (n - 1) for n in (minimum, preferred))
+    if not powers or minimum > 1 << 16 or not minimum <= preferred <= 1 << 25:
+        raise ValueError(f"block sizes of {minimum} and {preferred} bytes")
+    if maximum < preferred or (maximum != 0xFFFFFFFF and maximum % minimum):
+        raise ValueError(f"a largest request of {maximum} bytes")
+    return minimum, preferred, maximum
+
+
+def parse_status(payload: bytes) -> tuple[int, list[tuple[int, int]]]:
+    """(context, (length, flags) of each run) of a CHUNK_STATUS. Raises `ValueError`."""
+    if len(payload) < 12 or len(payload) % 8 != 4:
+        raise ValueError("a malformed block status")
+    flat = struct.unpack(f">{len(payload) // 4}I", payload)
+    if 0 in flat[1::2]:
+        raise ValueError("a run of no bytes")
+    return flat[0], list(zip(flat[1::2], flat[2::2], strict=True))
+
+
+def parse_error(payload: bytes) -> tuple[int, str]:
+    """(error number, text) of an error chunk. Raises `ValueError`."""
+    if len(payload) < 6:
+        raise ValueError("a malformed error")
+    code, size = struct.unpack_from(">IH", payload)
+    if not code or size > len(payload) - 6:
+        raise ValueError("an error that is none")
+    return code, payload[6 : 6 + min(size, MAX_STRING)].decode(errors="replace")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from cowferry.block import names
 from cowferry.block.node import Node
 from cowferry.cli.keyval import parse_option
 from cowferry.drivers import opening, partial
@@ -36,7 +37,7 @@ def image(
         options = {**given, **options}
         node = opening.open_node(options)
     else:
-        if not os.path.exists(name):
+        if not (names.is_uri(name) or os.path.exists(name)):
             raise ImageError(f"Could not open '{name}': No such file or directory")
         node = opening.open_image(
             name,

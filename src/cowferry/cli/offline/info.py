@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cowferry.block import names
 from cowferry.block.node import Node, chain
 from cowferry.cli.offline import image
 from cowferry.cli.sizes import human
@@ -49,14 +50,16 @@ def describe(node: Node) -> dict[str, Any]:
     if hasattr(node, "cluster_size"):
         out["cluster-size"] = node.granule
     out["format"] = node.driver
-    out["actual-size"] = os.stat(node.filename).st_blocks * 512
+    remote = names.is_uri(node.filename)
+    if not remote:
+        out["actual-size"] = os.stat(node.filename).st_blocks * 512
     specific = node.info()
     if specific:
         out["format-specific"] = {"type": node.driver, "data": specific}
     if node.backing_spec is not None:
         name, format = node.backing_spec
         out["backing-filename"] = name
-        if not opening.PROTOCOL.match(name):
+        if not (remote or opening.PROTOCOL.match(name)):
             out["full-backing-filename"] = opening.backing_path(node.filename, name)
         if format:
             out["backing-filename-format"] = format
@@ -76,7 +79,7 @@ def in_words(info: dict[str, Any]) -> str:
         f"image: {info['filename']}",
         f"file format: {info['format']}",
         f"virtual size: {human(info['virtual-size'])} ({info['virtual-size']} bytes)",
-        f"disk size: {human(info['actual-size'])}",
+        f"disk size: {human(info['actual-size']) if 'actual-size' in info else 'unavailable'}",
     ]
     if info["dirty-flag"]:
         lines.append("cleanly shut down: no")

@@ -57,7 +57,7 @@ def entries(node: Node, start: int, end: int) -> Iterator[dict[str, Any]]:
                 "zero": e.state is not State.DATA,
                 "data": data,
             }
-            if e.fd >= 0:
+            if e.fd >= 0 or (e.state is State.DATA and not e.compressed):
                 entry["offset"] = e.host
             start += e.length
             if last is not None and joins(last, entry):

@@ -167,7 +167,7 @@ class Map:
             at = slot << bits
             lead, tail = max(start - at, 0), max(at + e.length - stop, 0)
             if lead or tail:
-                host = e.host + lead if e.fd >= 0 else 0
+                host = e.host + lead if e.state is State.DATA and not e.compressed else 0
                 e = e._replace(length=e.length - lead - tail, host=host)
             _add(out, e)
             slot += run
@@ -287,7 +287,7 @@ def _add(out: list[Extent], e: Extent) -> None:
             and last.fd == e.fd
             and last.writable == e.writable
             and not (last.compressed or e.compressed)
-            and (e.fd < 0 or last.host + last.length == e.host)
+            and (e.state is not State.DATA or last.host + last.length == e.host)
         ):
             out[-1] = last._replace(length=last.length + e.length)
             return

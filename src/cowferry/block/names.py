@@ -1,0 +1,22 @@
+"""Names of images: paths, and URIs of exports of NBD servers.
+
+A URI is taken where a person names an image, and in what we record of a move. Inside an image it
+is never followed (`drivers/opening.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+URI = re.compile(r"nbds?(\+[a-z]+)?://")
+
+
+def is_uri(name: str) -> bool:
+    """Whether `name` is a URI, and so no path."""
+    return URI.match(name) is not None
+
+
+def absolute(name: str) -> str:
+    """The absolute path, or the URI as it is."""
+    return name if is_uri(name) else os.path.abspath(name)
