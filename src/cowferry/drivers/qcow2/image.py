@@ -186,7 +186,10 @@ class Qcow2(Node):
         return iter(found)
 
     def read_run(self, buf: memoryview, offset: int, extent: Extent) -> None:
-        """Decompress as many clusters as the run touches."""
+        """Decompress as many clusters as the run touches; or ask a file without a descriptor."""
+        if not extent.compressed:
+            self.data.pread(buf, extent.host)
+            return
         size = self.cluster_size
         while len(buf):
             cluster, within = divmod(offset, size)
@@ -639,6 +642,8 @@ class Qcow2(Node):
         """Whether many clusters had a place but no room in the file when first asked.
 
         QEMU's measure: a tenth, and at least two, more clusters are counted than occupied."""
+        if self.data_fd < 0:
+            return False
         occupied = -(-os.fstat(self.data_fd).st_blocks * 512 // self.cluster_size)
         enough = max(occupied * 10 // 9, occupied + 2)
         counted = 0
