@@ -28,6 +28,7 @@ Source: the qcow2 specification, sections Bitmaps extension and Bitmaps.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import struct
 from array import array
@@ -478,11 +479,11 @@ class Fresh:
 
 
 def give_back(image: Qcow2, gone: Iterable[int]) -> None:
-    """The header lets go of these clusters, durably. Under `flushing`."""
+    """The header has let go of these clusters, durably. Under `flushing`."""
     with image.meta:
         free = image.refcounts.settle([(cluster, 1) for cluster in sorted(gone)])
-    image._punch(free)
-    if free:
+        image._punch(free)
+    with contextlib.suppress(OSError):  # the change has been made: a later flush tells
         image._write_tables()
 
 

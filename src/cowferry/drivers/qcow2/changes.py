@@ -77,7 +77,7 @@ def grow(image: Qcow2, size: int) -> None:
             stored, grown = bitmaps.grown(image, size, fresh)
             bitmaps.fits(h, grown)
             with image.meta:
-                old = _move_l1(image, need) if need > len(table_map.l1) else []
+                old = _move_l1(image, need) if need > len(table_map.l1) else range(0)
             image._write_tables()
             h.l1_offset, h.l1_size, h.size = table_map.l1_offset, len(table_map.l1), size
             bitmaps.set_extensions(h, grown)
@@ -95,9 +95,7 @@ def grow(image: Qcow2, size: int) -> None:
             raise
         gone = image.bitmap_clusters
         bitmaps.note(image, stored)
-        with image.meta:
-            image._punch(image.refcounts.settle(old))
-        bitmaps.give_back(image, gone - image.bitmap_clusters)
+        bitmaps.give_back(image, {*old, *gone - image.bitmap_clusters})
     image.size = size
     below = image.backing.size if image.backing is not None else 0
     if below > old_size:  # or the backing file's bytes would show in the new room
@@ -105,20 +103,21 @@ def grow(image: Qcow2, size: int) -> None:
         image.flush()
 
 
-def _move_l1(image: Qcow2, entries: int) -> list[tuple[int, int]]:
-    """A larger L1 table in another place; the header follows. Where the old one lies.
+def _move_l1(image: Qcow2, entries: int) -> range:
+    """A larger L1 table in another place; the header follows. The clusters of the old one.
 
     Under `flushing` and `meta`."""
     bits, table_map = image.header.cluster_bits, image.map
     clusters = (entries * 8 + image.cluster_size - 1) >> bits
-    old = (table_map.l1_offset >> bits, -(-image.header.l1_size * 8 // image.cluster_size))
+    old = table_map.l1_offset >> bits
+    old_clusters = -(-image.header.l1_size * 8 // image.cluster_size)
     table_map.l1_offset = image.refcounts.contiguous(clusters) << bits
     first = table_map.l1_offset >> bits
     image.metadata.update(range(first, first + clusters))
     table_map.l1.extend(array("Q", bytes(8 * (entries - len(table_map.l1)))))
     table_map.l1_dirty.update(range(entries))
     image._write(table_map.l1_offset, bytes(clusters << bits))
-    return [old]
+    return range(old, old + old_clusters)
 
 
 def _zero_tail(image: Qcow2, size: int) -> None:
