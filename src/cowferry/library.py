@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from cowferry.block import names
 from cowferry.errors import CowferryError
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def copy(
     the present backing file. Raises `CowferryError`, with the disk untouched."""
     _run(
         disk, "x-disk-copy", progress, pivot,
-        target=os.path.abspath(target), format=format, shallow=shallow, keep=list(keep) or None,
+        target=names.absolute(target), format=format, shallow=shallow, keep=list(keep) or None,
         copy_mode=copy_mode, granularity=granularity, speed=speed, converge_by=converge_by,
     )  # fmt: skip
 
@@ -285,7 +286,7 @@ def backup(
             raise CowferryError(f"disk '{_name(disk)}' needs a target")
         under = before.get(disk)
         one = {
-            "device": _name(disk), "target": os.path.abspath(path), "format": format,
+            "device": _name(disk), "target": names.absolute(path), "format": format,
             "base": os.path.abspath(under) if under is not None else None,
         }  # fmt: skip
         wanted.append({k: v for k, v in one.items() if v is not None})
@@ -421,7 +422,7 @@ def change(disk: Disk, target: str, format: str | None = None, *, notify: bool =
 
     Raises `CowferryError`, with the disk where it was."""
     arguments: dict[str, Any] = {
-        "device": _name(disk), "target": os.path.abspath(target), "notify": notify,
+        "device": _name(disk), "target": names.absolute(target), "notify": notify,
     }  # fmt: skip
     if format is not None:
         arguments["format"] = format

@@ -20,11 +20,12 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cowferry.block import names
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Extent, Node, State, chain, clear
 from cowferry.block.spill import UNIT
-from cowferry.drivers import EXTENSIONS, OVERLAYS, driver, format_of, opening
+from cowferry.drivers import OVERLAYS, driver, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.backup import BITMAP_MODES, CBW_POLICIES, Backup
 from cowferry.jobs.job import POLICIES
@@ -37,6 +38,7 @@ from cowferry.operations.mirror import (
     _opened,
     _same_image,
     _unmake,
+    format_by_name,
 )
 from cowferry.operations.transaction import Part, Transaction
 
@@ -503,7 +505,7 @@ def into_new(
     for path in (target, base) if base is not None else (target,):
         if any(_is_file(n, path) for n in chain(source)):
             raise CowferryError(f"'{path}' is in the chain of '{device}'", "name another file")
-    known = EXTENSIONS.get(os.path.splitext(target)[1].lower())
+    known = format_by_name(target)
     like = source.driver if source.driver in ("raw", *OVERLAYS) else "raw"
     format = wanted.format or known or (like if mode == "full" else "qcow2")
     driver(format)
@@ -541,7 +543,7 @@ def into_new(
 
 def _opened_before(daemon: Daemon, path: str, format: str | None) -> Node:
     """The backup before, with all that it lies over. Raises `CowferryError`."""
-    if not os.path.exists(path):
+    if not (names.is_uri(path) or os.path.exists(path)):
         raise CowferryError(f"the backup before, '{path}', is not there", "name where it is")
     options = opening.image_options(path, format, read_only=True)
     return daemon.graph.adopt(options)

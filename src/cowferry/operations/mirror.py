@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block import sysio, unfinished
+from cowferry.block import names, sysio, unfinished
 from cowferry.block.node import Node, chain
 from cowferry.block.unfinished import Unfinished
 from cowferry.drivers import EXTENSIONS, OVERLAYS, format_of, opening
@@ -285,14 +285,15 @@ def copy(
     if any(_is_file(n, target) for n in chain(root)):
         raise CowferryError("Can't mirror node into itself", f"'{target}' is in its chain")
     overlaid = bool(kept) or shallow
-    known = EXTENSIONS.get(os.path.splitext(target)[1].lower())
-    format = format or known or ("qcow2" if overlaid else root.driver)
+    like = root.driver if root.driver in ("raw", *OVERLAYS) else "raw"
+    format = format or format_by_name(target) or ("qcow2" if overlaid else like)
     if overlaid and format == "raw":
         raise NotSupported(f"'{target}': a raw image has no backing file", "use --format qcow2")
     made: list[str] = []
     nodes: list[Node] = []
     layers: list[Layer] = []
-    half = unfinished.find(disk, target) if format == "raw" and not overlaid else None
+    resumable = format == "raw" and not (overlaid or names.is_uri(target))
+    half = unfinished.find(disk, target) if resumable else None
     previous: tuple[Node, Node] | None = None  # (source, its copy) of the layer below
     try:
         for source in kept:
@@ -314,7 +315,7 @@ def copy(
             _create(target, format, disk.size, root, under, made)
         node = _opened(daemon, target, format, under, made, disk.size)
         nodes.append(node)
-        if half is None and format == "raw" and not overlaid:
+        if half is None and resumable:
             half = _begin(disk, target)
 
         def abandoned(job: Job) -> None:
@@ -403,7 +404,15 @@ def _opened(
 
 
 def _is_device(path: str) -> bool:
-    return os.path.exists(path) and not os.path.isfile(path)
+    """Whether it is there already, and of a size of its own: a device, or an export of a server."""
+    return names.is_uri(path) or (os.path.exists(path) and not os.path.isfile(path))
+
+
+def format_by_name(target: str) -> str | None:
+    """The format that a new image's name says. What a server exports is the disk: raw."""
+    if names.is_uri(target):
+        return "raw"
+    return EXTENSIONS.get(os.path.splitext(target)[1].lower())
 
 
 def _unmake(made: list[str]) -> None:
