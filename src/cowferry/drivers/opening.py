@@ -206,7 +206,7 @@ def create_image(
     if names.is_uri(path):
         raise NotSupported(
             f"'{path}' is an export: no image can be made there",
-            "write into what is there: convert -n, copy --reuse-external, mode=existing",
+            "write into what is there: convert -n, or mode=existing",
         )
     existed = os.path.lexists(path)
     try:
