@@ -28,8 +28,9 @@ from cowferry import daemon as daemons
 from cowferry.block.disk import Disk
 from cowferry.block.node import chain
 from cowferry.daemon import Daemon
-from cowferry.drivers import format_of, opening
+from cowferry.drivers import OVERLAYS, format_of, opening
 from cowferry.drivers.qcow2.image import Qcow2
+from cowferry.drivers.qed.image import Qed
 from cowferry.errors import CowferryError
 from cowferry.jobs.commit import ActiveCommit, Commit
 from cowferry.jobs.job import Job, Jobs, finish
@@ -366,7 +367,7 @@ class Judge:
         need("qemu-img")
         for drive in self.world.drives.values():
             path, format = opening.current_image(drive.original)
-            if (format or format_of(path)) == "qcow2":
+            if (format or format_of(path)) in OVERLAYS:
                 done = subprocess.run(["qemu-img", "check", path], capture_output=True, text=True)
                 assert done.returncode in (0, 3), done.stdout + done.stderr
 
@@ -419,7 +420,7 @@ def sound(path: str, format: str | None, what: str) -> bytearray:
     node = opening.open_image(path, format, read_only=True)
     try:
         for layer in chain(node):
-            if isinstance(layer, Qcow2):
+            if isinstance(layer, (Qcow2, Qed)):
                 result = layer.check()
                 assert not result.corruptions, f"{what}: {layer.filename}: {result.messages[:3]}"
         return contents(node)
@@ -437,7 +438,8 @@ def a_disk(world: World, format: str, name: str = "vm", folder: Path | None = No
     os.rename(folder / "base.raw", folder / f"{name}-base.raw")
     if format == "raw":
         return folder / f"{name}-base.raw"
-    return overlay(folder, f"{name}.qcow2", f"{name}-base.raw", "raw", SIZE, cluster_size=CLUSTER)
+    over = f"{name}.{format}"
+    return overlay(folder, over, f"{name}-base.raw", "raw", SIZE, cluster_size=CLUSTER)
 
 
 def fill(path: Path, seed: int) -> None:
@@ -456,26 +458,29 @@ def fill(path: Path, seed: int) -> None:
 def a_chain(
     world: World, *layers: str, base: str = "raw", base_size: int = SIZE, name: str = "base"
 ) -> tuple[Path, list[Path]]:
-    """A base and overlays of those names, each with bytes of its own: the base, the overlays."""
+    """A base and overlays of those names, each with bytes of its own: the base, the overlays.
+
+    Over a QED base the overlays are QED, too."""
     folder = world.here
     make_base(folder, base_size, seed=len(layers))
     below, format = folder / f"{name}.raw", "raw"
     (folder / "base.raw").rename(below)
-    if base == "qcow2":
-        lower = folder / f"{name}.qcow2"
-        opening.create_image(str(lower), "qcow2", base_size, {"cluster_size": CLUSTER})
+    kind = "qed" if base == "qed" else "qcow2"
+    if base != "raw":
+        lower = folder / f"{name}.{base}"
+        opening.create_image(str(lower), base, base_size, {"cluster_size": CLUSTER})
         node = opening.open_image(str(lower))
         node.pwrite(memoryview(below.read_bytes()), 0)
         opening.close_chain(node)
         below.unlink()
-        below, format = lower, "qcow2"
+        below, format = lower, base
     bottom = below
     made = []
     for number, layer in enumerate(layers):
-        over = overlay(folder, f"{layer}.qcow2", below.name, format, SIZE, cluster_size=CLUSTER)
+        over = overlay(folder, f"{layer}.{kind}", below.name, format, SIZE, cluster_size=CLUSTER)
         fill(over, number)
         made.append(over)
-        below, format = over, "qcow2"
+        below, format = over, kind
     return bottom, made
 
 

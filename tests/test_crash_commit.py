@@ -6,6 +6,7 @@ durable before anything above it lets go of what it took over.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,8 +52,9 @@ def refused(base: Path) -> bool:
         ("raw", SIZE - (40 << 10)),
         ("raw", SIZE + (64 << 10)),
         ("qcow2", SIZE - (40 << 10)),
+        ("qed", SIZE - (40 << 10)),
     ],
-    ids=["raw", "raw smaller", "raw larger", "qcow2 smaller"],
+    ids=["raw", "raw smaller", "raw larger", "qcow2 smaller", "qed smaller"],
 )
 def test_C1_C2_C3_a_commit_of_a_layer_that_nobody_writes(
     tmp_path: Path, base: str, base_size: int, above: str
@@ -76,7 +78,7 @@ def test_C1_C2_C3_a_commit_of_a_layer_that_nobody_writes(
         if "done" in {m[0] for m in state.marks}:  # J3: what was committed is not needed
             images[0].rename(images[0].with_suffix(".gone"))
             try:
-                sound(str(images[-1]), "qcow2", state.what)
+                sound(str(images[-1]), None, state.what)
             finally:
                 images[0].with_suffix(".gone").rename(images[0])
 
@@ -102,9 +104,11 @@ def commit_active(told: Told, daemon: Daemon, base: Path) -> None:
     assert daemon.graph.disk("vm").root.filename == str(base)
 
 
-@pytest.mark.parametrize("base", ["raw", "qcow2"])
-@pytest.mark.parametrize("mode", ["background", "write-blocking"])
-@pytest.mark.parametrize("smaller", [0, 40 << 10])
+KINDS = list(itertools.product(["raw", "qcow2"], ["background", "write-blocking"], [0, 40 << 10]))
+KINDS += [("qed", "background", 40 << 10)]
+
+
+@pytest.mark.parametrize(("base", "mode", "smaller"), KINDS)
 def test_C1_C2_M2_an_active_commit_and_its_pivot(
     tmp_path: Path, base: str, mode: str, smaller: int
 ) -> None:

@@ -38,6 +38,8 @@ WAY_DOWN = {
     "Qcow2.flush", "Qcow2._barrier", "Qcow2._write_tables", "Qcow2.write_header", "Qcow2.reopen",
     "Qcow2.close_tables", "Qcow2.close", "Qcow2.set_backing", "Qcow2.resize", "Qcow2._bound_dirty",
     "Qcow2.pwrite", "Qcow2.zero", "Qcow2.discard", "Qcow2.link", "record_backing", "grow",
+    "Qed.flush", "Qed._write_tables", "Qed.mark_clean", "Qed.set_backing", "Qed.resize", "Qed.reopen",
+    "Qed.close", "Qed._bound_dirty", "Qed.pwrite", "Qed.zero", "Qed.discard", "Qed.link",
     "Raw.flush", "Raw.reopen", "Raw.close", "Raw.resize", "Raw.pwrite", "File.flush", "File.pwrite",
     "Disk.pwrite", "Disk.zero", "Disk.discard", "Disk.flush", "Disk.resize",
     "_flushed", "Job.attempt", "_remove", "settled", "committed", "fresh",
@@ -126,6 +128,10 @@ def snapshot(folder: Path) -> None:
     snapshots.test_S1_S2_S3_a_snapshot_into_a_new_file(folder, "qcow2")
 
 
+def qed_snapshot(folder: Path) -> None:
+    snapshots.test_S1_S2_S3_a_snapshot_into_a_new_file(folder, "qed")
+
+
 def given_overlay(folder: Path) -> None:
     snapshots.test_S1_S2_S3_an_overlay_that_somebody_else_made_and_did_not_flush(
         folder, "qcow2", True
@@ -176,6 +182,16 @@ def commit(folder: Path) -> None:
     )
 
 
+def qed_commit(folder: Path) -> None:
+    commits.test_C1_C2_C3_a_commit_of_a_layer_that_nobody_writes(
+        folder, "qed", crashes.SIZE - (40 << 10), "layer"
+    )
+
+
+def qed_copy(folder: Path) -> None:
+    copies.test_M1_M2_a_full_copy_into_a_new_file_and_the_pivot(folder, "qed", "qed", "background")
+
+
 def active(folder: Path) -> None:
     commits.test_C1_C2_M2_an_active_commit_and_its_pivot(folder, "raw", "background", 40 << 10)
 
@@ -189,6 +205,15 @@ ROWS: list[tuple[str, Scenario, Break]] = [
     ),
     ("the record's bytes and name", snapshot, Without("_store")),
     ("the old image of a snapshot", snapshot, Without("Snapshot.settle")),
+    ("a new QED overlay's bytes", qed_snapshot, Without("make", "Snapshot.approach")),
+    ("the old QED image of a snapshot", qed_snapshot, Without("Snapshot.settle")),
+    ("the QED target at the pivot", qed_copy, Without("Mirror.settle")),
+    (
+        "the QED base of a commit",
+        qed_commit,
+        Without("Commit.approach", "Commit.settle", unless="Commit._name"),
+    ),
+    ("the QED header over a commit", qed_commit, Without("Commit._name", "Commit.clean")),
     ("a given overlay's bytes", given_overlay, Without("Snapshot.approach")),
     ("a group's records", transaction, Without("_record_together")),
     ("the old image of a change", quiet_change, Without("Change.settle")),

@@ -26,7 +26,7 @@ def moved(command: str, goal: Path, **arguments: Any) -> Again:
     def again(daemon: Daemon, told: Told) -> None:
         if daemon.graph.disk("vm").root.filename != str(goal):
             for left in goal.parent.iterdir():  # as the hint says, if something was left there
-                if left.suffix in (".qcow2", ".raw"):
+                if left.suffix in (".qcow2", ".qed", ".raw"):
                     sysio.unlink(str(left))
             given = {k.replace("_", "-"): v for k, v in arguments.items()}
             daemon.execute(command, {"device": "vm", "target": str(goal), **given})
@@ -50,6 +50,7 @@ def mirrored(world: World, command: str, copy_mode: str = "background", **argume
 
 
 FORMATS = [("raw", "raw"), ("raw", "qcow2"), ("qcow2", "raw"), ("qcow2", "qcow2")]
+FORMATS += [("qed", "qed")]
 
 
 @pytest.mark.parametrize("mode", ["background", "write-blocking"])
