@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 
 import crashes
+import test_crash_bitmaps as bitmaps
 import test_crash_commit as commits
 import test_crash_moves as copies
 import test_crash_snapshot as snapshots
 from cowferry.block import moves, sysio
+from cowferry.block.keeper import Keeper
 from cowferry.commands import change as change_command
 from cowferry.drivers import opening
 from cowferry.jobs.job import Ending
@@ -31,7 +33,7 @@ from cowferry.operations import transaction as transactions
 Break = Callable[[pytest.MonkeyPatch], None]
 Scenario = Callable[[Path], None]
 SOURCE = os.sep + os.path.join("src", "cowferry") + os.sep
-FLUSHES = ("fdatasync", "flush_directory")
+FLUSHES = ("fdatasync", "fsync", "flush_directory")
 
 # How a flush goes down to the file: whoever is above these has asked for it.
 WAY_DOWN = {
@@ -43,12 +45,14 @@ WAY_DOWN = {
     "Raw.flush", "Raw.reopen", "Raw.close", "Raw.resize", "Raw.pwrite", "File.flush", "File.pwrite",
     "Disk.pwrite", "Disk.zero", "Disk.discard", "Disk.flush", "Disk.resize",
     "_flushed", "Job.attempt", "_remove", "settled", "committed", "fresh",
+    "Marks.flush", "Node.change_size",
 }  # fmt: skip
 
 # Flushes whose loss no crash can show, and why.
 MAY_BE_LOST = {
     "Mirror.approach": "it makes the drain short; settle flushes again",
     "_start.<locals>.make.<locals>.detached": "the image that was left is closed",
+    "give_back": "clusters that the header has let go of leak, no more",
     "Graph._release": "an image that is left is closed; nobody reads it again under that name",
 }
 
@@ -196,6 +200,14 @@ def active(folder: Path) -> None:
     commits.test_C1_C2_M2_an_active_commit_and_its_pivot(folder, "raw", "background", 40 << 10)
 
 
+def unmarked(self: Keeper, offset: int, length: int) -> tuple[int, int]:
+    """A region is written before it is marked."""
+    start = offset // self.region * self.region
+    end = -(-(offset + length) // self.region) * self.region
+    self.holds.clear(start, end - start)
+    return start, end
+
+
 ROWS: list[tuple[str, Scenario, Break]] = [
     ("a new overlay's bytes", snapshot, Without("make", "Snapshot.approach")),
     (
@@ -246,6 +258,18 @@ ROWS: list[tuple[str, Scenario, Break]] = [
     ("recorded apart: group", group, instead(moves, "_record_together", record_apart)),
     ("the last bits", copy, instead(Mirror, "_copy_all", lambda self: None)),
     ("no mark of a commit", active, instead(moves, "committing", lambda image, top: None)),
+    ("a bitmap's region is marked", bitmaps.guest, Without("Keeper.protect")),
+    ("a bitmap file", bitmaps.changes, Without("Marks.__init__")),
+    ("a bitmap file is gone", bitmaps.changes, Without("remove")),
+    ("what a new bitmap begins with", bitmaps.guest, Without("changed", unless="Keeper._renew")),
+    ("what a cleared bitmap begins with", bitmaps.changes, Without("Keeper._settle")),
+    (
+        "the time of an image whose bitmaps rest",
+        bitmaps.rests,
+        Without("Keeper._rest", unless="Marks.__init__"),
+    ),
+    ("no region is marked", bitmaps.guest, instead(Keeper, "protect", unmarked)),
+    ("one size", bitmaps.resizes, instead(Keeper, "resizing", lambda self, size: None)),
     ("the old name's record", there_and_back, instead(opening, "create_image", not_kept)),
     ("another disk's record", older_record, instead(moves, "_forget_others", lambda m: None)),
 ]

@@ -155,7 +155,7 @@ def _read(path: str, fd: int, length: int) -> Contents | None:
      at, directory_length, directory_crc, name_length, format_length,
      ) = HEADER.unpack_from(sector)  # fmt: skip
     if magic != MAGIC:
-        raise Damaged(path, "none: it does not begin like one")
+        raise Damaged(path, "no bitmap file: it does not begin like one")
     if zlib.crc32(sector[:-4]) != CHECKSUM.unpack_from(sector, SECTOR - 4)[0]:
         raise Damaged(path, "damaged: its header's checksum is wrong")
     if version != VERSION:

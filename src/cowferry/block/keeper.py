@@ -24,7 +24,8 @@ Bitmaps that cannot be relied on any more are *inconsistent*: listed, and remove
 The order of things, at each of which the power may fail:
 
     open for writing   file in use, durable (and the token in the image, durable); the guest
-    a new set of bitmaps, or bits cleared   the file anew, in use, renamed over the old one
+    other bitmaps, or bits cleared   the guest's data durable, for somebody has a copy of it; the
+                       file anew, in use, renamed over the old one
     a new size         the file with both sizes; the image; the file with the new size
     rest               the guest's data durable, the image's time of change too; the file at rest
                        (or the bitmaps into the image; then the file goes)
@@ -54,7 +55,8 @@ from cowferry.errors import CowferryError, ImageError, NotSupported
 log = logging.getLogger(__name__)
 
 SUFFIX = ".bitmaps"
-REGION = 4 << 20  # bytes that are marked together, at least
+REGION = 4 << 20  # bytes that are marked together, at least, but in a small disk
+FEW_REGIONS = 256  # in a small disk
 REGIONS = 1 << 15  # at most so many in a disk
 HOLD = 64 << 10  # bytes for which `holds` has a bit, at least
 
@@ -135,6 +137,7 @@ class Keeper:
     def checkpoint(self) -> None:
         """What is on disk becomes precise again, sooner or later. Raises `OSError`, which does no
         harm: it says more than it has to, then."""
+        self._settle()
         with self._lock:
             if self._marks is None:
                 return
@@ -155,6 +158,7 @@ class Keeper:
 
         Without any persistent one left the keeper is gone, too. Raises `OSError`, `CowferryError`;
         then the old set is on disk, or the new one, and the caller undoes its change."""
+        self._settle()
         with self._lock:
             if self._marks is None:
                 raise CowferryError(
@@ -249,6 +253,12 @@ class Keeper:
                 default=0,
             )
 
+    def _settle(self) -> None:
+        """What somebody copied when bits were cleared in memory is durable before they are clear on
+        disk: or a crash takes it back, and no bit says that it has changed again."""
+        if not self.node.read_only:
+            self.node.flush()
+
     # Under `_lock` -------------------------------------------------------------------------------
 
     @property
@@ -266,7 +276,10 @@ class Keeper:
         """Sizes that follow from those of the disk and of the bitmaps; holds everything kept."""
         size, kept = self.node.size, self._kept()
         unit = max([HOLD, *(b.granularity for b in kept)])
-        self.region = max(REGION, unit)
+        self.region = REGION
+        while self.region > unit and self.region * FEW_REGIONS > size:
+            self.region //= 2
+        self.region = max(self.region, unit)
         while self.region * REGIONS < size:
             self.region *= 2
         self.holds = Bitmap(f"#{self._name}", size, unit)
@@ -469,6 +482,7 @@ def changed(node: Node) -> None:
         )
     if node.read_only:
         raise CowferryError(f"'{node.name or node.filename}' is read-only")
+    node.flush()  # as in `_settle`
     fresh(node.filename)  # if there is anything, it does not count
     keeper = Keeper(node)
     try:
@@ -526,7 +540,7 @@ def _find(node: Node) -> tuple[list[Bitmap], int, bytes]:
             bitmap.recording, bitmap.guarded = entry.recording, entry.guarded
             bitmap.replace(_fitted(entry.bits, len(bitmap.bits)))
             if entry.inconsistent:
-                _distrusted(bitmap, "it was so before")
+                _distrusted(bitmap, "nobody kept it for a while")
             elif why:
                 _distrusted(bitmap, why)
             bitmaps.append(bitmap)
