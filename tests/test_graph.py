@@ -252,6 +252,18 @@ def test_an_overlay_over_what_a_guest_writes_is_used_by_nobody_but_a_backup(
     graph.delete_node("scratch")
 
 
+def test_a_disk_that_moves_to_a_node_is_the_only_one_over_it(graph: Graph, tmp_path: Path) -> None:
+    """Somebody may have looked at the node by itself before; two gates would let two in."""
+    make_base(tmp_path, SIZE)
+    disk = graph.disk_over(graph.add_node(raw(tmp_path / "base.raw", "base")))
+    overlay(tmp_path, "top.qcow2", "base.raw", "raw", SIZE)
+    top = graph.add_node(qcow2(tmp_path / "top.qcow2", "top", backing=None))
+    assert graph.disk("top") is not disk
+    disk.root = top
+    graph.reroot(disk, top)
+    assert graph.disk("top") is disk
+
+
 def test_close_flushes_formats_before_the_files_that_hold_them(tmp_path: Path) -> None:
     opening.create_image(str(tmp_path / "a.qcow2"), "qcow2", SIZE, {})
     graph = Graph()

@@ -343,13 +343,13 @@ class Graph:
         """`node` has become the root of `disk`: a bare disk is known by its root's name, and
         whoever may close the old one may close the new one, for nobody else would."""
         with self.lock:
-            for key, d in list(self.bare.items()):
-                if d is disk or d.root is node:
-                    del self.bare[key]
-                    if d is disk:
-                        self.bare[node.name] = disk
-                        if key in self.explicit:
-                            self.explicit.add(node.name)
+            was = [key for key, d in self.bare.items() if d is disk]
+            for key in [key for key, d in self.bare.items() if d is disk or d.root is node]:
+                del self.bare[key]
+            if was:
+                self.bare[node.name] = disk
+                if not self.explicit.isdisjoint(was):
+                    self.explicit.add(node.name)
 
     def disks_above(self, node: Node) -> list[Disk]:
         """Every disk that reads through `node`: in its chain, or below a node of it."""
