@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -25,11 +26,13 @@ import pytest
 from chains import contents, differs
 from cowferry.block import sysio
 from cowferry.block.bitmap import Bitmap
-from cowferry.drivers import driver
+from cowferry.block.disk import Disk
+from cowferry.drivers import driver, opening
 from cowferry.drivers.qcow2 import bitmaps as store
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.errors import CowferryError, NotSupported
+from test_cli_offline import cowferry as run
 from test_crash_guard import Without
 from test_qcow2_peers import qemu_img
 from tests_support import need
@@ -965,3 +968,117 @@ def test_check_does_not_take_what_bitmaps_use_for_leaked(tmp_path: Path) -> None
     with image_at(path) as image, pytest.raises(OSError, match="counted as free"):
         image.refcounts.hint = 0
         image.refcounts.allocate(1)  # it is never handed out (Q4)
+
+
+# With a keeper, and by the command line ------------------------------------------------------
+
+
+def killed(path: Path, folder: Path) -> Path:
+    """The image and what lies beside it, as a process that dies now leaves them."""
+    folder.mkdir()
+    for file in path.parent.glob(f"{path.name}*"):
+        shutil.copy(file, folder)
+    return folder / path.name
+
+
+def test_B2_a_disk_with_bitmaps_of_qemu_is_written_killed_and_given_back(tmp_path: Path) -> None:
+    need("qemu-img", "qemu-io")
+    path = tmp_path / "vm.qcow2"
+    qemu_img("create", "-f", "qcow2", path, 16 * MIB)
+    qemu_img("bitmap", "--add", "-g", "4k", path, "b0")
+    qemu_img("bitmap", "--add", "--disable", path, "b1")
+    disk = Disk(opening.open_image(str(path)), "vm")
+    disk.pwrite(memoryview(b"x" * 5000), 4096)
+    disk.flush()
+    dead, robbed = (killed(path, tmp_path / name) for name in ("dead", "robbed"))
+    disk.resize(20 * MIB)
+    disk.pwrite(memoryview(b"x" * 4096), 19 * MIB)
+    want = known(disk.root.bitmaps.values())
+    assert [(at, n) for at, n in disk.root.bitmaps["b0"].runs()] == [(4096, 8192), (19 * MIB, 4096)]
+    opening.close_chain(disk.root)
+    assert known(stored(path)) == want
+    agree_with_qemu(path)
+
+    assert info_of_qemu(dead)["bitmaps"][0]["flags"] == ["in-use", "auto"]
+    node = opening.open_image(str(dead))
+    b0, b1 = node.bitmaps.values()
+    assert not b0.inconsistent and b0.any(4096, 8192) and b0.recording
+    assert not b1.inconsistent and not b1.count() and not b1.recording
+    node.close()
+    agree_with_qemu(dead)
+
+    write = ["qemu-io", "-f", "qcow2", "-c", "write 8M 4k", str(robbed)]
+    subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
+    node = opening.open_image(str(robbed))  # between our crash and now somebody else wrote
+    assert all(b.inconsistent for b in node.bitmaps.values())
+    node.close()
+    agree_with_qemu(robbed)
+
+
+def test_repairing_keeps_the_bitmaps_and_gives_nothing_away(tmp_path: Path) -> None:
+    """All refcounts are 0: whoever allocates before the repair overwrites something."""
+    need("qemu-img")
+    path = make(tmp_path / "vm.qcow2", cluster_size="4k")
+    data = random.Random(1).randbytes(50_000)
+    with image_at(path) as image:
+        image.pwrite(memoryview(data), 10_000)
+        image.write_bitmaps([dirty("b0", granularity=512), dirty("b1")])
+        block = image.refcounts.table[0]
+    with open(path, "r+b") as f:
+        f.seek(block)
+        f.write(bytes(4096))
+    run("check", "-r", "all", path)
+    agree_with_qemu(path)
+    assert known(stored(path)) == known([dirty("b0", granularity=512), dirty("b1")])
+    assert contents_of(path)[10_000:60_000] == data
+
+
+def test_it_may_be_read_only_for_a_while(tmp_path: Path) -> None:
+    path = make(tmp_path / "vm.qcow2")
+    with image_at(path) as image:
+        image.write_bitmaps([dirty("b0")])
+    node = opening.open_image(str(path))
+    for _ in range(2):
+        assert [b.inconsistent for b in stored_beside(path)] == [True]
+        node.reopen(True)
+        assert [b.inconsistent for b in stored_beside(path)] == [False]
+        node.reopen(False)
+    Disk(node).pwrite(memoryview(b"x"), SIZE // 2)
+    node.close()
+    (b0,) = stored(path)
+    assert b0.any(SIZE // 2, 1) and not b0.inconsistent
+
+
+def stored_beside(path: Path) -> list[Bitmap]:
+    """As the file has them while we have it open."""
+    node = opening.open_image(str(path), read_only=True, force_share=True)
+    try:
+        return node.read_bitmaps()
+    finally:
+        node.close()
+
+
+def test_info_and_convert_show_and_copy_them_as_qemu_img_does(tmp_path: Path) -> None:
+    need("qemu-img")
+    path, bad = tmp_path / "vm.qcow2", tmp_path / "bad.qcow2"
+    bitmaps = [dirty("b0"), dirty("größe", granularity=512)]
+    bitmaps[0].recording = False
+    with image_at(make(path)) as image:
+        image.write_bitmaps(bitmaps)
+    shutil.copy(path, bad)
+    assert run("info", path) == qemu_img("info", path)
+    ours = json.loads(run("info", "--output=json", path))
+    assert ours == json.loads(qemu_img("info", "--output=json", path))
+    run("convert", "-O", "qcow2", "--bitmaps", path, tmp_path / "copy.qcow2")
+    assert known(stored(tmp_path / "copy.qcow2")) == known(bitmaps)
+    agree_with_qemu(tmp_path / "copy.qcow2")
+    run("convert", "-O", "qcow2", path, tmp_path / "without.qcow2")
+    assert stored(tmp_path / "without.qcow2") == []
+    run("convert", "-n", "-O", "qcow2", "--bitmaps", path, bad, code=1)  # they are there already
+    with image_at(bad) as image:
+        image.pwrite(memoryview(b"x"), 0)  # nobody keeps them
+    target = tmp_path / "some.qcow2"
+    run("convert", "-O", "qcow2", "--bitmaps", bad, target, code=1)
+    assert not target.exists()
+    run("convert", "-O", "qcow2", "--bitmaps", "--skip-broken-bitmaps", bad, target)
+    assert known(stored(target)) == known(bitmaps[:1])

@@ -9,7 +9,9 @@ from types import FrameType
 
 import click
 
+from cowferry.block.bitmap import Bitmap
 from cowferry.block.copy import Copier, Kind, Span, spans
+from cowferry.block.keeper import keep
 from cowferry.block.node import Node, chain
 from cowferry.cli.offline import creation_options, image
 from cowferry.drivers import opening
@@ -27,6 +29,8 @@ STEP = 64 << 20  # bytes between two looks at the progress
 @click.option("-n", "no_create", is_flag=True, help="TARGET exists: write into it.")
 @click.option("-p", "show_progress", is_flag=True, help="Show progress.")
 @click.option("-c", "compress", is_flag=True, help="Not supported yet.")
+@click.option("--bitmaps", is_flag=True, help="The persistent dirty bitmaps of SOURCE, too.")
+@click.option("--skip-broken-bitmaps", is_flag=True, help="Of those, not the inconsistent ones.")
 @click.option("-U", "--force-share", is_flag=True, help="SOURCE may be open elsewhere.")
 @click.option("-q", "--quiet", is_flag=True)
 @click.option("-S", "sparse", metavar="SIZE", help="Taken for compatibility.")
@@ -40,12 +44,15 @@ STEP = 64 << 20  # bytes between two looks at the progress
 def convert_command(
     source_format: str | None, target_format: str, options: tuple[str, ...], backing: str | None,
     backing_format: str | None, no_create: bool, show_progress: bool, compress: bool,
-    force_share: bool, quiet: bool, sparse: str | None, coroutines: int | None, unordered: bool,
+    bitmaps: bool, skip_broken_bitmaps: bool, force_share: bool, quiet: bool,
+    sparse: str | None, coroutines: int | None, unordered: bool,
     cache: str | None, source_cache: str | None, image_opts: bool, source: str, target: str,
 ) -> int:  # fmt: skip
     """Copy SOURCE, with what its backing chain holds, into TARGET. Zeroes stay zeroes."""
     if compress:
         raise NotSupported("-c: writing compressed clusters is not supported yet")
+    if skip_broken_bitmaps and not bitmaps:
+        raise CowferryError("Use of --skip-broken-bitmaps requires --bitmaps")
     given = creation_options(options)
     if backing:
         given |= {"backing_file": backing}
@@ -56,6 +63,7 @@ def convert_command(
     if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
         raise CowferryError(f"'{source}' cannot be converted into itself")
     with image(source, source_format, force_share=force_share, image_opts=image_opts) as node:
+        wanted = _bitmaps(node, skip_broken_bitmaps) if bitmaps else []
         if not no_create:
             opening.create_image(target, target_format, node.size, given)
         with image(target, target_format, read_only=False) as out:
@@ -64,9 +72,38 @@ def convert_command(
                     f"'{target}' has {out.size} bytes, fewer than the {node.size} of '{source}'",
                     "nothing was written",
                 )
+            for bitmap in wanted:
+                if bitmap.name in out.bitmaps:
+                    raise CowferryError(
+                        f"Bitmap already exists: '{bitmap.name}' in '{target}'",
+                        f"remove it: cowferry bitmap --remove '{target}' '{bitmap.name}'; nothing "
+                        "was written",
+                    )
             _copy(node, out, fresh=not no_create, show=show_progress and not quiet)
             out.flush()
+            for bitmap in wanted:
+                bitmap.resize(out.size)
+                keep(out, bitmap)
     return 0
+
+
+def _bitmaps(source: Node, skip_broken: bool) -> list[Bitmap]:
+    """Copies of the persistent bitmaps of the image itself, not of those below it."""
+    copies = []
+    for bitmap in source.bitmaps.values():
+        if bitmap.inconsistent and not skip_broken:
+            raise CowferryError(
+                f"Cannot copy inconsistent bitmap '{bitmap.name}' of '{source.filename}'",
+                f"use --skip-broken-bitmaps, or remove it: cowferry bitmap --remove "
+                f"'{source.filename}' '{bitmap.name}'; nothing was written",
+            )
+        if bitmap.inconsistent:
+            click.echo(f"warning: Skipping inconsistent bitmap '{bitmap.name}'", err=True)
+        else:
+            copy = bitmap.copy()
+            copy.recording = bitmap.recording
+            copies.append(copy)
+    return copies
 
 
 def _copy(source: Node, target: Node, fresh: bool, show: bool) -> None:

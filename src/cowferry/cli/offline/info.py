@@ -15,6 +15,7 @@ from cowferry.cli.offline import image
 from cowferry.cli.sizes import human
 from cowferry.drivers import opening
 from cowferry.drivers.partial import Partial
+from cowferry.errors import one_line
 
 
 @click.command("info")
@@ -105,7 +106,19 @@ def in_words(info: dict[str, Any]) -> str:
             lines.append(f"{s['id']:<9} {s['name']:<16} {human(s['vm-state-size']):>8} {date}")
     if "format-specific" in info:
         lines.append("Format specific information:")
-        for key, value in info["format-specific"]["data"].items():
-            text = str(value).lower() if isinstance(value, bool) else value
-            lines.append(f"    {key.replace('-', ' ')}: {text}")
+        lines += _nested(info["format-specific"]["data"], "    ")
     return "\n".join(lines)
+
+
+def _nested(value: dict[str, Any] | list[Any], indent: str) -> list[str]:
+    """Lists and what has names, as qemu-img prints them in one another."""
+    lines = []
+    named = isinstance(value, dict)
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        label = f"{indent}{str(key).replace('-', ' ') if named else f'[{key}]'}:"
+        if isinstance(inner, dict | list):
+            lines += [label, *_nested(inner, indent + "    ")]
+        else:
+            text = str(inner).lower() if isinstance(inner, bool) else one_line(str(inner))
+            lines.append(f"{label} {text}")
+    return lines

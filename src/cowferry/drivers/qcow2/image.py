@@ -668,6 +668,7 @@ class Qcow2(Node):
             "compat": "1.1",
             "compression-type": self.INFO_TYPES[h.compression_type],
             "lazy-refcounts": bool(h.compatible & headers.LAZY_REFCOUNTS),
+            **({"bitmaps": bitmaps} if (bitmaps := store.info(self)) else {}),
             "refcount-bits": 1 << h.refcount_order,
             "corrupt": bool(h.incompatible & headers.CORRUPT),
             "extended-l2": h.extended_l2,
@@ -676,8 +677,7 @@ class Qcow2(Node):
             if h.data_file is not None:
                 out["data-file"] = h.data_file
             out["data-file-raw"] = bool(h.autoclear & headers.DATA_FILE_RAW)
-        stored = store.info(self)
-        return out | {"bitmaps": stored} if stored else out
+        return out
 
     def check(self, fix: Literal["leaks", "all"] | None = None) -> Any:
         """See `check.check`."""
