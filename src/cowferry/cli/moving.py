@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from cowferry.block import moves
 from cowferry.cli.client import QmpError, connect
 from cowferry.cli.options import (
     absolute,
@@ -190,7 +191,9 @@ def copy_command(
         cowferry copy vm /backup/vm.qcow2 --finish
         cowferry copy vm /dev/vg/vm --format raw --pivot
 
-    Ctrl-C cancels: DISK stays where it is, and a DEST that was made is removed.
+    Ctrl-C cancels: DISK stays where it is, and a DEST that was made is removed. A copy to a raw
+    image that was interrupted by a crash or an error goes on when the same command is given again:
+    what it lacks is kept in a bitmap of DISK, which DEST.copying beside it names.
     """
     at_ready = exclusive(pivot, finish, in_background) or "stay"
     dest = absolute(dest)
@@ -219,7 +222,12 @@ def copy_command(
             f"    move {disk} there:  cowferry job complete {work.id}\n"
             f"    end with a copy:  cowferry job cancel --soft {work.id}",
         )  # fmt: skip
-        return follow(work, words, as_json, at_ready)
+        try:
+            return follow(work, words, as_json, at_ready)
+        except CowferryError as error:
+            if moves.half_copied(dest) is not None:
+                error.hint = f"{disk} is intact; the same command goes on from there"
+            raise
 
 
 def copy_arguments(

@@ -56,7 +56,7 @@ MIN_CHUNK = 1 << 20
 MAX_CHUNK = 64 << 20
 STEP = 0.02  # seconds a chunk should take: a guest's allocating write waits for as long
 SCAN = 64 << 20  # bytes looked at between yields when the first bits are set
-CHECKPOINT = 5.0  # seconds of copying that a crash may cost
+CHECKPOINT = 5.0  # seconds of copying that a crash may cost at most
 IDLE = 0.05  # seconds between looks at the bitmap when nothing is dirty
 CLOSE = 1 << 20  # dirty bytes that are copied under a short drain rather than chased
 SLOWEST = 1 << 20  # bytes per second that a braked guest may write at least
@@ -169,7 +169,7 @@ class Mirror(Job):
             self._steer()
             if self._tap_error is not None:
                 yield from self._tell_tap_error()
-            if self.unfinished is not None and self._clock() - self._checked >= CHECKPOINT:
+            if self.unfinished is not None and self._due():
                 if not told or self._written != self.dirty.written:
                     self._written = self.dirty.written
                     yield from self.attempt("write", self.checkpoint)
@@ -232,6 +232,11 @@ class Mirror(Job):
         if not blocking:
             self.disk.brake = None
 
+    def _due(self) -> bool:
+        """Whether it is time for a checkpoint: a crash costs a fifth of the work, or little."""
+        now = self._clock()
+        return now - self._checked >= min(CHECKPOINT, (now - self._began) / 5 + CHECKPOINT / 50)
+
     def checkpoint(self) -> int:
         """Have it on record how far the copy is: what was copied is on the target's disk first."""
         assert self.unfinished is not None
@@ -247,8 +252,8 @@ class Mirror(Job):
             self.dirty.merge(self.unfinished.bitmap)
             there = self.disk.size - self.dirty.count()
             self.went_on = (
-                f"went on with a copy that was not finished: {there / 1e6:.0f} MB of "
-                f"{self.disk.size / 1e6:.0f} MB were there"
+                f"went on with a copy that was not finished: {there / 1e6:.1f} MB of "
+                f"{self.disk.size / 1e6:.1f} MB were there"
             )
             yield self._progress(0, 0)
             return
