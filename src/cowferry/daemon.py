@@ -1,9 +1,10 @@
 """The daemon: graph, jobs, exports and monitors under one roof.
 
 Commands are functions on this object, so it offers what several of them share and no more. It
-also keeps two promises of its own: every few seconds disks with changes in memory are flushed, so
-that a killed process costs seconds of unflushed work; and it ends in order: no new clients, jobs
-cancelled, exports closed, everything flushed.
+also keeps promises of its own: every few seconds disks with changes in memory are flushed, so that
+a killed process costs seconds of unflushed work; every minute what is on disk of persistent bitmaps
+is made precise, if it is not; and it ends in order: no new clients, jobs cancelled, exports closed,
+everything flushed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FLUSH_EVERY = 5.0  # seconds
+REFINE_EVERY = 60.0  # seconds
+COARSE = 64 << 20  # bytes that a bitmap file may say are dirty without need
 STOPPING = 60.0  # seconds that a cancelled job may take
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -313,13 +317,35 @@ class Daemon:
     # Life --------------------------------------------------------------------------------
 
     def _tick(self) -> None:
+        refined = time.monotonic()
         while not self._closing.wait(FLUSH_EVERY):
+            if time.monotonic() - refined >= REFINE_EVERY:
+                self.refine()
+                refined = time.monotonic()
             for disk in self.graph.all_disks():
                 if disk.root.unflushed:
                     try:
                         disk.flush()
                     except OSError as error:
                         log.error("disk '%s' cannot be flushed: %s", disk.name, error)
+
+    def refine(self) -> None:
+        """Bitmap files that say much more than the bitmaps do say the same again.
+
+        A node that a job fills is left alone: the job's writes are not held up by these drains."""
+        for node in self.graph.every_node():
+            keeper = None if node.filter else node.keeper
+            held = self.graph.claims.get(id(node))
+            if keeper is None or keeper.coarse < COARSE or not (held is None or held.served):
+                continue
+            try:
+                node.flush()  # most of what is flushed inside the drain
+                with contextlib.ExitStack() as drained:
+                    for disk in sorted(self.graph.disks_above(node), key=id):
+                        drained.enter_context(disk.exclusive())
+                    keeper.checkpoint()
+            except OSError as error:
+                log.error("the bitmaps of '%s' stay coarse: %s", node.filename, error)
 
     @property
     def ending(self) -> bool:

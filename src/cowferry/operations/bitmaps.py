@@ -137,6 +137,10 @@ class _Change(Part):
         """Whether it has to be durable."""
         return self.bitmap.persistent
 
+    def approach(self) -> None:
+        if self.stored:
+            self.node.flush()  # most of what the keeper flushes inside the drain
+
     def settle(self) -> None:
         self.do()
         self.done = True
