@@ -44,18 +44,20 @@ OVER = (Status.CONCLUDED, Status.NULL)
 class Layer(NamedTuple):
     """One image of a chain. A raw one has to be the lowest."""
 
-    kind: str  # raw, v2, v3 or ext
+    kind: str  # raw, v2, v3, ext or qed
     cluster: int
     size: int  # bytes
 
     @property
     def format(self) -> str:
-        return "raw" if self.kind == "raw" else "qcow2"
+        return self.kind if self.kind in ("raw", "qed") else "qcow2"
 
     def options(self) -> dict[str, Any]:
         """qemu-img's -o options, but for the backing file."""
         if self.kind == "raw":
             return {}
+        if self.kind == "qed":
+            return {"cluster_size": max(self.cluster, 4096), "table_size": 2}
         if self.kind == "ext":
             return {"cluster_size": max(self.cluster, 16 << 10), "extended_l2": "on"}
         return {"cluster_size": self.cluster, "compat": "0.10" if self.kind == "v2" else "1.1"}
@@ -67,11 +69,11 @@ sizes = st.one_of(
     st.integers(1, 600).map(lambda k: k * 512),
     st.sampled_from([4096, 65_536, 65_536 + 512, 131_072]),
 )
-qcow2s = st.builds(Layer, st.sampled_from(["v2", "v3", "v3", "ext"]), clusters, sizes)
+overlays = st.builds(Layer, st.sampled_from(["v2", "v3", "v3", "ext", "qed"]), clusters, sizes)
 odd_sizes = st.one_of(sizes, sizes, st.integers(1, 200_000))
-bottoms = st.one_of(st.builds(Layer, st.just("raw"), clusters, odd_sizes), qcow2s)
+bottoms = st.one_of(st.builds(Layer, st.just("raw"), clusters, odd_sizes), overlays)
 chains_of_layers = st.builds(
-    lambda bottom, above: [bottom, *above], bottoms, st.lists(qcow2s, max_size=3)
+    lambda bottom, above: [bottom, *above], bottoms, st.lists(overlays, max_size=3)
 )
 
 
