@@ -226,7 +226,8 @@ def into_node(
     source, node = _node(daemon, device), _node(daemon, target)
     disk = graph.disk(device)
     bitmap, mode = _bitmap(daemon, so_far, source, what)
-    check_unlimited(node, "targets")
+    if what.sync == "none":  # else the job keeps to the limits of its target
+        check_unlimited(node, "targets")
     if node is source:
         raise CowferryError("Source and target cannot be the same")
     if _same_image(source, node):
