@@ -124,11 +124,8 @@ class House:
     def guest(self, name: str = "vm") -> Guest:
         return Guest(self.folder / "nbd", name)
 
-    def limit(self, device: str = "vm", group: str | None = None, **given: int) -> None:
-        more = {} if group is None else {"group": group}
-        self.daemon.execute(
-            "block_set_io_throttle", {"device": device, **NO_LIMITS, **given, **more}
-        )
+    def limit(self, device: str = "vm", /, **given: Any) -> None:
+        self.daemon.execute("block_set_io_throttle", {"device": device, **NO_LIMITS, **given})
 
     def add(self, name: str) -> Disk:
         """One more disk, raw and empty, exported."""

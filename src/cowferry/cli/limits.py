@@ -118,11 +118,11 @@ def in_words(entry: dict[str, Any]) -> list[str]:
     limits: dict[str, int] = entry["limits"]
     parts = []
     for name, unit in (
-        ("bps", ""), ("bps_rd", " read"), ("bps_wr", " written"),
-        ("iops", " requests"), ("iops_rd", " reads"), ("iops_wr", " writes"),
+        ("bps", "/s"), ("bps_rd", "/s read"), ("bps_wr", "/s written"),
+        ("iops", " requests/s"), ("iops_rd", " reads/s"), ("iops_wr", " writes/s"),
     ):  # fmt: skip
         if name in limits:
-            parts.append(rate(name, limits[name]) + unit + "/s")
+            parts.append(rate(name, limits[name]) + unit)
             if f"{name}_max" in limits:
                 seconds = limits.get(f"{name}_max_length", 1)
                 parts[-1] += f" ({rate(name, limits[name + '_max'])}/s for {seconds} s)"
