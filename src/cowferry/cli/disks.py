@@ -27,7 +27,7 @@ from cowferry.errors import CowferryError
     "--timeout", type=Seconds(), metavar="SECONDS",
     help="For how long a guest may be frozen at most; then it is thawed, and this fails [10].",
 )  # fmt: skip
-@click.option("--reuse-external", is_flag=True, help="FILE exists: an empty qcow2 overlay.")
+@click.option("--reuse-external", is_flag=True, help="FILE exists: an empty overlay.")
 @click.option(
     "--pass-fd", is_flag=True,
     help="FILE exists; open it here and hand it over, for a daemon that may not open it.",
@@ -41,7 +41,8 @@ def snapshot_command(
     """Put a new image on top of every DISK, all at one point in time, while guests run.
 
     From then on FILE takes what the guest writes, and the old image stays as it was at that
-    moment. Without FILE the daemon makes one beside the present image. All disks, or none.
+    moment. Without FILE the daemon makes one beside the present image. FILE is QED if it is called
+    so (x.qed), else qcow2. All disks, or none.
 
     \b
         cowferry snapshot vm
@@ -122,7 +123,7 @@ def handed_over(client: Client, chosen: list[tuple[str, str | None]]) -> Iterato
 @click.command("change")
 @click.argument("disk")
 @click.argument("file")
-@click.option("--format", metavar="FORMAT", help="raw or qcow2 [by FILE's name].")
+@click.option("--format", metavar="FORMAT", help="raw, qcow2, qed [by FILE's name].")
 @click.option(
     "--no-notify", is_flag=True,
     help="FILE holds what the disk does: the guest must not notice. The move is recorded.",
@@ -194,7 +195,7 @@ def node_in(client: Client, disk: str, image: str) -> str:
 
 @click.command("add")
 @click.argument("disk", metavar="[NAME=]FILE")
-@click.option("-f", "--format", metavar="FORMAT", help="raw or qcow2 [by FILE's name].")
+@click.option("-f", "--format", metavar="FORMAT", help="raw, qcow2, qed [by FILE's name].")
 @click.option("-r", "--read-only", is_flag=True, help="Open FILE read-only.")
 @click.option("--copy-on-read", is_flag=True, help="Keep what is read from the backing chain.")
 @control

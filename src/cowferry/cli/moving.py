@@ -136,7 +136,7 @@ def commit_command(
 @click.command("copy")
 @click.argument("disk")
 @click.argument("dest")
-@click.option("--format", metavar="FORMAT", help="raw or qcow2 [by DEST's name, else DISK's].")
+@click.option("--format", metavar="FORMAT", help="raw, qcow2, qed [by DEST's name, else DISK's].")
 @click.option("--shallow", is_flag=True, help="DEST is an overlay on DISK's backing file.")
 @click.option(
     "--keep", multiple=True, metavar="IMAGE",

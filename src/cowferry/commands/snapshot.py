@@ -9,6 +9,7 @@ import msgspec
 
 from cowferry.commands import Args, command
 from cowferry.commands.transaction import action, alone
+from cowferry.drivers import EXTENSIONS, OVERLAYS, fdsets
 from cowferry.errors import CowferryError
 from cowferry.operations.quiesce import Guests
 from cowferry.operations.snapshot import Snapshot, beside
@@ -81,7 +82,7 @@ def snapshot_blkdev(daemon: Daemon, args: SnapshotBlkdev) -> None:
 class DiskToSnapshot(Args):
     device: str
     snapshot_file: str | None = None
-    format: str = "qcow2"
+    format: str | None = None
     mode: Literal["absolute-paths", "existing"] = "absolute-paths"
     node_name: str | None = None
 
@@ -147,4 +148,6 @@ def by_name(daemon: Daemon, args: DiskToSnapshot, parts: list[Snapshot]) -> Snap
                 "Parameter 'snapshot-file' is missing", "mode=existing names a file that is there"
             )
         path = beside(part.old.filename)
-    return part.with_file(path, args.format, args.mode, args.node_name)
+    told = EXTENSIONS.get(os.path.splitext(fdsets.path_of(path))[1].lower())
+    format = args.format or (told if told in OVERLAYS else "qcow2")
+    return part.with_file(path, format, args.mode, args.node_name)

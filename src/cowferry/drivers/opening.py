@@ -364,7 +364,7 @@ def _follow(
         if not format:
             raise ImageError(
                 f"'{node.filename}' does not record the format of its backing file '{recorded}'",
-                f"record it: cowferry rebase -u -b '{recorded}' -F raw|qcow2 '{node.filename}'",
+                f"record it: cowferry rebase -u -b '{recorded}' -F raw|qcow2|qed '{node.filename}'",
             )
         if format == "file" or format == "host_device":
             format = "raw"

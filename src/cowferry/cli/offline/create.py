@@ -48,7 +48,7 @@ def create_command(
     if below:
         if not given.get("backing_fmt"):
             raise CowferryError(
-                "backing file specified without backing format", "add -F FORMAT (raw or qcow2)"
+                "backing file specified without backing format", "add -F FORMAT (raw, qcow2, qed)"
             )
         if not unsafe:
             path = opening.backing_path(filename, below)
