@@ -39,7 +39,7 @@ from cowferry.block.gate import Gate
 from cowferry.block.node import Extent, Node, read
 from cowferry.block.spill import UNIT, Spill
 from cowferry.block.throttle import WRITE
-from cowferry.jobs.job import Job, Progress, ReadFailed
+from cowferry.jobs.job import Job, Progress, ReadFailed, check_speed
 
 MIN_CHUNK = 1 << 20
 MAX_CHUNK = 2 << 20  # read into memory at once: more does not stay in the cache
@@ -107,7 +107,8 @@ class Backup(Job):
         self.source = disk.root
         self.target = target
         self.base = base
-        self.everything = everything
+        self.everything = self.paced = everything
+        check_speed(self.throttle.speed, self.paced)
         self.bitmap = bitmap
         self.by_bitmap = by_bitmap
         self.bitmap_mode = bitmap_mode

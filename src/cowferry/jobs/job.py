@@ -65,6 +65,7 @@ class Job:
     """One job. Verbs may be called from any thread; the generator runs in the job's own."""
 
     type: ClassVar[str] = ""
+    paced: bool = True  # whether it is the job that does the work, so that its speed matters
     is_block_job: ClassVar[bool] = True  # BLOCK_JOB_* events, and a place in query-block-jobs
 
     def __init__(
@@ -233,7 +234,7 @@ class Job:
         """Bytes per second from now on; 0 is unlimited."""
         with self.changed:
             allow(self.id, self.status, "set-speed")
-            check_speed(speed)
+            check_speed(speed, self.paced)
             self.throttle.speed = speed
             self.changed.notify_all()
 
@@ -626,10 +627,19 @@ def valid_id(text: str) -> bool:
     return ID.fullmatch(text) is not None
 
 
-def check_speed(speed: int) -> None:
-    """Raise `CowferryError` for a negative speed."""
+def check_speed(speed: int, paced: bool = True) -> None:
+    """Raise `CowferryError` for a speed that cannot take effect."""
     if speed < 0:
         raise CowferryError("Parameter 'speed' expects a non-negative value")
+    if speed >= 1 << 63:
+        raise CowferryError(
+            "Invalid parameter type for 'speed', expected: integer", "bytes per second, 0: no limit"
+        )
+    if speed and not paced:
+        raise CowferryError(
+            "Parameter 'speed' has no effect: this job copies only what guests overwrite",
+            "limit the disk: cowferry limit, or block_set_io_throttle",
+        )
 
 
 def _words(error: BaseException) -> str:
