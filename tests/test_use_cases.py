@@ -165,14 +165,14 @@ def make_chain(folder: Path, base: str, *overlays: str) -> Path:
         node.zero(n * 7 << 20, 2 << 20)
         node.flush()
         opening.close_chain(node)
-        below, kind = name, "qcow2"
+        below, kind = name, Path(name).suffix[1:]
     return folder / below
 
 
 def converted(path: Path) -> bytes:
     """What `qemu-img` reads from an image and its chain."""
     flat = path.with_name(path.name + ".flat")
-    kind = "raw" if path.suffix == ".raw" else "qcow2"
+    kind = path.suffix[1:]
     subprocess.run(
         ["qemu-img", "convert", "-f", kind, "-O", "raw", str(path), str(flat)],
         check=True, timeout=60,
