@@ -36,7 +36,7 @@ from bench_common import (
     reflink_folder,
     run,
 )
-from bench_copies import bench_copies
+from bench_copies import bench_copies, bench_slow_target
 from rich.console import Console
 from rich.table import Table
 
@@ -166,6 +166,7 @@ SECTIONS = {
     "nbd": bench_nbd,
     "stream": bench_stream,
     "copies": bench_copies,
+    "slow": bench_slow_target,
     "start": bench_start,
 }
 

@@ -1,4 +1,5 @@
-"""Copies of a disk that is in use, side by side: mirror to raw and to qcow2, commit of both kinds.
+"""Copies of a disk that is in use, side by side: mirror and backup to raw and to qcow2, commit of
+both kinds; and a backup to a slow target.
 
 Each is run on a plain file system and on one that shares extents, once with nobody there and once
 under a guest: fio, which writes 4 KiB at random places at a fixed rate, so that both daemons have
@@ -60,6 +61,7 @@ class Case(NamedTuple):
     fresh: str  # the file to be made anew each time
     make: tuple[str, ...]  # the arguments of qemu-img create
     same: tuple[str, str, str, str] | None = None  # format, file, format, file: equal afterwards
+    aim: float = 0  # how many times as fast, if it is not what the file system lets one expect
 
 
 SOURCE = "driver=raw,node-name=d,file.driver=file,file.filename={f}/source.raw"
@@ -81,6 +83,20 @@ CASES = (
         "d", "blockdev-mirror", {"device": "d", "target": "t", "sync": "full"},
         "target.qcow2", ("-f", "qcow2", "{f}/target.qcow2", "1G"),
         ("raw", "source.raw", "qcow2", "target.qcow2"),
+    ),
+    Case(
+        "backup raw to raw",
+        (SOURCE, "driver=raw,node-name=t,file.driver=file,file.filename={f}/target.raw"),
+        "d", "blockdev-backup", {"device": "d", "target": "t", "sync": "full"},
+        "target.raw", ("-f", "raw", "{f}/target.raw", "1G"),
+        ("raw", "source.raw", "raw", "target.raw"), 1.5,
+    ),
+    Case(
+        "backup raw to qcow2",
+        (SOURCE, "driver=qcow2,node-name=t,file.driver=file,file.filename={f}/target.qcow2"),
+        "d", "blockdev-backup", {"device": "d", "target": "t", "sync": "full"},
+        "target.qcow2", ("-f", "qcow2", "{f}/target.qcow2", "1G"),
+        ("raw", "source.raw", "qcow2", "target.qcow2"), 1.5,
     ),
     Case(
         "commit of a layer",
@@ -220,12 +236,55 @@ def bench_copies(folder: Path, rounds: int) -> Iterator[Line]:
                             if not number and not loaded:
                                 check_same(place, case)
                     what = f"{case.name}, {kind}{', guest' if loaded else ''}"
-                    yield from lines(what, found[OURS], found[QSD], aim)
+                    yield from lines(what, found[OURS], found[QSD], case.aim or aim)
                 if case.fresh:
                     (place / case.fresh).unlink()
             for path in place.iterdir():
                 if path.is_file():
                     path.unlink()
+
+
+SLOW = 8 << 20  # bytes per second that a slow target takes
+WATCHED = 10.0  # seconds of a backup that a guest is watched
+
+
+def bench_slow_target(folder: Path, rounds: int) -> Iterator[Line]:
+    """What a guest waits for while a backup goes to a target that takes 8 MiB a second."""
+    make_files(folder)
+    target = folder / "target.raw"
+    found: dict[str, tuple[list[float], list[float]]] = {OURS: ([], []), QSD: ([], [])}
+    for _ in range(rounds):
+        for name, (idle, busy) in found.items():
+            target.unlink(missing_ok=True)
+            run("qemu-img", "create", "-q", "-f", "raw", str(target), "1G")
+            os.sync()
+            warm(3 * GIB)
+            with (
+                Daemon(
+                    name, folder,
+                    "--object", f"throttle-group,id=slow,limits.bps-total={SLOW}",
+                    "--blockdev", SOURCE.format(f=folder),
+                    "--blockdev", "driver=throttle,node-name=t,throttle-group=slow,"
+                    f"file.driver=raw,file.file.driver=file,file.file.filename={target}",
+                    "--nbd-server", f"addr.type=unix,addr.path={folder / 'nbd.sock'}",
+                    "--export", "type=nbd,id=e,node-name=d,name=d,writable=on",
+                ) as daemon,
+                Guest(f"nbd+unix:///d?socket={daemon.socket}", folder) as guest,
+            ):  # fmt: skip
+                begin = time.time()
+                time.sleep(WATCHED)
+                daemon.qmp.call("blockdev-backup", job_id="j", device="d", target="t", sync="full")
+                time.sleep(WATCHED)
+                end = time.time()
+                daemon.qmp.call("block-job-cancel", device="j", force=True)
+                time.sleep(SETTLE)
+            idle += guest.seen(begin, begin + WATCHED)[1]
+            busy += guest.seen(begin + WATCHED, end)[1]
+    target.unlink()
+    what = "backup to a slow target"
+    (a, b), (c, d) = ([p99(waits) * 1e3 for waits in side] for side in found.values())
+    yield Line(f"{what}: the guest's p99", "ms", b, d, d / b, 0)
+    yield Line(f"{what}: p99, times idle", "", b / a, d / c, 3 * a / b, 1.0)
 
 
 def lines(what: str, ours: list[Measured], theirs: list[Measured], aim: float) -> Iterator[Line]:

@@ -381,7 +381,9 @@ class Backup(Job):
         end = min(-(-(offset + length) // piece) * piece, self.disk.size)
         if not self.pending.any(start, end - start):
             return
-        claim = self._saving.claim(start // UNIT * UNIT, -(-end // UNIT) * UNIT)
+        claim = None
+        if self.source.granule < UNIT:  # or the guest has entered whole units
+            claim = self._saving.claim(start // UNIT * UNIT, -(-end // UNIT) * UNIT)
         try:
             for at in range(start // UNIT * UNIT, end, UNIT):  # a unit, or what is touched of it
                 self._save(at, max(at, start), min(at + UNIT, end))
@@ -390,7 +392,8 @@ class Backup(Job):
                 raise
             self._break(error)
         finally:
-            self._saving.release(claim)
+            if claim is not None:
+                self._saving.release(claim)
 
     def _save(self, unit: int, start: int, end: int) -> None:
         """Of one unit, the bytes from `start` to `end`, if they are pending."""
