@@ -118,6 +118,29 @@ def test_one_tool_for_every_format(run: Run, image: str) -> None:
     assert not Path(f"{image}.bitmaps").exists()
 
 
+def test_info_shows_what_is_kept_beside_an_image(
+    run: Run, image: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done(run("--add", image, "on"))
+    done(run("--add", "--disable", "-g", "1M", image, "off"))
+    written(image, 0)
+    shown = {}
+    for output in ("human", "json"):
+        with pytest.raises(SystemExit):
+            main(["info", "--output", output, image])
+        shown[output] = capsys.readouterr().out
+    if image == "vm.qcow2":
+        assert "bitmaps" not in json.loads(shown["json"])  # qemu-img's way is another test's
+        return
+    beside = json.loads(shown["json"])["bitmaps"]
+    assert Path(beside["filename"]).name == f"{image}.bitmaps"
+    assert [(b["name"], b["count"], b["recording"]) for b in beside["bitmaps"]] == [
+        ("on", 65536, True), ("off", 0, False),
+    ]  # fmt: skip
+    assert "    on: granularity 64 KiB, 64 KiB dirty, recording\n" in shown["human"]
+    assert "    off: granularity 1 MiB, 0 B dirty, disabled\n" in shown["human"]
+
+
 def test_actions_are_done_in_order(run: Run, image: str) -> None:
     done(run("--add", image, "b"))
     written(image, 0)

@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from cowferry.block import names
+from cowferry.block import keeper, moves, names
 from cowferry.block.node import Node, chain
 from cowferry.cli.offline import image
 from cowferry.cli.sizes import human
+from cowferry.commands.bitmaps import dirty_info
 from cowferry.drivers import opening
 from cowferry.drivers.partial import Partial
 from cowferry.errors import one_line
@@ -70,6 +71,11 @@ def describe(node: Node) -> dict[str, Any]:
             "filled": node.held,
             "granularity": node.granule,
         }
+    if node.bitmaps and not node.stores_bitmaps:
+        out["bitmaps"] = {
+            "filename": moves.place(node.filename, keeper.SUFFIX),
+            "bitmaps": [dirty_info(bitmap) for bitmap in node.bitmaps.values()],
+        }
     out["dirty-flag"] = bool(getattr(node, "dirty_flag", False))
     return out
 
@@ -98,6 +104,16 @@ def in_words(info: dict[str, Any]) -> str:
             f"being filled: {human(filled)} of {human(whole)} ({100 * filled // max(whole, 1)}%)"
             f" are here, says {info['filling']['filename']}"
         )
+    if "bitmaps" in info:
+        lines.append(f"bitmaps in {info['bitmaps']['filename']}:")
+        for b in info["bitmaps"]["bitmaps"]:
+            state = "recording" if b["recording"] else "disabled"
+            state = (
+                "inconsistent" if b.get("inconsistent") else f"{human(b['count'])} dirty, {state}"
+            )
+            lines.append(
+                f"    {one_line(b['name'])}: granularity {human(b['granularity'])}, {state}"
+            )
     if info.get("snapshots"):
         lines.append("Snapshot list:")
         lines.append("ID        TAG               VM SIZE                DATE")
