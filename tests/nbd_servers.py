@@ -150,6 +150,7 @@ class Forgetful:
         self.volatile, self.durable = bytearray(size), bytearray(size)
         self.asked: list[int] = []  # types of the requests, in order
         self.fails: dict[int, int] = {}  # type -> error number that it is answered with
+        self.overtaken = -1  # type of requests that are done after the next one of another type
         self.before: Callable[[int], None] = lambda kind: None  # called with each request
         self.up()
 
@@ -191,6 +192,7 @@ class Forgetful:
             sock.sendall(hello(self.size, self.flags))
             incoming = sock.makefile("rb")
             incoming.read(4)
+            waiting: list[tuple[int, int, int, int, int, bytes]] = []
             for _ in range(3):  # structured replies, a meta context, go
                 _, _, length = nbd.OPTION.unpack(incoming.read(nbd.OPTION.size))
                 incoming.read(length)
@@ -201,7 +203,10 @@ class Forgetful:
                     return
                 self.asked.append(kind)
                 self.before(kind)
-                sock.sendall(self._answer(kind, flags, cookie, offset, length, payload))
+                waiting.append((kind, flags, cookie, offset, length, payload))
+                if kind != self.overtaken:
+                    while waiting:
+                        sock.sendall(self._answer(*waiting.pop()))
 
     def _answer(
         self, kind: int, flags: int, cookie: int, offset: int, length: int, payload: bytes

@@ -188,6 +188,55 @@ def test_eight_threads_share_a_connection(tmp_path: Path) -> None:
     assert not differs((tmp_path / "disk.raw").read_bytes(), model)
 
 
+def test_who_waits_reads_on_when_the_reader_has_its_answer(tmp_path: Path) -> None:
+    """The second answer comes when the first thread, which read, has gone."""
+    server = Forgetful(tmp_path / "s", SIZE)
+    node = node_of(tmp_path / "s")
+    asked, first_may, second_may = (threading.Event() for _ in range(3))
+    turns = iter([first_may, second_may])
+
+    def before(kind: int) -> None:
+        asked.set()
+        assert next(turns).wait(PATIENCE)
+
+    server.before = before
+    threads = [threading.Thread(target=bytes_of, args=(node, i, 1)) for i in range(2)]
+    threads[0].start()
+    assert asked.wait(PATIENCE)
+    threads[1].start()
+    link = node._link
+    assert link is not None
+    until(lambda: link._reading and len(link._asleep) == 1)
+    first_may.set()
+    threads[0].join(PATIENCE)
+    second_may.set()
+    threads[1].join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+    node.close()
+    server.crash()
+
+
+def test_N1_a_flush_covers_nothing_that_is_answered_after_it(tmp_path: Path) -> None:
+    """A write is sent, then a flush; the server does the flush first, then the write; it crashes."""
+    server = Forgetful(tmp_path / "s", SIZE)
+    node = node_of(tmp_path / "s", reconnect_delay=20)
+    node.pwrite(view(b"a"), 0)
+    server.overtaken = nbd.WRITE
+    write = threading.Thread(target=node.pwrite, args=(view(b"b"), 1))
+    write.start()
+    until(lambda: server.asked == [nbd.WRITE, nbd.WRITE])
+    node.flush()
+    write.join(PATIENCE)
+    assert server.volatile[:2] == b"ab" and server.durable[:2] == b"a\0"
+    server.overtaken = -1
+    server.crash()
+    server.up()
+    node.flush()
+    assert server.durable[:2] == b"ab"
+    node.close()
+    server.crash()
+
+
 # Errors ------------------------------------------------------------------------------------
 
 
