@@ -49,14 +49,20 @@ Known = dict[str, tuple[bytes, bool]]  # the bits of each bitmap, and whether it
 def opened(path: Path, read_only: bool = False) -> Qcow2:
     """The image alone: no keeper."""
     files: Any = driver("file")
-    options = files.Options(driver="file", filename=str(path), read_only=read_only)
-    file = files.open(options, {})
+
+    def file(path: Path) -> Any:
+        options = files.Options(driver="file", filename=str(path), read_only=read_only)
+        return files.open(options, {})
+
+    children = {"file": file(path)}
     try:
-        image = Qcow2.open(Qcow2.Options(driver="qcow2", read_only=read_only), {"file": file})
+        for role, name in Qcow2.companions(children).items():
+            children[role] = file(path.parent / name)
+        return Qcow2.open(Qcow2.Options(driver="qcow2", read_only=read_only), children)
     except BaseException:
-        file.close()
+        for child in children.values():
+            child.close()
         raise
-    return image
 
 
 @contextmanager
@@ -230,16 +236,23 @@ def test_bitmaps_of_qemu_are_read_bit_for_bit(
         assert b.bits == want.bits
 
 
-def test_B2_what_qemu_left_in_a_crash_is_inconsistent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lazy", ["off", "on"])
+def test_B2_what_qemu_left_in_a_crash_is_inconsistent(tmp_path: Path, lazy: str) -> None:
     need("qemu-img", "qemu-io")
     path = tmp_path / "vm.qcow2"
-    qemu_img("create", "-f", "qcow2", path, SIZE)
+    qemu_img("create", "-f", "qcow2", "-o", f"lazy_refcounts={lazy}", path, SIZE)
     qemu_img("bitmap", "--add", path, "b0")
     qsd = StorageDaemon(path, read_only=False)
     qsd.call("block-dirty-bitmap-add", node="n", name="young", persistent=True)
+    qsd.call("nbd-server-start", addr={"type": "unix", "data": {"path": str(qsd.socket)}})
+    qsd.call("block-export-add", type="nbd", id="e", **{"node-name": "n"}, writable=True)
+    write = ["qemu-io", "-f", "raw", "-c", "write 0 64k", f"nbd+unix:///n?socket={qsd.socket}"]
+    subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
     qsd.kill()
     (b0,) = stored(path)
     assert b0.name == "b0" and b0.inconsistent
+    with image_at(path) as image:
+        assert bool(image.header.compatible & headers.LAZY_REFCOUNTS) == (lazy == "on")
     agree_with_qemu(path)
     with image_at(path) as image:  # it stays so, whatever is beside it, until it is removed
         image.write_bitmaps([*image.read_bitmaps(), dirty("b1")], TOKEN)
@@ -260,6 +273,7 @@ def test_B2_what_qemu_left_in_a_crash_is_inconsistent(tmp_path: Path) -> None:
         (SIZE + 512, {"cluster_size": "512", "refcount_bits": "1"}, [512, 1024, 65536]),
         (SIZE, {"cluster_size": "2M"}, [512, 1 << 31]),
         (SIZE, {"extended_l2": "on", "cluster_size": "16k"}, [4096]),
+        (SIZE, {"data_file": "vm.raw"}, [4096]),
         ((1 << 40) + 3 * MIB, {}, [65536]),
     ],
     ids=str,
@@ -268,6 +282,8 @@ def test_our_bitmaps_are_read_by_qemu_bit_for_bit(
     tmp_path: Path, size: int, options: dict[str, str], granularities: list[int]
 ) -> None:
     need("qemu-img")
+    if "data_file" in options:
+        options = {"data_file": str(tmp_path / options["data_file"])}
     path = make(tmp_path / "vm.qcow2", size, **options)
     bitmaps = [dirty(f"größe {g}", size, g) for g in granularities]
     full, empty = dirty("full", size, granularities[0]), Bitmap("empty", size, persistent=True)
@@ -829,6 +845,10 @@ def test_structures_that_overlap_are_told(tmp_path: Path, seed_image: Path) -> N
                 place = next(w for w in entry.table if w > store.ALL_ONES and w != word)
             data[at : at + 8] = place.to_bytes(8, "big")
             assert try_image(path, bytes(data)), f"{field} at the {name}"
+    data = bytearray(whole)
+    at = data.index(b"b1", directory)
+    data[at : at + 2] = b"b2"
+    assert "another's" in try_image(path, bytes(data))
 
 
 def test_cut_short_or_written_by_a_program_without_bitmaps(
@@ -854,18 +874,29 @@ def test_cut_short_or_written_by_a_program_without_bitmaps(
     agree_with_qemu(path)
 
 
-def test_it_takes_little_memory_to_refuse_much(tmp_path: Path) -> None:
-    """65535 bitmaps that share a table, a disk of a pebibyte in granules of 512 bytes."""
+@pytest.mark.parametrize(
+    ("count", "length", "flags", "words"),
+    [
+        (65535, 1, store.IN_USE, "512 MiB"),  # each has little
+        (1, 1 << 27, store.IN_USE, "512 MiB"),  # a table of a gibibyte
+        (1, 256, 0, "clusters"),  # all that is allowed, and it is too little for the disk
+    ],
+)
+def test_it_takes_little_memory_to_refuse_much(
+    tmp_path: Path, count: int, length: int, flags: int, words: str
+) -> None:
+    """A disk of a pebibyte in granules of 512 bytes, and a file that is mostly a hole."""
     path = make(tmp_path / "vm.qcow2", 1 << 50, cluster_size="2M")
     data = bytearray(path.read_bytes())
     end = len(data)
-    entries = b""
-    for i in range(2):
-        entries += (
-            struct.pack(">QIIBBHI", end + (4 + i << 21), 1 << 27, i, 1, 9, 8, 0) + b"bitmap%02d" % i
-        )
+    first = 1 << 40  # the tables
+    entries = b"".join(
+        struct.pack(">QIIBBHI", first + (i << 21), length, flags, 1, 9, 8, 0) + b"map%05d" % i
+        for i in range(count)
+    )
     at = 112  # the names of features were there
-    data[at : at + 40] = struct.pack(">IIIIQQ8x", headers.EXT_BITMAPS, 24, 2, 0, len(entries), end)
+    extension = store.EXTENSION.pack(count, 0, len(entries), end)
+    data[at : at + 40] = struct.pack(">II24s8x", headers.EXT_BITMAPS, 24, extension)
     data[95] |= 1
     with open(path, "wb") as f:
         f.write(data)
@@ -886,7 +917,7 @@ def test_it_takes_little_memory_to_refuse_much(tmp_path: Path) -> None:
         cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "512 MiB" in done.stdout or "clusters" in done.stdout
+    assert words in done.stdout
 
 
 def test_what_we_do_not_understand_stays_as_it_is_byte_for_byte(
@@ -1067,13 +1098,9 @@ def test_info_and_convert_show_and_copy_them_as_qemu_img_does(tmp_path: Path) ->
         image.write_bitmaps(bitmaps)
     shutil.copy(path, bad)
     assert run("info", path) == qemu_img("info", path)
-    ours = json.loads(run("info", "--output=json", path))
-    assert ours == json.loads(qemu_img("info", "--output=json", path))
     run("convert", "-O", "qcow2", "--bitmaps", path, tmp_path / "copy.qcow2")
     assert known(stored(tmp_path / "copy.qcow2")) == known(bitmaps)
     agree_with_qemu(tmp_path / "copy.qcow2")
-    run("convert", "-O", "qcow2", path, tmp_path / "without.qcow2")
-    assert stored(tmp_path / "without.qcow2") == []
     run("convert", "-n", "-O", "qcow2", "--bitmaps", path, bad, code=1)  # they are there already
     with image_at(bad) as image:
         image.pwrite(memoryview(b"x"), 0)  # nobody keeps them

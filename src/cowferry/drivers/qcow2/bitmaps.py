@@ -224,16 +224,18 @@ def read(image: Qcow2) -> list[Bitmap]:
         bitmap = Bitmap(text(entry.name), image.size if usable else 0, 1 << bits, persistent=True)
         bitmap.recording = bool(entry.flags & AUTO)
         bitmap.inconsistent = not entry.understood or bool(entry.flags & IN_USE)
+        if not entry.understood:
+            bitmap.reason = "it is of a kind that only the program that made it knows"
         if usable:
-            bitmap.replace(_load(image, entry, len(bitmap.bits)))
+            _load(image, entry, bitmap.bits)
+            bitmap.ones = bitmap.bits.count()
         out.append(bitmap)
     return out
 
 
-def _load(image: Qcow2, entry: Entry, count: int) -> bitarray:
-    """The bits: of bytes, the lowest comes first."""
-    bits = bitarray(count, endian="little")
-    bits.setall(False)
+def _load(image: Qcow2, entry: Entry, bits: bitarray) -> None:
+    """Into `bits`, which are clear. Of each byte the lowest bit comes first."""
+    count = len(bits)
     step = image.cluster_size * 8
     for start, word in zip(range(0, count, step), entry.table, strict=True):
         stop = min(start + step, count)
@@ -245,7 +247,6 @@ def _load(image: Qcow2, entry: Entry, count: int) -> bitarray:
             piece = bitarray(endian="little")
             piece.frombytes(bytes(data))
             bits[start:stop] = piece[: stop - start]
-    return bits
 
 
 def text(name: bytes) -> str:
@@ -478,8 +479,10 @@ class Fresh:
         self.taken = []
 
 
-def give_back(image: Qcow2, gone: Iterable[int]) -> None:
+def give_back(image: Qcow2, gone: set[int]) -> None:
     """The header has let go of these clusters, durably. Under `flushing`."""
+    if not gone:
+        return
     with image.meta:
         free = image.refcounts.settle([(cluster, 1) for cluster in sorted(gone)])
         image._punch(free)
