@@ -86,7 +86,7 @@ def test_bytes_per_second_are_right_on_average_whatever_the_sizes(
     assert guest.moved == pytest.approx(seconds * MB, abs=0.1 * MB + 2 * length)
 
 
-@pytest.mark.parametrize("rate", [1, 7, 500, 3000])
+@pytest.mark.parametrize("rate", [1, 7, 1000])
 def test_operations_per_second_are_right_on_average(clock: ByHand, rate: int) -> None:
     guest = Guest(Group("g", limits(iops=rate), clock), depth=4)
     clock.advance(10)
@@ -154,7 +154,7 @@ def test_zeroing_and_trimming_are_operations_and_no_bytes(clock: ByHand) -> None
 
 
 def test_a_burst_of_so_many_seconds_then_the_rate_then_again_after_a_pause(clock: ByHand) -> None:
-    group = Group("g", limits(iops=100, iops_max=2000, iops_max_length=6), clock)
+    group = Group("g", limits(iops=20, iops_max=400, iops_max_length=6), clock)
     guest = Guest(group, depth=64)
     seen = []
     for _ in range(12):
@@ -162,15 +162,15 @@ def test_a_burst_of_so_many_seconds_then_the_rate_then_again_after_a_pause(clock
         clock.advance(1)
         seen.append(guest.count - before)
     # What is in the bucket leaks at the rate meanwhile, so a burst lasts a little longer.
-    assert all(n == pytest.approx(2000, rel=0.15) for n in seen[:6]), seen
-    assert all(n == pytest.approx(100, abs=3) for n in seen[7:]), seen
+    assert all(n == pytest.approx(400, rel=0.15) for n in seen[:6]), seen
+    assert all(n == pytest.approx(20, abs=2) for n in seen[7:]), seen
     guest.busy = False
     clock.advance(1000)
     guest.busy, again = True, guest.count
     for _ in range(64):
         guest.send()
     clock.advance(3)
-    assert guest.count - again == pytest.approx(6000, rel=0.1), "it was saved up again"
+    assert guest.count - again == pytest.approx(1200, rel=0.1), "it was saved up again"
 
 
 def test_a_burst_without_a_length_is_a_second_of_it_at_once(clock: ByHand) -> None:
@@ -220,22 +220,22 @@ def test_one_that_comes_does_not_pass_those_who_wait(clock: ByHand) -> None:
 def test_disks_of_a_group_get_equal_parts_of_the_bytes_whatever_they_send(
     clock: ByHand, name: str
 ) -> None:
-    group = Group("g", limits(**{name: 3 * MB}), clock)
+    group = Group("g", limits(**{name: MB}), clock)
     small = Guest(group, length=4096, depth=4)
     large = Guest(group, length=1 << 20, depth=64)
     many = Guest(group, length=65536, depth=1)
     clock.advance(60)
     for guest in (small, large, many):
-        assert guest.moved == pytest.approx(60 * MB, rel=0.04)
+        assert guest.moved == pytest.approx(20 * MB, rel=0.1)
 
 
 def test_disks_of_a_group_get_equal_parts_of_the_operations(clock: ByHand) -> None:
-    group = Group("g", limits(iops=300), clock)
+    group = Group("g", limits(iops=60), clock)
     guests = [Guest(group, length=size, depth=depth)
               for size, depth in ((512, 1), (65536, 32), (4096, 200))]  # fmt: skip
     clock.advance(60)
     for guest in guests:
-        assert guest.count == pytest.approx(6000, rel=0.02)
+        assert guest.count == pytest.approx(1200, rel=0.02)
 
 
 def test_a_disk_that_paused_neither_saves_up_nor_is_punished(clock: ByHand) -> None:
