@@ -217,7 +217,7 @@ def test_who_waits_reads_on_when_the_reader_has_its_answer(tmp_path: Path) -> No
 
 
 def test_N1_a_flush_covers_nothing_that_is_answered_after_it(tmp_path: Path) -> None:
-    """A write is sent, then a flush; the server does the flush first, then the write; it crashes."""
+    """The server does a flush before the write that was sent first, and crashes after both."""
     server = Forgetful(tmp_path / "s", SIZE)
     node = node_of(tmp_path / "s", reconnect_delay=20)
     node.pwrite(view(b"a"), 0)
