@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+import cowferry
 from cowferry.block import sysio
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, State
@@ -414,6 +415,43 @@ def test_a_bitmap_has_no_more_bits_than_memory_is_for(house: House) -> None:
     text = refusal(house, "block-dirty-bitmap-add", node="huge", name="b", granularity=512)
     assert "8589934592 bits" in text
     house.bitmap("add", "huge", "b")
+
+
+# The library ------------------------------------------------------------------------------
+
+
+def test_the_library_does_the_same_on_several_disks(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("a.raw", "b.qcow2")]
+    for path in paths:
+        cowferry.create(path, SIZE, path.rsplit(".")[-1])
+    with cowferry.open(paths[0]) as a, cowferry.open(paths[1]) as b:
+        cowferry.bitmap_add([a, b], "m", granularity=4096)
+        cowferry.bitmap_add(a, "memory", persistent=False, disabled=True)
+        for disk in (a, b):
+            disk.pwrite(memoryview(b"x" * 5000), 8192)
+        assert [*cowferry.dirty(a, "m")] == [*cowferry.dirty(b, "m")] == [(8192, 8192)]
+        assert [*cowferry.dirty(a, "memory")] == []
+        cowferry.bitmap_merge(a, "memory", "m", (b, "m"))
+        cowferry.bitmap_clear([a, b], "m")
+        cowferry.bitmap_disable(b, "m")
+        cowferry.bitmap_enable(a, "memory")
+        for disk in (a, b):
+            disk.pwrite(memoryview(b"y"), SIZE - 1)
+        assert [*cowferry.dirty(a, "memory")] == [(0, CLUSTER), (SIZE - CLUSTER, CLUSTER)]
+        with pytest.raises(CowferryError, match="already exists"):
+            cowferry.bitmap_add([b, a], "memory")
+        assert [entry["name"] for entry in cowferry.bitmaps(b)] == ["m"]
+        cowferry.snapshot(b, str(tmp_path / "top.qcow2"))
+        cowferry.bitmap_add(b, "above")
+        cowferry.bitmap_merge(b, "above", "m")
+        assert [Path(entry["filename"]).name for entry in cowferry.bitmaps(b)] == [
+            "top.qcow2", "b.qcow2",
+        ]  # fmt: skip
+    with cowferry.open(paths[0]) as a:
+        (entry,) = cowferry.bitmaps(a)
+        assert (entry["name"], entry["count"], entry["recording"]) == ("m", 4096, True)
+        cowferry.bitmap_remove(a, "m")
+    assert not Path(f"{paths[0]}.bitmaps").exists()
 
 
 # Exports ----------------------------------------------------------------------------------

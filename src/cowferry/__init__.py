@@ -11,6 +11,7 @@
             cowferry.snapshot(disk, "vm.1.qcow2")       # vm.qcow2 never changes again
             cowferry.commit(disk)                       # and back into it
             cowferry.backup(disk, "/backup/vm.qcow2", bitmap="b0")   # as of this moment
+            print(*cowferry.dirty(disk, "b0"))          # and what has changed since
             cowferry.copy(disk, "/other/vm.qcow2", pivot=True)   # the guests never notice
 
 Everything is blocking and thread-safe; offsets and lengths are bytes. Mistakes raise
@@ -26,11 +27,19 @@ from cowferry.errors import CowferryError
 if TYPE_CHECKING:
     from cowferry.library import (
         backup,
+        bitmap_add,
+        bitmap_clear,
+        bitmap_disable,
+        bitmap_enable,
+        bitmap_merge,
+        bitmap_remove,
+        bitmaps,
         change,
         change_backing_file,
         commit,
         copy,
         create,
+        dirty,
         group,
         limit,
         open,
@@ -44,11 +53,19 @@ __version__ = "0.1.0"
 __all__ = [
     "CowferryError",
     "backup",
+    "bitmap_add",
+    "bitmap_clear",
+    "bitmap_disable",
+    "bitmap_enable",
+    "bitmap_merge",
+    "bitmap_remove",
+    "bitmaps",
     "change",
     "change_backing_file",
     "commit",
     "copy",
     "create",
+    "dirty",
     "group",
     "limit",
     "open",

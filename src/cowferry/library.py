@@ -429,6 +429,89 @@ def change(disk: Disk, target: str, format: str | None = None, *, notify: bool =
     _daemon().execute("change", arguments)
 
 
+# Dirty bitmaps ----------------------------------------------------------------------------
+
+
+def bitmap_add(
+    disks: Sequence[Disk] | Disk,
+    name: str,
+    *,
+    granularity: int | None = None,
+    persistent: bool = True,
+    disabled: bool = False,
+) -> None:
+    """Record from now on which granules are written, on several disks from one moment on.
+
+    `granularity` is bytes for each bit. A `persistent` one is kept in the image, or beside it if
+    its format has no room. Raises `CowferryError`; then no disk has it."""
+    more = {} if granularity is None else {"granularity": granularity}
+    _change_bitmaps("add", disks, name, persistent=persistent, disabled=disabled, **more)
+
+
+def bitmap_remove(disks: Sequence[Disk] | Disk, name: str) -> None:
+    """Stop recording, and forget what was recorded. Raises `CowferryError`."""
+    _change_bitmaps("remove", disks, name)
+
+
+def bitmap_clear(disks: Sequence[Disk] | Disk, name: str) -> None:
+    """Forget what was recorded, and go on, on several disks at one moment."""
+    _change_bitmaps("clear", disks, name)
+
+
+def bitmap_enable(disks: Sequence[Disk] | Disk, name: str) -> None:
+    """Record (again), on several disks from one moment on."""
+    _change_bitmaps("enable", disks, name)
+
+
+def bitmap_disable(disks: Sequence[Disk] | Disk, name: str) -> None:
+    """Keep what was recorded and record no more, on several disks from one moment on."""
+    _change_bitmaps("disable", disks, name)
+
+
+def bitmap_merge(disk: Disk, name: str, *sources: str | tuple[Disk, str]) -> None:
+    """Add what other bitmaps have recorded, of this disk or of others as large."""
+    named = [(disk, s) if isinstance(s, str) else s for s in sources]
+    merged = [{"node": _node_of(of, source), "name": source} for of, source in named]
+    _change_bitmaps("merge", disk, name, bitmaps=merged)
+
+
+def bitmaps(disk: Disk) -> list[dict[str, Any]]:
+    """The bitmaps of the disk's chain, top first: name, count (of dirty bytes), granularity,
+    recording, persistent, filename (of the image), and kept-in, used-by, inconsistent."""
+    found: list[dict[str, Any]] = _daemon().execute("x-query-bitmaps", {"device": _name(disk)})
+    return found
+
+
+def dirty(disk: Disk, name: str) -> Iterator[tuple[int, int]]:
+    """(offset, length) of each run that the bitmap has recorded. Raises `CowferryError`."""
+    arguments = {"node": _node_of(disk, name), "name": name}
+    at: int | None = 0
+    while at is not None:
+        found = _daemon().execute("x-query-bitmap-extents", {**arguments, "offset": at})
+        for run in found["extents"]:
+            yield run["offset"], run["length"]
+        at = found.get("next")
+
+
+def _change_bitmaps(verb: str, disks: Sequence[Disk] | Disk, name: str, **more: Any) -> None:
+    chosen = disks if isinstance(disks, Sequence) else [disks]
+    role = "target" if verb == "merge" else "name"
+    actions = [
+        {
+            "type": f"block-dirty-bitmap-{verb}",
+            "data": {"node": _name(d) if verb == "add" else _node_of(d, name), role: name, **more},
+        }
+        for d in chosen
+    ]
+    _daemon().execute("transaction", {"actions": actions})
+
+
+def _node_of(disk: Disk, name: str) -> str:
+    """The topmost node of the chain that has a bitmap of that name; else the disk."""
+    found = (entry["node-name"] for entry in bitmaps(disk) if entry.get("name") == name)
+    return str(next(found, _name(disk)))
+
+
 # Jobs -------------------------------------------------------------------------------------
 
 
