@@ -135,6 +135,22 @@ def test_check_finds_and_mends_leaks_and_corruption(tmp_path: Path) -> None:
     node.close()
 
 
+def test_Q4_a_corrupt_image_is_opened_to_be_mended_and_not_to_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    cowferry("create", "-q", "-f", "qcow2", path, SIZE)
+    data = bytearray(path.read_bytes())
+    data[79] |= 2  # the corrupt bit
+    path.write_bytes(data)
+    assert "check -r all" in cowferry("resize", path, "2M", code=1)
+    node = opening.open_image(str(path), repair=True)
+    with pytest.raises(OSError, match="not writing"):
+        node.pwrite(memoryview(b"x"), 0)
+    node.close()
+    assert path.read_bytes() == data
+    cowferry("check", "-r", "all", path)
+    cowferry("resize", path, "2M")
+
+
 def test_convert_and_compare_round_trips(matrix: list[Path], tmp_path: Path) -> None:
     for path in matrix:
         for target in ("raw", "qcow2"):

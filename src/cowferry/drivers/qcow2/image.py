@@ -127,6 +127,7 @@ class Qcow2(Node):
             )
         image = cls(file, data, header, read_only)
         if not read_only:
+            image.broken = bool(header.incompatible & headers.CORRUPT)  # until it is mended
             image._prepare_for_writing()
         return image
 

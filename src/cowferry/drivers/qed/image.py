@@ -99,7 +99,7 @@ class Qed(Node):
     def _prepare_for_writing(self, repair: bool = False) -> None:
         if getattr(self.file, "is_device", False):
             raise ImageError(
-                f"'{self.filename}' is a device: a QED image grows at the end of its file",
+                f"'{self.filename}' cannot grow, and a QED image takes its room at its file's end",
                 "open it read-only, or convert it",
             )
         if self.header.features & headers.NEED_CHECK:
