@@ -177,6 +177,11 @@ class Forgetful:
                 thread.join(PATIENCE)
         self.volatile = bytearray(self.durable)
 
+    def restart(self) -> None:
+        """Crash, and come up again."""
+        self.crash()
+        self.up()
+
     def _listen(self, listener: socket.socket) -> None:
         while True:
             try:

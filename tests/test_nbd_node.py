@@ -23,7 +23,7 @@ from chains import contents, differs, make_base
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, State
 from cowferry.drivers import nbd as driver
-from cowferry.drivers import opening
+from cowferry.drivers import nbd_link, opening
 from cowferry.drivers.nbd import Nbd
 from cowferry.errors import CowferryError
 from cowferry.exports.nbd import NbdExport, NbdServer
@@ -325,7 +325,7 @@ def test_N1_with_a_delay_a_flush_covers_what_a_server_has_lost(tmp_path: Path) -
         def crash(kind: int, left: list[int] = left) -> None:
             left[0] -= 1
             if left[0] == 0:
-                threading.Thread(target=lambda: (server.crash(), server.up())).start()
+                threading.Thread(target=server.restart).start()
 
         server.before = crash
         for _ in range(10):
@@ -626,30 +626,18 @@ def test_a_read_only_export_is_read(tmp_path: Path) -> None:
     server.crash()
 
 
-def test_open_timeout_waits_for_a_server(tmp_path: Path) -> None:
+def test_open_timeout_waits_for_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     servers: list[Forgetful] = []
-    waiting = threading.Event()
-
-    def later() -> None:
-        waiting.wait(PATIENCE)
-        servers.append(Forgetful(tmp_path / "s", SIZE))
-
-    thread = threading.Thread(target=later)
-    thread.start()
-    original = driver.connect
 
     def connect(*arguments: Any) -> Any:
         try:
-            return original(*arguments)
-        finally:
-            waiting.set()  # it was refused once, at least
+            return nbd_link.connect(*arguments)
+        except OSError:  # it was refused once: now there is one
+            servers.append(Forgetful(tmp_path / "s", SIZE))
+            raise
 
-    driver.connect = connect
-    try:
-        node = node_of(tmp_path / "s", open_timeout="25")
-    finally:
-        driver.connect = original
-        thread.join(PATIENCE)
+    monkeypatch.setattr(driver, "connect", connect)
+    node = node_of(tmp_path / "s", open_timeout="25")
     node.close()
     servers[0].crash()
 
