@@ -116,7 +116,7 @@ class Unflushed:
     def truncated(self, fd: int, size: int) -> None:
         self.wrote(fd, 0, b"")
 
-    def flushed(self, fd: int) -> None:
+    def flushed(self, fd: int, attributes: bool = False) -> None:
         st = os.fstat(fd)
         self.files.discard((st.st_dev, st.st_ino))
 

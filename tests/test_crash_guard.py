@@ -21,11 +21,14 @@ import crashes
 import test_crash_bitmaps as bitmaps
 import test_crash_commit as commits
 import test_crash_moves as copies
+import test_crash_partial as partials
 import test_crash_snapshot as snapshots
 from cowferry.block import moves, sysio
 from cowferry.block.keeper import Keeper
 from cowferry.commands import change as change_command
-from cowferry.drivers import opening
+from cowferry.drivers import opening, partial
+from cowferry.drivers.file import File
+from cowferry.drivers.partial import Filling, Partial
 from cowferry.jobs.job import Ending
 from cowferry.jobs.mirror import Mirror
 from cowferry.operations import transaction as transactions
@@ -45,7 +48,7 @@ WAY_DOWN = {
     "Raw.flush", "Raw.reopen", "Raw.close", "Raw.resize", "Raw.pwrite", "File.flush", "File.pwrite",
     "Disk.pwrite", "Disk.zero", "Disk.discard", "Disk.flush", "Disk.resize",
     "_flushed", "Job.attempt", "_remove", "settled", "committed", "fresh",
-    "Marks.flush", "Node.change_size",
+    "Marks.flush", "Node.change_size", "Partial.pwrite", "Partial.reopen", "Partial.set_backing",
 }  # fmt: skip
 
 # Flushes whose loss no crash can show, and why.
@@ -196,6 +199,36 @@ def qed_copy(folder: Path) -> None:
     copies.test_M1_M2_a_full_copy_into_a_new_file_and_the_pivot(folder, "qed", "qed", "background")
 
 
+def guest(folder: Path) -> None:
+    partials.test_N1_ST4_what_was_flushed_is_there_and_no_bit_has_no_bytes(folder)
+
+
+def filled(folder: Path) -> None:
+    partials.test_ST1_ST2_ST3_a_stream_to_its_end(folder)
+
+
+def grows(folder: Path) -> None:
+    partials.test_a_disk_grows_while_it_is_being_filled(folder)
+
+
+def made(folder: Path) -> None:
+    partials.test_no_crash_while_it_is_made_leaves_an_image_that_reads_wrong(folder, "partial")
+
+
+def map_first(self: Partial) -> None:
+    """The bits are durable before the bytes."""
+    with self.flushing:
+        assert self.have is not None
+        self.filling.mark(self.have.copy())
+        self.file.flush()
+
+
+def gone_at_once(self: Filling, file: File) -> None:
+    """The map goes before the mark."""
+    bitmap_file.remove(self.path)
+    partial.unmark(file.fd)
+
+
 def active(folder: Path) -> None:
     commits.test_C1_C2_M2_an_active_commit_and_its_pivot(folder, "raw", "background", 40 << 10)
 
@@ -270,6 +303,17 @@ ROWS: list[tuple[str, Scenario, Break]] = [
     ),
     ("no region is marked", bitmaps.guest, instead(Keeper, "protect", unmarked)),
     ("one size", bitmaps.resizes, instead(Keeper, "resizing", lambda self, size: None)),
+    ("bytes before their bits", guest, Without("Partial.flush", unless="Filling.mark")),
+    ("the bits", guest, Without("Filling.mark")),
+    ("bits before their bytes", guest, instead(Partial, "flush", map_first)),
+    ("another map", filled, Without("Filling.store")),
+    ("the mark is gone", filled, Without("unmark")),
+    ("the map is gone", filled, Without("remove")),
+    ("the map goes first", filled, instead(Filling, "end", gone_at_once)),
+    ("the map of a larger file", grows, Without("Partial.resize", unless="Filling.store")),
+    ("a new map", made, Without("Marks.__init__")),
+    ("a new mark", made, Without("mark")),
+    ("a new raw image", made, Without("File.create")),
     ("the old name's record", there_and_back, instead(opening, "create_image", not_kept)),
     ("another disk's record", older_record, instead(moves, "_forget_others", lambda m: None)),
 ]

@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     offset: int = 0
     data: bytes = b""
     file: str = ""  # what a new name points to
-    name: str = ""  # the path made or removed; of an attribute, its own
+    name: str = ""  # the path made or removed; an attribute's; of a flush that covers those, too
     value: bytes | None = None  # of an attribute, if it was not removed
     target: str = ""  # of a rename
     mark: Any = None
@@ -136,10 +136,10 @@ class Log:
             os.close(reader)
         self.entries.append(Entry("write", file, start, whole))
 
-    def flushed(self, fd: int) -> None:
+    def flushed(self, fd: int, attributes: bool = False) -> None:
         file = self._file(fd)
         if file is not None:
-            self.entries.append(Entry("flush", file))
+            self.entries.append(Entry("flush", file, name="attributes" if attributes else ""))
 
     def truncated(self, fd: int, size: int) -> None:
         file = self._file(fd)
@@ -239,6 +239,8 @@ class Disks:
             for change in self.pending.pop(e.of, []):
                 if change.kind in NAMES:
                     name(self.names, change)
+                elif change.kind == "attribute" and not e.name:  # fdatasync leaves them
+                    self.pending.setdefault(e.of, []).append(change)
                 elif change.kind == "attribute":
                     attribute(self.attributes.setdefault(e.of, {}), change)
                 else:
