@@ -477,8 +477,8 @@ class Model(Ground):
         root, old = guest.root, guest.root.backing
         if old is None or self.working(g) or g in self.locked:
             return
-        path = self.path(f"{g}.below")
         layer = Layer(kind if old.size % 512 == 0 else "raw", cluster, old.size)
+        path = self.path(f"{g}-below").with_suffix(f".{layer.format}")  # a QED root needs to know
         make_image(path, layer)
         node = opening.open_image(str(path), layer.format)
         data = bytearray(old.size)
@@ -503,7 +503,7 @@ class Model(Ground):
             return
         below = Path(node.backing.filename)
         if how == "link":
-            link = self.path("link")
+            link = self.path("link").with_suffix(below.suffix)
             link.symlink_to(below)
             below = link
         elif how == "wrong":
