@@ -23,7 +23,7 @@ import test_crash_commit as commits
 import test_crash_moves as copies
 import test_crash_partial as partials
 import test_crash_snapshot as snapshots
-from cowferry.block import moves, sysio
+from cowferry.block import bitmap_file, moves, sysio
 from cowferry.block.keeper import Keeper
 from cowferry.commands import change as change_command
 from cowferry.drivers import opening, partial
