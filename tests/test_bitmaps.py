@@ -408,6 +408,28 @@ def test_a_node_that_is_written_through_another_has_none(house: House) -> None:
     house("blockdev-add", **given)
 
 
+def test_a_filter_has_the_bitmaps_of_the_node_below(house: House) -> None:
+    """Whether they were added before it was there, to the one or to the other."""
+    house.open("vm")
+    house.bitmap("add", "vm", "before")
+    house("object-add", **{"qom-type": "throttle-group", "id": "g"})
+    given = {"driver": "throttle", "throttle-group": "g", "file": "vm", "node-name": "f"}
+    house("blockdev-add", **given)
+    house.bitmap("add", "vm", "below", persistent=True)
+    house.bitmap("add", "f", "above", persistent=True)
+    house("transaction", actions=[action("add", "vm", "both"), action("disable", "f", "both")])
+    again = {"node": "vm", "name": "above"}
+    assert refusal(house, "block-dirty-bitmap-add", **again) == "Bitmap already exists: above"
+    house.daemon.graph.disk("f").pwrite(memoryview(b"x"), 0)
+    names = ["before", "below", "above", "both"]
+    dirty = {name: entry["count"] for name, entry in dict_of(house, "vm").items()}
+    assert dirty == dict.fromkeys(names, CLUSTER) | {"both": 0}
+    assert dict_of(house, "f") == {}
+    for device in ({"device": "f"}, {}):
+        found = house("x-query-bitmaps", **device)
+        assert [(b["node-name"], b["name"]) for b in found] == [("vm", name) for name in names]
+
+
 def test_a_bitmap_has_no_more_bits_than_memory_is_for(house: House) -> None:
     path = str(house.folder / "huge.raw")
     opening.create_image(path, "raw", 1 << 42, {})

@@ -20,7 +20,7 @@ from cowferry.block import names
 from cowferry.block.disk import Disk
 from cowferry.block.limits import Group
 from cowferry.block.node import Node, chain
-from cowferry.drivers import opening, partial
+from cowferry.drivers import driver, opening, partial
 from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound, ImageError
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}")
@@ -138,7 +138,7 @@ class Graph:
             if node is None or node.read_only:
                 continue
             mine = options.get("read-only") not in (True, "on") and key != "backing"
-            if mine and node.bitmaps:
+            if mine and node.bitmaps and not _is_filter(options):
                 raise CowferryError(
                     f"Node '{child}' has dirty bitmaps, and writes through another node are not in "
                     f"them: {', '.join(node.bitmaps)}",
@@ -566,6 +566,12 @@ def _parts(node: Node) -> Iterator[Node]:
         if role != "backing":
             yield child
             yield from _parts(child)
+
+
+def _is_filter(options: Mapping[str, Any]) -> bool:
+    """Whether what they open passes on what it is told, to bitmaps too."""
+    name = options.get("driver")
+    return isinstance(name, str) and bool(driver(name).filter)
 
 
 def parents_first(nodes: list[Node]) -> list[Node]:

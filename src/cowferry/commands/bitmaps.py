@@ -152,9 +152,9 @@ class QueryBitmaps(Args):
 def query_bitmaps(daemon: Daemon, args: QueryBitmaps) -> list[dict[str, Any]]:
     """Every bitmap of a disk's chain, top first, or of all nodes: where it is kept, who uses it."""
     if args.device is None:
-        nodes = daemon.graph.every_node()
+        nodes = [n for n in daemon.graph.every_node() if not n.filter]
     else:
-        nodes = list(chain(daemon.graph.disk(args.device).root))
+        nodes = [bitmaps.unfiltered(n) for n in chain(daemon.graph.disk(args.device).root)]
     return [described(n, b) for n in nodes for b in n.bitmaps.values()]
 
 

@@ -181,7 +181,8 @@ def device_info(node: Node, disk: Disk | None = None) -> dict[str, Any]:
     if disk is not None and disk.limits is not None:
         group = disk.limits.group
         out |= shown(group.limits) | {"group": group.name}
-    bitmaps = [*reversed(node.bitmaps.values())]  # the newest first, as in QEMU
+    # The newest first, as in QEMU; those of the node below are that one's.
+    bitmaps = [] if node.filter else [*reversed(node.bitmaps.values())]
     bitmaps += [] if disk is None else disk.bitmaps.values()
     if bitmaps:
         out["dirty-bitmaps"] = [dirty_info(b) for b in bitmaps]

@@ -39,12 +39,22 @@ Named = str | tuple[str, str]
 
 
 def node_of(daemon: Daemon, name: str, so_far: Transaction | None = None) -> Node | None:
-    """The node of that name, or the root that the disk of that name has after the parts so far."""
+    """The node of that name, or the root that the disk of that name has after the parts so far.
+
+    A filter has the bitmaps of the node below it."""
     with daemon.graph.lock:
         disk = daemon.graph.disks.get(name)
-        if disk is None:
-            return daemon.graph.nodes.get(name)
-    return disk.root if so_far is None else so_far.root(disk)
+        node = daemon.graph.nodes.get(name)
+    if disk is not None:
+        node = disk.root if so_far is None else so_far.root(disk)
+    return None if node is None else unfiltered(node)
+
+
+def unfiltered(node: Node) -> Node:
+    """The node below all filters."""
+    while node.filter and node.file is not None:
+        node = node.file
+    return node
 
 
 def find(node: Node, name: str, so_far: Transaction | None = None) -> Bitmap | None:
@@ -106,7 +116,9 @@ def default_granularity(node: Node) -> int:
 
 
 def _is_file_of(node: Node, other: Node) -> bool:
-    return any(child is node and role != "backing" for role, child in children(other))
+    """Whether `other` writes the node without telling its bitmaps."""
+    roles = [role for role, child in children(other) if child is node]
+    return not other.filter and any(role != "backing" for role in roles)
 
 
 # Parts of a transaction -------------------------------------------------------------------
