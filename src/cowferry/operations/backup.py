@@ -16,6 +16,7 @@ for a target that copies on write reads it. Where the target has none it is lent
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,6 +45,8 @@ from cowferry.operations.transaction import Part, Transaction
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
+
+log = logging.getLogger(__name__)
 
 SYNC = ("top", "full", "none", "incremental", "bitmap")
 BY_BITMAP = ("incremental", "bitmap")
@@ -194,17 +197,23 @@ class Start(Part):
         """The job is over."""
         try:
             self._take_back()
-        finally:
             self._release()
+        except (OSError, CowferryError) as error:
+            if not failed:
+                raise
+            log.info("what backup '%s' made of its target is not whole: %s", self.job_id, error)
+        finally:
             if failed:
                 _unmake(self.made)
 
     def _release(self) -> None:
         graph = self.daemon.graph
         graph.release(self.nodes, WHY, self.job_id)
-        if self.adopted:
-            graph.let_go(self.target.root)
-        graph.tidy(self.nodes)
+        try:
+            if self.adopted:
+                graph.let_go(self.target.root)
+        finally:
+            graph.tidy(self.nodes)
 
 
 # By node ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ bitmap says.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from typing import TYPE_CHECKING, NamedTuple
@@ -92,6 +93,11 @@ class Kept(Start):
             bitmaps=() if self.frozen is None else (self.frozen,),
         )
         self.export = self.daemon.offer(export)
+
+    def close(self) -> None:
+        """Let go of the overlay, if its export was there longer than its job."""
+        with contextlib.suppress(OSError, CowferryError):  # full, perhaps; nobody needs it any more
+            self.daemon.graph.let_go(self.target.root)
 
     @property
     def over(self) -> bool:
@@ -207,6 +213,7 @@ def end(daemon: Daemon, id: str, failed: bool) -> None:
     for part in found.parts:
         if not part.job.wait(STOPPING):
             raise DeviceInUse(f"job '{part.job_id}' has not stopped yet", "some I/O of it hangs")
+        part.close()
     lost = lost or [part for part in found.parts if part.job.error and not failed]
     if lost:
         names = ", ".join(f"'{part.device}' ({part.job.error or 'cancelled'})" for part in lost)
