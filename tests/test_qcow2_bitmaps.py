@@ -1,201 +1,45 @@
-"""Dirty bitmaps inside qcow2 images: QEMU reads ours and we read QEMU's, bit for bit; B1 and B2.
-
-These are about the store alone: who keeps bitmaps while an image is written is another matter
-(`Keeper`), and the images here are opened as if nobody did.
-"""
+"""Dirty bitmaps inside qcow2 images: QEMU reads ours and we read QEMU's, bit for bit; B1 and B2."""
 
 from __future__ import annotations
 
+import errno
 import itertools
-import json
-import os
 import random
 import shutil
-import signal
-import struct
 import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from bitmapping import (
+    MIB,
+    OTHER,
+    SIZE,
+    TOKEN,
+    StorageDaemon,
+    agree_with_qemu,
+    contents_of,
+    dirty,
+    image_at,
+    info_of_qemu,
+    known,
+    make,
+    opened,
+    stored,
+)
 from chains import contents, differs
-from cowferry.block import sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
-from cowferry.drivers import driver, opening
+from cowferry.drivers import opening
 from cowferry.drivers.qcow2 import bitmaps as store
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.errors import CowferryError, NotSupported
+from orders import Other, failing, on_call
 from test_cli_offline import cowferry as run
-from test_crash_guard import Without
 from test_qcow2_peers import qemu_img
 from tests_support import need
-from writelog import Log, Oracle, State, put, states
-
-MIB = 1 << 20
-SIZE = 4 * MIB
-SMALL = 1 * MIB
-SOAK = os.environ.get("COWFERRY_SOAK") is not None
-TOKEN, OTHER = b"the first token.", b"another token..."
-Known = dict[str, tuple[bytes, bool]]  # the bits of each bitmap, and whether it records
-
-
-def opened(path: Path, read_only: bool = False) -> Qcow2:
-    """The image alone: no keeper."""
-    files: Any = driver("file")
-
-    def file(path: Path) -> Any:
-        options = files.Options(driver="file", filename=str(path), read_only=read_only)
-        return files.open(options, {})
-
-    children = {"file": file(path)}
-    try:
-        for role, name in Qcow2.companions(children).items():
-            children[role] = file(path.parent / name)
-        return Qcow2.open(Qcow2.Options(driver="qcow2", read_only=read_only), children)
-    except BaseException:
-        for child in children.values():
-            child.close()
-        raise
-
-
-@contextmanager
-def image_at(path: Path, read_only: bool = False) -> Iterator[Qcow2]:
-    """Open, and closed again."""
-    image = opened(path, read_only)
-    try:
-        yield image
-    finally:
-        image.close()
-
-
-def make(path: Path, size: int = SIZE, **options: Any) -> Path:
-    """An empty image."""
-    Qcow2.create(str(path), size, options)
-    return path
-
-
-def dirty(
-    name: str, size: int = SIZE, granularity: int = 64 << 10, seed: int = 1, share: float = 0.3
-) -> Bitmap:
-    """A bitmap with runs of dirty granules, and its last one."""
-    bitmap = Bitmap(name, size, granularity, persistent=True)
-    rnd = random.Random(f"{name}{seed}")
-    for _ in range(60):
-        if rnd.random() < share:
-            bitmap.set(rnd.randrange(size), rnd.randrange(1, 9) * granularity)
-    bitmap.set(size - 1, 1)
-    return bitmap
-
-
-def known(bitmaps: Iterable[Bitmap]) -> Known:
-    return {b.name: (b.bits.tobytes(), b.recording) for b in bitmaps}
-
-
-def stored(path: Path) -> list[Bitmap]:
-    """As another process finds them."""
-    with image_at(path, read_only=True) as image:
-        return image.read_bitmaps()
-
-
-class StorageDaemon:
-    """qemu-storage-daemon with `path` as node `n`, spoken to in QMP."""
-
-    def __init__(self, path: Path, read_only: bool = True) -> None:
-        need("qemu-storage-daemon", "nbdinfo")
-        self.socket = path.with_suffix(".sock")
-        file = f"file.driver=file,file.filename={path}"
-        self.process = subprocess.Popen(
-            ["qemu-storage-daemon", "--blockdev",
-             f"driver=qcow2,node-name=n,{file},read-only={'on' if read_only else 'off'}",
-             "--chardev", "stdio,id=m", "--monitor", "chardev=m"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None and self.process.stdin is not None
-        self.out, self.into = self.process.stdout, self.process.stdin
-        assert "QMP" in self.out.readline()
-        self.call("qmp_capabilities")
-
-    def __enter__(self) -> StorageDaemon:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.communicate()
-
-    def kill(self) -> None:
-        """No chance to store anything."""
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def call(self, command: str, **arguments: Any) -> Any:
-        self.into.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self.into.flush()
-        while True:
-            answer = json.loads(self.out.readline())
-            assert "error" not in answer, answer
-            if "return" in answer:
-                return answer["return"]
-
-    def bitmaps(self) -> dict[str, dict[str, Any]]:
-        """By name, as the node shows them."""
-        (node,) = (n for n in self.call("query-named-block-nodes") if n["node-name"] == "n")
-        return {b["name"]: b for b in node.get("dirty-bitmaps", [])}
-
-    def export(self, *bitmaps: str) -> None:
-        addr = {"type": "unix", "data": {"path": str(self.socket)}}
-        self.call("nbd-server-start", addr=addr)
-        self.call("block-export-add", type="nbd", id="e", **{"node-name": "n"}, bitmaps=bitmaps)
-
-    def runs(self, bitmap: str) -> list[tuple[int, int]]:
-        """The dirty runs, by way of an NBD client."""
-        done = subprocess.run(
-            ["nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{bitmap}",
-             f"nbd+unix:///n?socket={self.socket}"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        return [(e["offset"], e["length"]) for e in json.loads(done.stdout) if e["type"] & 1]
-
-
-def info_of_qemu(path: Path) -> Any:
-    """The format-specific data of qemu-img's info."""
-    shown = json.loads(qemu_img("info", "-U", "--output=json", path))
-    return shown["format-specific"]["data"]
-
-
-def agree_with_qemu(path: Path) -> None:
-    """QEMU finds nothing wrong, shows what we show, and each bit is what we read."""
-    qemu_img("check", "-U", path)
-    with image_at(path, read_only=True) as image:
-        bitmaps, info = image.read_bitmaps(), image.info()
-        result = image.check()
-    assert not result.corruptions and not result.leaks, result.messages
-    assert info_of_qemu(path) == info
-    usable = [b.name for b in bitmaps if not b.inconsistent]
-    with StorageDaemon(path) as qsd:
-        seen = qsd.bitmaps()
-        assert list(seen) == [b.name for b in reversed(bitmaps)] or set(seen) == {
-            b.name for b in bitmaps
-        }
-        for b in bitmaps:
-            theirs = seen[b.name]
-            assert theirs["granularity"] == b.granularity
-            assert theirs["persistent"] and theirs.get("inconsistent", False) == b.inconsistent
-            if not b.inconsistent:
-                assert theirs["count"] == b.count()
-                assert theirs["recording"] == b.recording
-        if usable:
-            qsd.export(*usable)
-        for b in bitmaps:
-            if not b.inconsistent:
-                assert qsd.runs(b.name) == list(b.runs())
-
 
 # QEMU's, read by us -------------------------------------------------------------------------
 
@@ -557,450 +401,6 @@ def test_no_room_for_the_extension_in_sector_0_is_told_before_anything_changes(
         assert not result.corruptions and not result.leaks
 
 
-# Crashes ------------------------------------------------------------------------------------
-
-
-class Recorded:
-    """Changes of an image's bitmaps under a log; at each mark what may be there from then on."""
-
-    def __init__(self, folder: Path, **options: str) -> None:
-        self.folder = folder / "run"
-        self.folder.mkdir()
-        self.states = folder / "states"
-        self.states.mkdir()
-        self.path = make(self.folder / "vm.qcow2", SMALL, **options)
-        self.moments: list[tuple[Known, bytes, int]] = [({}, b"", SMALL)]  # bitmaps, token, size
-
-    def record(self, broken: Without | None = None) -> None:
-        """Rest, in use, changed, grown, rest, fewer, none; with guest bytes in between."""
-        rnd = random.Random(3)
-        image = opened(self.path)
-        self.flat = bytearray(SMALL)
-        patch = pytest.MonkeyPatch()
-        self.log = Log(self.folder)
-        with self.log:
-            if broken is not None:
-                broken(patch)
-            try:
-                self._work(image, rnd)
-            finally:
-                patch.undo()
-        image.close()
-
-    def _work(self, image: Qcow2, rnd: random.Random) -> None:
-        b0, b1, b2 = dirty("b0", SMALL, 512), dirty("b1", SMALL), dirty("b2", SMALL, 4096)
-        self.write(image, [b0, b1])
-        self.write(image, [b0, b1], TOKEN)
-        self.guest(image, rnd)
-        b0.set(0, MIB // 2)
-        b1.clear(0, MIB // 2)
-        self.write(image, [b0, b1, b2], TOKEN)
-        self.guest(image, rnd)
-        self.write(image, [b0, b1, b2])
-        self.write(image, [b0, b1, b2], OTHER)
-        size = 3 * MIB  # in clusters of 512 bytes the table of b0 gets longer
-        for b in (b0, b1, b2):
-            b.resize(size)
-        self.moment([b0, b1, b2], OTHER, size)
-        self.log.mark(("grow", size))
-        image.resize(size)
-        self.log.mark(("done",))
-        self.guest(image, rnd)
-        b2.set(2 * MIB, MIB)
-        self.write(image, [b0, b1, b2])
-        b1.recording = False
-        self.write(image, [b0, b1, b2])
-        self.write(image, [b2, b0])
-        self.write(image, [b2, b0], TOKEN)
-        self.write(image, [])
-
-    def moment(self, bitmaps: list[Bitmap], token: bytes, size: int) -> None:
-        self.moments.append((known(bitmaps), token if bitmaps else b"", size))
-        self.log.mark(("begin", len(self.moments) - 1))
-
-    def write(self, image: Qcow2, bitmaps: list[Bitmap], token: bytes = b"") -> None:
-        self.moment(bitmaps, token, image.size)
-        image.write_bitmaps(bitmaps, token)
-        self.log.mark(("done",))
-
-    def guest(self, image: Qcow2, rnd: random.Random) -> None:
-        """Writes, some of them flushed."""
-        for _ in range(3):
-            at, data = rnd.randrange(SMALL - 9000), rnd.randbytes(9000)
-            self.log.mark(("write", at, data))
-            image.pwrite(memoryview(data), at)
-        image.flush()
-        self.log.mark(("flushed",))
-
-    def judge(self, state: State) -> None:
-        """The old bitmaps or the new ones, each in use only if one of both is; guests' bytes."""
-        put(state, self.states)
-        oracle, at, done = Oracle(self.flat), 0, True
-        for kind, *more in state.marks:
-            if kind == "begin":
-                at, done = more[0], False
-            elif kind == "done":
-                done = True
-            elif kind == "grow":
-                oracle.grow(more[0])
-            elif kind == "write":
-                oracle.write(more[0], more[1])
-            else:
-                oracle.flush()
-        may_be = self.moments[at : at + 1] if done else self.moments[at - 1 : at + 1]
-        with image_at(self.states / "vm.qcow2", read_only=True) as image:
-            result = image.check()
-            assert not result.corruptions, result.messages[:3]
-            wrong = oracle.wrong(contents(image))
-            assert not wrong, wrong
-            found, token = image.read_bitmaps(), image.bitmap_token()
-            assert not token or all(b.size == image.size for b in found)
-        assert (known(found), image.size) in [(k, s) for k, _, s in may_be], "which bitmaps?"
-        assert token in [t for _, t, _ in may_be], "whose token?"
-        if any(b.inconsistent for b in found):
-            assert token, "in use, and nobody says by whom"
-        if done and token:
-            assert all(b.inconsistent for b in found), "B1: not marked, and it may be written"
-
-
-CRASHES = [{"cluster_size": "4k"}, {"cluster_size": "512"}, {"cluster_size": "64k"}]
-
-
-@pytest.mark.parametrize("options", CRASHES, ids=lambda o: str(o["cluster_size"]))
-def test_B1_B2_after_a_crash_they_are_the_old_ones_or_the_new_ones(
-    tmp_path: Path, options: dict[str, str]
-) -> None:
-    need("qemu-img")
-    run = Recorded(tmp_path, **options)
-    run.record()
-    number = 0
-    every = 1 if SOAK else max(len(run.log.entries) // 60, 1)
-    for number, state in enumerate(states(run.log, 4, 40 if SOAK else 3, every), 1):
-        try:
-            run.judge(state)
-        except AssertionError as error:
-            raise AssertionError(f"{state.what}: {error}") from error
-        if number % 100 == 0:
-            done = subprocess.run(
-                ["qemu-img", "check", run.states / "vm.qcow2"], capture_output=True, text=True
-            )
-            assert done.returncode in (0, 3), f"{state.what}: {done.stdout}{done.stderr}"
-    assert number > 100
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [Without("Qcow2._write_tables"), Without("_in_place"), Without("_switch"), Without("grow")],
-    ids=["what the header refers to", "flags", "header", "growing"],
-)
-def test_the_crash_test_of_bitmaps_notices_a_missing_flush(tmp_path: Path, broken: Without) -> None:
-    run = Recorded(tmp_path, cluster_size="4k")
-    run.record(broken)
-    with pytest.raises((AssertionError, OSError, CowferryError)):
-        for state in states(run.log, 1, 12, every=2):
-            run.judge(state)
-
-
-@pytest.mark.parametrize("nth", range(1, 12))
-def test_a_write_that_fails_leaves_the_old_bitmaps_and_the_image_sound(
-    tmp_path: Path, nth: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = make(tmp_path / "vm.qcow2", cluster_size="4k")
-    old, new = [dirty("b0", granularity=512)], [dirty("b0", granularity=512, seed=2), dirty("b1")]
-    image = opened(path)
-    image.write_bitmaps(old)
-    calls = itertools.count(1)
-    plain = sysio.pwrite
-
-    def failing(fd: int, buf: Any, offset: int) -> None:
-        if next(calls) == nth:
-            raise OSError(28, os.strerror(28))
-        plain(fd, buf, offset)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sysio, "pwrite", failing)
-        try:
-            image.write_bitmaps(new)
-            want = new
-        except OSError:
-            want = old
-    assert known(image.read_bitmaps()) == known(want)
-    result = image.check()
-    assert not result.corruptions, result.messages
-    image.write_bitmaps(new)
-    assert known(image.read_bitmaps()) == known(new)
-    image.close()
-    assert known(stored(path)) == known(new)
-
-
-# What we do not trust -----------------------------------------------------------------------
-
-BOUNDS = {
-    1: [0, 1, 2, 8, 9, 31, 32, 63, 255],
-    2: [0, 1, 1023, 1024, 65535],
-    4: [0, 1, 2, 3, 4, 8, 255, 65535, 65536, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF],
-    8: [0, 1, 2, 255, 256, 511, 512, 4096, 65536, 1 << 20, 1 << 40, 1 << 55, 1 << 56, 1 << 62,
-        (1 << 63) - 1, 1 << 63, (1 << 64) - 1],
-}  # fmt: skip
-
-
-def fields(path: Path) -> list[tuple[str, int, int]]:
-    """(name, place in the file, bytes) of each number of the bitmaps' structures."""
-    data = path.read_bytes()
-    ext = data.index(struct.pack(">II", headers.EXT_BITMAPS, 24)) + 8
-    directory = struct.unpack_from(">Q", data, ext + 16)[0]
-    table = struct.unpack_from(">Q", data, directory)[0]
-    out = [("extension length", ext - 4, 4)]
-    out += [(f"extension {n}", ext + at, w) for n, at, w in
-            (("number", 0, 4), ("reserved", 4, 4), ("size", 8, 8), ("offset", 16, 8))]  # fmt: skip
-    out += [(f"entry {n}", directory + at, w) for n, at, w in
-            (("table", 0, 8), ("length", 8, 4), ("flags", 12, 4), ("type", 16, 1),
-             ("granularity", 17, 1), ("name", 18, 2), ("extra", 20, 4))]  # fmt: skip
-    return [*out, ("word 0", table, 8), ("word 1", table + 8, 8)]
-
-
-@pytest.fixture(scope="module")
-def seed_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = make(tmp_path_factory.mktemp("seed") / "vm.qcow2", cluster_size="512")
-    with image_at(path) as image:
-        image.write_bitmaps([dirty("b0", granularity=512), dirty("b1"), dirty("b2")])
-        image.write_bitmaps([dirty("b0", granularity=512), dirty("b1"), dirty("b2")], TOKEN)
-        image.pwrite(memoryview(b"guest" * 1000), 5000)
-        image.write_bitmaps([dirty("b0", granularity=512), dirty("b1"), dirty("b2")])
-    return path
-
-
-def try_image(path: Path, data: bytes) -> str:
-    """What becomes of an image with these bytes: the error, or "". It stays usable."""
-    path.write_bytes(data)
-    said = ""
-    with image_at(path, read_only=True) as image:
-        info = image.info()
-        try:
-            found = image.read_bitmaps()
-            assert [b["name"] for b in info.get("bitmaps", [])] == [b.name for b in found]
-            assert image.check().corruptions == 0
-        except CowferryError as error:
-            assert "\n" not in error.desc and str(path) in error.desc and error.hint
-            said = error.desc
-            assert isinstance(error, NotSupported) or image.check().corruptions
-    assert path.read_bytes() == data
-    return said
-
-
-def test_structures_with_absurd_numbers_are_told_and_the_disk_is_unharmed(
-    tmp_path: Path, seed_image: Path
-) -> None:
-    need("qemu-img")
-    whole = seed_image.read_bytes()
-    path = tmp_path / "vm.qcow2"
-    told = 0
-    for (name, at, width), value in ((f, v) for f in fields(seed_image) for v in BOUNDS[f[2]]):
-        data = bytearray(whole)
-        data[at : at + width] = value.to_bytes(width, "big")
-        if name == "extension length" and value != 24:
-            continue  # of the header's extensions as a whole: not ours to judge here
-        said = try_image(path, bytes(data))
-        told += bool(said)
-        if value % 3:
-            continue
-        with image_at(path) as image:  # and for writing, too
-            assert not differs(contents(image), contents_of(seed_image))
-            image.pwrite(memoryview(b"more"), 100_000)
-            left = image.read_bitmaps()
-            assert not said or not left
-            assert not image.check().corruptions
-            image.write_bitmaps([*left, dirty("new")])
-        assert [b.name for b in stored(path)] == [*(b.name for b in left), "new"], name
-    assert told > 60
-    qemu_img("check", "-r", "leaks", path)
-
-
-def contents_of(path: Path) -> bytes:
-    with image_at(path, read_only=True) as image:
-        return bytes(contents(image))
-
-
-def test_structures_that_overlap_are_told(tmp_path: Path, seed_image: Path) -> None:
-    whole, path = seed_image.read_bytes(), tmp_path / "vm.qcow2"
-    with image_at(seed_image, read_only=True) as image:
-        h, (entry, *_) = image.header, store.directory(image)
-        ext = h.extension(headers.EXT_BITMAPS)
-        assert ext is not None
-        directory = store.EXTENSION.unpack(ext)[3]
-        word = next(w for w in entry.table if w > store.ALL_ONES)
-        tables = {
-            "header": 0, "L1": h.l1_offset, "refcount table": h.reftable_offset,
-            "refcount block": image.refcounts.table[0], "L2": image.map.l1[0] & ~(1 << 63),
-            "directory": directory, "table": entry.table_offset, "bits": word,
-        }  # fmt: skip
-    places = {name: at for name, at, _ in fields(seed_image)}
-    for field, own in (("extension offset", "directory"), ("entry table", "table"), ("word 0", "")):
-        for name, place in tables.items():
-            data = bytearray(whole)
-            at = places[field]
-            if name == own or (name == "header" and field == "word 0"):
-                continue
-            if name == "bits" and field == "word 0" and word == entry.table[0]:
-                place = next(w for w in entry.table if w > store.ALL_ONES and w != word)
-            data[at : at + 8] = place.to_bytes(8, "big")
-            assert try_image(path, bytes(data)), f"{field} at the {name}"
-    data = bytearray(whole)
-    at = data.index(b"b1", directory)
-    data[at : at + 2] = b"b2"
-    assert "another's" in try_image(path, bytes(data))
-
-
-def test_cut_short_or_written_by_a_program_without_bitmaps(
-    tmp_path: Path, seed_image: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    need("qemu-img")
-    path = tmp_path / "vm.qcow2"
-    data = bytearray(seed_image.read_bytes())
-    data[95] &= 0xFE  # its autoclear bit
-    path.write_bytes(data)
-    assert stored(path) == []
-    assert "void" in caplog.text and str(path) in caplog.text
-    assert "bitmaps" not in info_of_qemu(path)
-    with image_at(path, read_only=True) as image:
-        leaks = image.check().leaks
-        assert leaks
-    done = subprocess.run(["qemu-img", "check", path], capture_output=True, text=True)
-    assert done.returncode == 3 and f"{leaks} leaked" in done.stdout
-    with image_at(path) as image:
-        assert image.read_bitmaps() == []
-        image.write_bitmaps([dirty("b9")])
-        assert image.check("leaks").leaks_fixed == leaks
-    agree_with_qemu(path)
-
-
-@pytest.mark.parametrize(
-    ("count", "length", "flags", "words"),
-    [
-        (65535, 1, store.IN_USE, "512 MiB"),  # each has little
-        (1, 1 << 27, store.IN_USE, "512 MiB"),  # a table of a gibibyte
-        (1, 256, 0, "clusters"),  # all that is allowed, and it is too little for the disk
-    ],
-)
-def test_it_takes_little_memory_to_refuse_much(
-    tmp_path: Path, count: int, length: int, flags: int, words: str
-) -> None:
-    """A disk of a pebibyte in granules of 512 bytes, and a file that is mostly a hole."""
-    path = make(tmp_path / "vm.qcow2", 1 << 50, cluster_size="2M")
-    data = bytearray(path.read_bytes())
-    end = len(data)
-    first = 1 << 40  # the tables
-    entries = b"".join(
-        struct.pack(">QIIBBHI", first + (i << 21), length, flags, 1, 9, 8, 0) + b"map%05d" % i
-        for i in range(count)
-    )
-    at = 112  # the names of features were there
-    extension = store.EXTENSION.pack(count, 0, len(entries), end)
-    data[at : at + 40] = struct.pack(">II24s8x", headers.EXT_BITMAPS, 24, extension)
-    data[95] |= 1
-    with open(path, "wb") as f:
-        f.write(data)
-        f.seek(end)
-        f.write(entries)
-        f.truncate(1 << 42)
-    program = (
-        "import sys; sys.path.insert(0, 'tests'); import resource; from pathlib import Path\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
-        "resource.setrlimit(resource.RLIMIT_CPU, (20, 20))\n"
-        "from test_qcow2_bitmaps import stored\n"
-        "from cowferry.errors import CowferryError\n"
-        "try: stored(Path(sys.argv[1]))\n"
-        "except CowferryError as error: print(error.desc)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, path], capture_output=True, text=True,
-        cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert words in done.stdout
-
-
-def test_what_we_do_not_understand_stays_as_it_is_byte_for_byte(
-    tmp_path: Path, seed_image: Path
-) -> None:
-    strange = {
-        "type": (16, b"\x07"), "flags": (12, b"\0\0\1\0"),
-    }  # fmt: skip
-    for name, (at, value) in strange.items():
-        path = tmp_path / "vm.qcow2"
-        data = bytearray(seed_image.read_bytes())
-        where = {n: p for n, p, _ in fields(seed_image)}["entry table"] + at
-        data[where : where + len(value)] = value
-        path.write_bytes(data)
-        with image_at(path) as image:
-            (first, *others) = image.read_bitmaps()
-            assert first.inconsistent and not any(b.inconsistent for b in others), name
-            before = store.directory(image)[0]
-            image.write_bitmaps([first, *others], TOKEN)
-            image.write_bitmaps([others[0], first, dirty("b7")])
-            after = {e.name: e for e in store.directory(image)}[before.name]
-            assert after == before and after.encode() == before.encode()
-            with pytest.raises(CowferryError, match="cannot be resized"):
-                image.resize(2 * SIZE)
-            image.write_bitmaps([])
-            result = image.check()
-            assert not result.corruptions and not result.leaks
-
-
-@pytest.mark.parametrize("compatible", [True, False])
-def test_extra_data_is_kept_and_a_bitmap_used_only_if_it_says_that_it_may(
-    tmp_path: Path, compatible: bool
-) -> None:
-    path = make(tmp_path / "vm.qcow2")
-    with image_at(path) as image:
-        image.write_bitmaps([dirty("b0"), dirty("b1")])
-        b0, b1 = store.directory(image)
-        flags = b0.flags | (store.EXTRA_COMPATIBLE if compatible else 0)
-        data = replace(b0, extra=b"extra data", flags=flags).encode() + b1.encode()
-        ext = image.header.extension(headers.EXT_BITMAPS)
-        assert ext is not None
-        offset = store.EXTENSION.unpack(ext)[3]
-        changed = store.EXTENSION.pack(2, 0, len(data), offset)
-        image._write(offset, data)
-        image.header.extensions = [(headers.EXT_BITMAPS, changed)]
-        image.write_header()
-    with image_at(path) as image:
-        first, second = image.read_bitmaps()
-        before = store.directory(image)[0]
-        assert first.inconsistent is not compatible
-        first.clear(0, SIZE)
-        image.write_bitmaps([second, first])
-        entry = store.directory(image)[1]
-        assert entry.extra == b"extra data"
-        assert bool(entry.flags & store.EXTRA_COMPATIBLE) == compatible
-        if compatible:
-            assert image.read_bitmaps()[1].count() == 0
-        else:
-            assert entry == before
-        result = image.check()
-        assert not result.corruptions and not result.leaks
-
-
-def test_check_does_not_take_what_bitmaps_use_for_leaked(tmp_path: Path) -> None:
-    need("qemu-img")
-    path = make(tmp_path / "vm.qcow2", cluster_size="4k")
-    bitmaps = [dirty("b0", granularity=512), dirty("b1")]
-    with image_at(path) as image:
-        image.write_bitmaps(bitmaps)
-        with image.meta:
-            image.refcounts.allocate(3)
-    with image_at(path) as image:
-        assert image.check("leaks").leaks_fixed == 3
-    agree_with_qemu(path)
-    assert known(stored(path)) == known(bitmaps)
-    with image_at(path) as image:  # the other way: counts too low are raised
-        for cluster in image.bitmap_clusters:
-            image.refcounts.put(cluster, 0)
-    with image_at(path) as image, pytest.raises(OSError, match="counted as free"):
-        image.refcounts.hint = 0
-        image.refcounts.allocate(1)  # it is never handed out (Q4)
-
-
 # With a keeper, and by the command line ------------------------------------------------------
 
 
@@ -1109,3 +509,66 @@ def test_info_and_convert_show_and_copy_them_as_qemu_img_does(tmp_path: Path) ->
     assert not target.exists()
     run("convert", "-O", "qcow2", "--bitmaps", "--skip-broken-bitmaps", bad, target)
     assert known(stored(target)) == known(bitmaps[:1])
+
+
+def test_what_does_not_come_to_rest_is_still_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a failed close, and at a failed change to read-only, after which the guest goes on."""
+    path = make(tmp_path / "vm.qcow2")
+    with image_at(path) as image:
+        image.write_bitmaps([dirty("b0", granularity=4096, share=0)])
+    node = opening.open_image(str(path))
+    assert isinstance(node, Qcow2)
+    disk = Disk(node)
+    disk.pwrite(memoryview(b"x" * 4096), MIB)
+    with monkeypatch.context() as patch:
+        on_call(patch, node.file, "reopen", failing(errno.EMFILE))
+        with pytest.raises(OSError, match="Too many open files"):
+            node.reopen(True)
+    assert not node.read_only and node.bitmap_token()
+    disk.pwrite(memoryview(b"y" * 4096), 2 * MIB)
+    with monkeypatch.context() as patch:
+        on_call(patch, node, "write_bitmaps", failing(errno.ENOSPC))
+        with pytest.raises(OSError, match="No space left"):
+            node.close()
+    again = opening.open_image(str(path))
+    (b0,) = again.bitmaps.values()
+    assert not b0.inconsistent and b0.any(MIB, 4096) and b0.any(2 * MIB, 4096)
+    got = contents(again)
+    assert got[MIB : MIB + 4096] == b"x" * 4096 and got[2 * MIB : 2 * MIB + 4096] == b"y" * 4096
+    again.close()
+    agree_with_qemu(path)
+
+
+def test_guests_go_on_while_bitmaps_are_stored(tmp_path: Path) -> None:
+    need("qemu-img")
+    path = make(tmp_path / "vm.qcow2", cluster_size="4k")
+    image = opened(path)
+    bitmaps = [dirty("b0", granularity=512), dirty("b1")]
+    image.write_bitmaps(bitmaps, TOKEN)
+    flat = bytearray(SIZE)
+    rnd = random.Random(6)
+
+    def guest() -> None:
+        for step in range(300):
+            at, data = rnd.randrange(SIZE - 6000), rnd.randbytes(6000)
+            image.pwrite(memoryview(data), at)
+            flat[at : at + 6000] = data
+            if step % 10 == 0:
+                image.flush()
+
+    other = Other(guest)
+    steps = 0
+    while other.is_alive() or steps < 10:
+        bitmaps[0].clear(0, SIZE)
+        bitmaps[0].set(steps % 64 * 65536, 300_000)
+        image.write_bitmaps(bitmaps, TOKEN if steps % 2 else OTHER)
+        steps += 1
+    other.end()
+    assert known(image.read_bitmaps()) == known(bitmaps)
+    assert not differs(contents(image), flat)
+    image.write_bitmaps(bitmaps)
+    image.close()
+    agree_with_qemu(path)
+    assert contents_of(path) == flat
