@@ -43,6 +43,7 @@ WAY_DOWN = {
     "Qcow2.flush", "Qcow2._barrier", "Qcow2._write_tables", "Qcow2.write_header", "Qcow2.reopen",
     "Qcow2.close_tables", "Qcow2.close", "Qcow2.set_backing", "Qcow2.resize", "Qcow2._bound_dirty",
     "Qcow2.pwrite", "Qcow2.zero", "Qcow2.discard", "Qcow2.link", "record_backing", "grow",
+    "give_back",
     "Qed.flush", "Qed._write_tables", "Qed.mark_clean", "Qed.set_backing", "Qed.resize", "Qed.reopen",
     "Qed.close", "Qed._bound_dirty", "Qed.pwrite", "Qed.zero", "Qed.discard", "Qed.link",
     "Raw.flush", "Raw.reopen", "Raw.close", "Raw.resize", "Raw.pwrite", "File.flush", "File.pwrite",
@@ -55,7 +56,6 @@ WAY_DOWN = {
 MAY_BE_LOST = {
     "Mirror.approach": "it makes the drain short; settle flushes again",
     "_start.<locals>.make.<locals>.detached": "the image that was left is closed",
-    "give_back": "clusters that the header has let go of leak, no more",
     "Graph._release": "an image that is left is closed; nobody reads it again under that name",
 }
 
