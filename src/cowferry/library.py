@@ -174,7 +174,7 @@ def commit(
     before."""
     _run(
         disk, "block-commit", progress, pivot,
-        top=top, base=base, backing_file=backing_file, speed=speed,
+        top=top, base=base, backing_file=backing_file, speed=speed, x_carry_bitmaps=True,
     )  # fmt: skip
 
 

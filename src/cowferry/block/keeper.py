@@ -55,6 +55,7 @@ from cowferry.errors import CowferryError, ImageError, NotSupported
 log = logging.getLogger(__name__)
 
 SUFFIX = ".bitmaps"
+COPY = "copy-"  # bitmaps of unfinished copies (`block/unfinished.py`): they stay with their image
 REGION = 4 << 20  # bytes that are marked together, at least, but in a small disk
 FEW_REGIONS = 256  # in a small disk
 REGIONS = 1 << 15  # at most so many in a disk
@@ -496,6 +497,41 @@ def changed(node: Node) -> None:
             )
         raise
     node.keeper = keeper
+
+
+def carry(old: Node, new: Node) -> dict[str, Bitmap]:
+    """The disk in `old` is about to go on in `new`, and its bitmaps with it; those that `old` keeps
+    tell no more than what was changed there. Inside a drain. Returns what `new` had, to put back.
+
+    One of the same name that `new` has told of older bytes of it. Raises `OSError`,
+    `CowferryError`; then `new` is as it was."""
+    before = new.bitmaps
+    going: dict[str, Bitmap] = {}
+    for bitmap in old.bitmaps.values():
+        if not bitmap.inconsistent and not bitmap.name.startswith(COPY):
+            copy = going[bitmap.name] = bitmap.copy()
+            copy.recording, copy.persistent = bitmap.recording, bitmap.persistent
+    if not going:
+        return before
+    new.bitmaps = {**before, **going}
+    try:
+        try:
+            changed(new)
+        except NotSupported as error:
+            log.warning("'%s' keeps no bitmaps over a restart: %s", new.filename, error.desc)
+            for bitmap in going.values():
+                bitmap.persistent = False
+    except BaseException:
+        new.bitmaps = before
+        raise
+    return before
+
+
+def put_back(node: Node, before: dict[str, Bitmap]) -> None:
+    """Undo `carry`. Raises `OSError`, `CowferryError`."""
+    if node.bitmaps is not before:
+        node.bitmaps = before
+        changed(node)
 
 
 def fresh(image: str) -> None:

@@ -64,7 +64,7 @@ class Unfinished:
 
 def name_of(target: str) -> str:
     """The name of the source's bitmap for a target."""
-    return "copy-" + hashlib.sha256(os.path.realpath(target).encode()).hexdigest()[:12]
+    return keeper.COPY + hashlib.sha256(os.path.realpath(target).encode()).hexdigest()[:12]
 
 
 def inode(target: str) -> int:

@@ -121,7 +121,7 @@ def commit_command(
         client.call(
             "block-commit",
             job_id=work.id, device=disk, top=image(top), base=image(base),
-            backing_file=backing_file, speed=speed, on_error=on_error,
+            backing_file=backing_file, speed=speed, on_error=on_error, x_carry_bitmaps=True,
         )  # fmt: skip
         if in_background:
             return started(work, as_json)

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 class BlockCommit(AlongTheChain, kw_only=True):
     top_node: str | None = None
     top: str | None = None
+    x_carry_bitmaps: bool = False
 
 
 @command("block-commit")
 def block_commit(daemon: Daemon, args: BlockCommit) -> None:
     """Put what a layer, or the active one, holds into a layer below it."""
     daemon.graph.check_name(args.filter_node_name)  # there is no filter here to bear it
-    commit.start(daemon, args.device, top=args.top, top_node=args.top_node, **args.common())
+    commit.start(
+        daemon, args.device, top=args.top, top_node=args.top_node, carry=args.x_carry_bitmaps,
+        **args.common(),
+    )  # fmt: skip

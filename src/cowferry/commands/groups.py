@@ -54,7 +54,7 @@ def group_start(daemon: Daemon, args: GroupStart) -> None:
             if args.type == "stream":
                 stream.start(daemon, m.device, base=m.base, **common)
             elif args.type == "commit":
-                commit.start(daemon, m.device, base=m.base, **common)
+                commit.start(daemon, m.device, base=m.base, carry=True, **common)
             else:
                 if m.target is None:
                     raise CowferryError(f"member '{m.device}' needs a target")

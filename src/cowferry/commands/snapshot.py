@@ -138,7 +138,7 @@ def disk_snapshot(daemon: Daemon, args: DiskSnapshot) -> DiskSnapshotTaken:
 
 def by_name(daemon: Daemon, args: DiskToSnapshot, parts: list[Snapshot]) -> Snapshot:
     """An overlay for a disk; without a file name one beside the image that the disk is on."""
-    part = Snapshot(daemon, args.device)
+    part = Snapshot(daemon, args.device, carry=True)
     if any(p.disk is part.disk for p in parts):
         raise CowferryError(f"'{args.device}' is named twice")
     path = args.snapshot_file

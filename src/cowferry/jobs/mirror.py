@@ -36,7 +36,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from cowferry.block import moves
+from cowferry.block import keeper, moves
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.copy import Copier, Kind, spans
 from cowferry.block.disk import Disk
@@ -99,6 +99,7 @@ class Mirror(Job):
         converge_by: float = 0,
         backing: Node | None = None,
         unfinished: Unfinished | None = None,
+        carry: bool = False,
         move: Callable[[], list[Move]] = list,
         switched: Callable[[], None] | None = None,
         detached: Callable[[], None] | None = None,
@@ -138,6 +139,8 @@ class Mirror(Job):
         self.unfinished = unfinished  # lets the copy go on after a crash
         self._checked = clock()  # when it was told last how far we are
         self._written = 0  # by guests, until then
+        self.carry = carry  # the disk's bitmaps go along with it; else they stay, as in QEMU
+        self._bitmaps: dict[str, Bitmap] | None = None  # those that the target had, if so
         self._moving = move
         self._backing = backing
         self._switched = switched
@@ -673,6 +676,13 @@ class Mirror(Job):
         elif not self.inside and self.target.backing is None and self.target.backing_spec:
             self.target.set_backing(None, None)  # a whole copy: what it was over must not show
         self.target.flush()
+        if self.pivot and self.carry:
+            self._bitmaps = keeper.carry(self.source, self.target)
+
+    def unsettle(self) -> None:
+        if self._bitmaps is not None:
+            before, self._bitmaps = self._bitmaps, None
+            keeper.put_back(self.target, before)
 
     @property
     def _lasts(self) -> bool:

@@ -30,9 +30,12 @@ def start(
     on_error: str = "report",
     auto_finalize: bool = True,
     auto_dismiss: bool = True,
+    carry: bool = False,
     group: Group | None = None,
 ) -> Job:
     """Put what the layers from `top` down hold into `base`. Raises `CowferryError`.
+
+    With `carry` the disk's bitmaps go along where it moves to the base; else they stay, as in QEMU.
 
     An unknown device is `DeviceNotFound` before anything else is looked at: clients probe so."""
     graph = daemon.graph
@@ -103,7 +106,7 @@ def start(
         claimed = layers[: layers.index(lower) + 1]
         return begin(
             daemon, disk, job_id, "commit", claimed,
-            lambda held: _active(daemon, disk, into, held, common), group,
+            lambda held: _active(daemon, disk, into, held, {**common, "carry": carry}), group,
         )  # fmt: skip
     above = layers[layers.index(upper) - 1]
     if upper.size < min(lower.size, above.size):

@@ -335,7 +335,7 @@ def copy(
             daemon, device, disk, node, job_id=job_id,
             base=previous[0] if previous is not None else None,
             layers=tuple(layers), backing=under, group=group, abandoned=abandoned,
-            unfinished=half, **more,
+            unfinished=half, carry=True, **more,
         )  # fmt: skip
     except BaseException:
         for n in reversed(nodes):

@@ -15,7 +15,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block import names, sysio
+from cowferry.block import keeper, names, sysio
+from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
 class Snapshot(Part):
     """One disk's part. `prepare` first; then `finish` or `abort`."""
 
-    def __init__(self, daemon: Daemon, device: str) -> None:
+    def __init__(self, daemon: Daemon, device: str, carry: bool = False) -> None:
         self.daemon = daemon
         self.graph = daemon.graph
         self.device = device
+        self.carry = carry  # the bitmaps go along with the disk; else they stay, as in QEMU
+        self.before: dict[str, Bitmap] | None = None  # the overlay's, if they went
         self.disk: Disk = root_disk(daemon, device)
         self.old: Node = self.disk.root
         self.overlay: Node | None = None
@@ -160,6 +163,8 @@ class Snapshot(Part):
         self.old.flush()
         if self.overlay.backing_spec is None:
             self.overlay.set_backing(self._old_name(), self.old.driver)
+        if self.carry:
+            self.before = keeper.carry(self.old, self.overlay)
         if not self.old.read_only:
             try:
                 self.old.reopen(True)  # S2: from here on not one byte of it changes
@@ -171,6 +176,9 @@ class Snapshot(Part):
         if self.reopened:
             self.old.reopen(False)
             self.reopened = False
+        if self.before is not None and self.overlay is not None:
+            before, self.before = self.before, None
+            keeper.put_back(self.overlay, before)
 
     def moves(self) -> list[Move]:
         assert self.overlay is not None
