@@ -289,6 +289,26 @@ def test_B3_a_bitmap_whose_first_backup_failed_says_that_all_is_dirty(served: Se
     assert served.bits() == []
 
 
+def test_B3_what_was_copied_stays_where_the_bitmap_lets_go_of_it(served: Served) -> None:
+    served.good("backup", "vm", "full.qcow2", "--bitmap", "b0")
+    for block in (1, 20, 40):
+        served.write(block * BLOCK, b"1")
+    always = ("--bitmap", "b0", "--bitmap-mode", "always")
+    arguments = ("vm", "inc.qcow2", "--incremental", "--base", "full.qcow2", *always)
+    with typing(served.folder, "backup", *arguments, "--speed", "16k", "--json") as child:
+        assert child.stdout is not None
+        until(lambda: json.loads(child.stdout.readline())["offset"] > 0, "a first block")  # type: ignore[union-attr]
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 130, (out, err)
+    assert "what was copied stays" in err
+    left = served.bits()
+    assert left and 1 not in left
+    served.good("backup", "vm", "more.qcow2", "--incremental", "--base", "inc.qcow2", *always)
+    assert not differs(reads(served.folder / "more.qcow2"), served.oracles["vm"])
+    served.clean()
+
+
 # Pull ----------------------------------------------------------------------------------------
 
 

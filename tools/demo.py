@@ -29,6 +29,7 @@ class Demo:
         self.folder = folder
         self.env = {**os.environ, "COWFERRY_RUN": str(folder / "run")}
         self.oracle = bytearray()
+        self.tuesday = b""  # what the disk held when that backup began
 
     def cowferry(self, *arguments: str, show: bool = True) -> str:
         """Run the command line, showing what a person would type and see."""
@@ -165,6 +166,14 @@ class Demo:
         write()
         self.cowferry("tree", "data")
         self.cowferry("current", "data.qcow2")
+        print("\n5. Backups, each as of its moment\n")
+        self.cowferry("backup", "data", "mon.qcow2", "--bitmap", "b0")
+        write()
+        self.tuesday = bytes(self.oracle)
+        self.cowferry(
+            "backup", "data", "tue.qcow2", "--incremental", "--bitmap", "b0", "--base", "mon.qcow2"
+        )
+        write()
 
     def delete(self, *names: str) -> None:
         """What a stream has made superfluous."""
@@ -174,16 +183,23 @@ class Demo:
 
     def verify(self) -> None:
         """Byte for byte, and by the checkers."""
-        print("\n5. Every byte\n")
+        print("\n6. Every byte\n")
         self.cowferry("check", "data.qcow2")
-        node = opening.open_image(str(self.folder / "fast" / "data.raw"), read_only=True)
+        size = SIZE >> 20
+        if self.reads("fast/data.raw") != self.oracle:
+            sys.exit("demo: fast/data.raw does NOT hold what the guest wrote")
+        print(f"  fast/data.raw stands alone; its {size} MiB equal what was written, all of it")
+        if self.reads("tue.qcow2") != self.tuesday:
+            sys.exit("demo: tue.qcow2 is NOT the disk of its moment")
+        print(f"  tue.qcow2 over mon.qcow2: {size} MiB as they were when that backup began")
+
+    def reads(self, name: str) -> bytearray:
+        """All bytes of an image and what it lies over."""
+        node = opening.open_image(str(self.folder / name), read_only=True)
         got = bytearray(node.size)
         node.pread(memoryview(got), 0)
-        node.close()
-        if got != self.oracle:
-            sys.exit("demo: fast/data.raw does NOT hold what the guest wrote")
-        size = len(got) >> 20
-        print(f"  fast/data.raw stands alone; its {size} MiB equal what was written, all of it")
+        opening.close_chain(node)
+        return got
 
 
 if __name__ == "__main__":

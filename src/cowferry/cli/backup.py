@@ -158,6 +158,8 @@ def _push(
     several = len(pairs) > 1
     gone = "what was made of the destinations is removed" if several else "a DEST made is removed"
     bits = "; the bitmap keeps every bit" if more["bitmap"] else ""
+    if more["bitmap"] and more["bitmap_mode"] == "always":
+        gone, bits = "what was copied stays: the next increment goes over it", ""
     files = ", ".join(one["target"] for one in wanted)
     words = Words(
         title,

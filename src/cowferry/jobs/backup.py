@@ -492,6 +492,14 @@ class Backup(Job):
             since.merge(self.missing)
         bitmap.replace(since.bits)
 
+    def _secure(self) -> None:
+        """It failed. What the bitmap is to let go of has to be durable on the target."""
+        if self.bitmap is not None and self.bitmap_mode == "always":
+            try:
+                self.target.flush()
+            except OSError:
+                self.bitmap_mode = "on-success"  # nothing is to be relied on: every bit stays
+
     def _keep(self) -> None:
         """What is on disk of the bitmap follows."""
         keeper = self.source.keeper
@@ -504,6 +512,7 @@ class Backup(Job):
             if self._attached or self._ended:
                 self._lose()
             if self._attached:
+                self._secure()
                 with self.disk.exclusive():
                     self._settle_bitmap()
                     self.detach()

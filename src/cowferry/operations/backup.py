@@ -203,7 +203,8 @@ class Start(Part):
                 raise
             log.info("what backup '%s' made of its target is not whole: %s", self.job_id, error)
         finally:
-            if failed:
+            # With mode always the bitmap has let go of what was copied: then that has to stay.
+            if failed and self.job.bitmap_mode != "always":
                 _unmake(self.made)
 
     def _release(self) -> None:
