@@ -76,7 +76,7 @@ def test_a_daemon_that_is_killed_leaves_what_was_flushed_and_says_that_it_must_b
     oracle = make_base(tmp_path, SIZE)
     cowferry("create", "-q", "-b", "base.raw", "-F", "raw", path)
     run = tmp_path / "run"
-    for round in range(3):
+    for round in range(2):
         with (
             program(run, f"vm={path}") as (process, line),
             NbdClient(line().split(": ", 1)[1].strip()) as client,
