@@ -13,7 +13,8 @@ are and cannot save up. Reads and writes that share a rate take turns.
 
 What counts: reads and writes by their bytes and as an operation (or, with `iops_size`, one for each
 so many bytes of a large one). TRIM and WRITE_ZEROES are operations that write no bytes. Flushes are
-free, and so is what jobs do: they have a `speed` of their own.
+free, and so is what jobs do: they have a `speed` of their own. Only a backup passes the turnstiles
+of its target.
 """
 
 from __future__ import annotations
