@@ -155,6 +155,8 @@ class Filling(Operation):
 
     def renew(self, path: Path) -> None:
         base = self.rig.file("base", "raw")
+        opening.close_chain(opening.open_image(str(path)))  # who was killed a moment after the end
+        assert not filling_of(path).exists() and ATTRIBUTE not in os.listxattr(path)
         path.rename(base)
         given = {"backing_file": base.name, "backing_fmt": "raw"}
         opening.create_image(str(path), "raw", SECTORS, given)
