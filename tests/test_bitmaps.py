@@ -466,8 +466,9 @@ def test_the_library_does_the_same_on_several_disks(tmp_path: Path) -> None:
         cowferry.snapshot(b, str(tmp_path / "top.qcow2"))
         cowferry.bitmap_add(b, "above")
         cowferry.bitmap_merge(b, "above", "m")
-        assert [Path(entry["filename"]).name for entry in cowferry.bitmaps(b)] == [
-            "top.qcow2", "b.qcow2",
+        found = cowferry.bitmaps(b)
+        assert [(Path(entry["filename"]).name, entry["name"]) for entry in found] == [
+            ("top.qcow2", "m"), ("top.qcow2", "above"), ("b.qcow2", "m"),
         ]  # fmt: skip
     with cowferry.open(paths[0]) as a:
         (entry,) = cowferry.bitmaps(a)
