@@ -328,6 +328,7 @@ def give_up(image: Qcow2) -> None:
         entries = [replace(e, flags=e.flags | IN_USE) if e.tracks else e for e in directory(image)]
         _in_place(image, entries)
         image.unkept = False
+    log.warning("'%s' is being written and nobody keeps its bitmaps: in use", image.filename)
 
 
 # Changing -----------------------------------------------------------------------------------
