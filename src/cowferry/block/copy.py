@@ -23,16 +23,20 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
 from cowferry.block import sysio
-from cowferry.block.node import Extent, Node, State, read, resolve
+from cowferry.block.node import Extent, Node, State, far, part, read, read_runs, resolve
 
 BUFFER = 128 << 10  # bytes moved through memory at once: stays in the processor's cache
 CLONE_ALIGN = 4096  # what reflink file systems ask of offsets and lengths
 KERNEL_COPY = 16 << 20  # bytes asked of one copy_file_range
+REMOTE = 1 << 20  # bytes moved at once to or from a server
+ON_THE_WAY = 4  # such pieces at the same time: an answer takes its time
+BLOCK = 16 << 20  # bytes whose runs are looked up together
 SHORT = 64 << 10  # bytes; a run that is shorter is not worth system calls of its own
 WRITEBACK = 1 << 20  # copies of this size are handed to the disk at once
 
@@ -136,6 +140,8 @@ class Copier:
         self._cannot_clone: set[tuple[int, int]] = set()
         self._cannot_copy: set[tuple[int, int]] = set()
         self._buffer: memoryview | None = None
+        self._pool: ThreadPoolExecutor | None = None  # only if a server is involved
+        self._spare: list[memoryview] = []  # buffers of the pool's threads
         self.cloned = 0  # bytes shared by reflink
         self.moved = 0  # bytes copied, by the kernel or by us
 
@@ -161,7 +167,7 @@ class Copier:
                 elif e.fd >= 0:
                     self._move(e.fd, e.host + done, place.fd, host, n)
                 else:  # short, or only its node can read it (compressed, say)
-                    self._through(place.fd, host, n, partial(_read, source, offset))
+                    self._through(place.fd, host, n, partial(_read, source, offset), far(source))
                 done, used, offset = done + n, used + n, offset + n
 
     def place(self, source: Node | None, target: Node, span: Span) -> None:
@@ -278,23 +284,73 @@ class Copier:
                 host, length = host + n, length - n
 
     def _through(
-        self, fd: int, host: int, length: int, get: Callable[[memoryview, int], None]
+        self,
+        fd: int,
+        host: int,
+        length: int,
+        get: Callable[[memoryview, int], None],
+        remote: bool = False,
     ) -> None:
         """Copy through memory; `get(buf, done)` fills `buf` with what lies `done` bytes on."""
-        if self._buffer is None:
-            self._buffer = memoryview(bytearray(BUFFER))
-        done = 0
-        while done < length:
-            part = self._buffer[: min(BUFFER, length - done)]
-            get(part, done)
-            sysio.pwrite(fd, part, host + done)
-            done += len(part)
+
+        def move(buf: memoryview, done: int) -> None:
+            get(buf, done)
+            sysio.pwrite(fd, buf, host + done)
+
+        self._piecewise(length, move, remote)
 
     def _write(self, source: Node | None, target: Node, offset: int, length: int) -> None:
-        if self._buffer is None:
-            self._buffer = memoryview(bytearray(BUFFER))
-        while length:
-            part = self._buffer[: min(BUFFER, length)]
-            read(source, part, offset)
-            target.pwrite(part, offset)
-            offset, length = offset + len(part), length - len(part)
+        remote = far(target) or far(source)
+        for at in range(offset, offset + length, BLOCK):
+            n = min(BLOCK, offset + length - at)
+            self._piecewise(
+                n, partial(_place_piece, source, target, at, _runs(source, at, n)), remote
+            )
+
+    def _piecewise(
+        self, length: int, move: Callable[[memoryview, int], None], remote: bool
+    ) -> None:
+        """`move(buf, done)` each piece, in order; or several at once, if a server is involved.
+
+        Nothing is on the way any more on return. Raises the first error."""
+        if not remote or length <= REMOTE:
+            step = min(length, REMOTE if remote else BUFFER)
+            if self._buffer is None or len(self._buffer) < step:
+                self._buffer = memoryview(bytearray(max(step, BUFFER)))
+            for done in range(0, length, step or 1):
+                move(self._buffer[: min(step, length - done)], done)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(ON_THE_WAY, "copy")
+        starts = iter(range(0, length, REMOTE))
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            buf = self._spare.pop() if self._spare else memoryview(bytearray(REMOTE))
+            try:
+                while not errors and (done := next(starts, -1)) >= 0:  # one step of the interpreter
+                    move(buf[: min(REMOTE, length - done)], done)
+            except BaseException as error:
+                errors.append(error)
+            self._spare.append(buf)
+
+        running = [self._pool.submit(work) for _ in range(min(ON_THE_WAY, -(-length // REMOTE)))]
+        try:
+            wait(running)
+        except BaseException as error:  # an interrupt
+            errors.append(error)
+            wait(running)
+        if errors:
+            raise errors[0]
+
+
+def _runs(source: Node | None, offset: int, length: int) -> list[Extent]:
+    return list(resolve(source, offset, length))
+
+
+def _place_piece(
+    source: Node | None, target: Node, offset: int, runs: list[Extent], buf: memoryview, done: int
+) -> None:
+    """Write what the runs from `offset` on hold `done` bytes further into the same place."""
+    read_runs(source, part(runs, done, len(buf)), buf, offset + done)
+    target.pwrite(buf, offset + done)

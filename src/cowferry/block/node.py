@@ -236,7 +236,9 @@ class Node:
         """Flush, mark clean, let the file go. Idempotent; closes an owned `file`, not `backing`."""
 
     def abort(self) -> None:
-        """Fail blocked I/O now (remote nodes)."""
+        """Fail blocked I/O now, where it can be blocked for long: on a server. By any thread."""
+        if self.file is not None:
+            self.file.abort()
 
 
 def resolve(
