@@ -45,7 +45,7 @@ WAY_DOWN = {
     "Qcow2.pwrite", "Qcow2.zero", "Qcow2.discard", "Qcow2.link", "record_backing", "grow",
     "give_back",
     "Qed.flush", "Qed._write_tables", "Qed.mark_clean", "Qed.set_backing", "Qed.resize", "Qed.reopen",
-    "Qed.close", "Qed._bound_dirty", "Qed.pwrite", "Qed.zero", "Qed.discard", "Qed.link",
+    "Qed.close", "Qed.bound_dirty", "Qed.pwrite", "Qed.zero", "Qed.discard", "Qed.link",
     "Raw.flush", "Raw.reopen", "Raw.close", "Raw.resize", "Raw.pwrite", "File.flush", "File.pwrite",
     "Disk.pwrite", "Disk.zero", "Disk.discard", "Disk.flush", "Disk.resize",
     "_flushed", "Job.attempt", "_remove", "settled", "committed", "fresh",

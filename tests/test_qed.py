@@ -136,6 +136,16 @@ def test_every_field_at_its_boundaries_is_an_answer_or_one_line_in_little_memory
             f.seek(cluster)
             f.write(struct.pack("<Q", (1 + table) * cluster))
         cases.append(path)
+    path = tmp_path / "garbage.qed"
+    make(tmp_path, path.name, 4 << 30, cluster_size="64k", table_size=16)
+    with open(path, "r+b") as f:  # a table of nothing but what can be no place
+        f.seek(64 << 10)
+        f.write(struct.pack("<Q", 17 << 16))
+        f.seek(17 << 16)
+        f.write(random.Random(1).randbytes(512 << 10))
+        f.truncate(33 << 16)
+    field(path, "features", header.NEED_CHECK)
+    cases.append(path)
     script = (
         "import sys, time\n"
         "from cowferry.drivers import opening\n"

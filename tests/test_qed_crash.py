@@ -344,7 +344,7 @@ NOTICED: dict[str, Scenario] = {
 #: Whose loss no crash can show, and why.
 MAY_BE_LOST = {
     "check.check 1": "nothing waits when an image is being opened",
-    "image._bound_dirty 1": "a bound on memory",
+    "image.bound_dirty 1": "a bound on memory",
 }
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from bitarray import bitarray
 from bitarray.util import zeros
@@ -34,12 +34,12 @@ MOST_CLUSTERS = 1 << 30  # of a file that can be checked
 MOST_MESSAGES = 100
 
 
-class Wrong(NamedTuple):
-    """An entry that can be dropped."""
+class Wrong:
+    """Entries that can be dropped. There may be millions: nothing but numbers is kept of them."""
 
-    root: bool  # of the L1 table; else of an L2 table
-    number: int  # its index; else the guest cluster
-    beyond: bool  # points beyond the end of the file
+    def __init__(self) -> None:
+        self.roots: array[int] = array("Q")  # indexes in the L1 table
+        self.clusters: array[int] = array("Q")  # guest clusters
 
 
 class Walk:
@@ -55,7 +55,8 @@ class Walk:
                 f"it may have {MOST_CLUSTERS} clusters; nothing was changed",
             )
         self.used: bitarray = zeros(self.clusters)
-        self.wrong: list[Wrong] = []
+        self.beyond = Wrong()  # they point beyond the end of the file
+        self.absurd = Wrong()  # or to what can be no place
         self.messages: list[str] = []
         self.result = Result(total_clusters=-(-image.size >> self.bits))
         self._last = -1  # host offset of the data cluster before
@@ -82,14 +83,10 @@ class Walk:
         if len(self.messages) < MOST_MESSAGES:
             self.messages.append(f"ERROR {text}")
 
-    def _drop(self, root: bool, number: int, host: int, length: int) -> None:
+    def _wrong(self, host: int) -> Wrong:
         image = self.image
-        beyond = (
-            not host % image.cluster_size
-            and host >= image.header.header_bytes
-            and host + length > image.whole
-        )
-        self.wrong.append(Wrong(root, number, beyond))
+        place = not host % image.cluster_size and host >= image.header.header_bytes
+        return self.beyond if place else self.absurd
 
     def _table(self, index: int) -> bool:
         """Whether an L2 table lies where one can, and nowhere else."""
@@ -97,7 +94,7 @@ class Walk:
         length = image.header.table_bytes
         if not image.holds(offset, length):
             self._bad(f"L2 table {index} has the invalid offset {offset:#x}")
-            self._drop(True, index, offset, length)
+            self._wrong(offset).roots.append(index)
         elif not self._own(offset, length):
             self._bad(f"L2 table {index} at {offset:#x} lies over another table")
         else:
@@ -136,7 +133,7 @@ class Walk:
         where = f"the cluster at guest offset {cluster << self.bits}"
         if not self.image.holds(host, 1 << self.bits):
             self._bad(f"{where} has the invalid offset {host:#x}")
-            self._drop(False, cluster, host, 1 << self.bits)
+            self._wrong(host).clusters.append(cluster)
         elif not self._own(host, 1 << self.bits):
             self._bad(f"{where} lies at {host:#x}, where something else lies, too")
         else:
@@ -160,9 +157,10 @@ def check(image: Qed, fix: Literal["crash", "leaks", "all"] | None = None) -> Re
     result = walk.result
     if fix is None:
         return result
-    drop = [w for w in walk.wrong if fix == "all" or (fix == "crash" and w.beyond)]
-    if drop:
-        _drop(image, drop)
+    drop = {"leaks": (), "crash": (walk.beyond,), "all": (walk.beyond, walk.absurd)}[fix]
+    if any(wrong.roots or wrong.clusters for wrong in drop):
+        for wrong in drop:
+            _drop(image, wrong)
         walk = Walk(image)
         result.corruptions_fixed = result.corruptions - walk.result.corruptions
         result.corruptions, result.leaks = walk.result.corruptions, walk.result.leaks
@@ -180,17 +178,17 @@ def check(image: Qed, fix: Literal["crash", "leaks", "all"] | None = None) -> Re
     return result
 
 
-def _drop(image: Qed, drop: list[Wrong]) -> None:
+def _drop(image: Qed, wrong: Wrong) -> None:
     """The clusters are not allocated, durably."""
     with image.meta:
         tables = image.tables
-        for w in drop:
-            if w.root:
-                tables.l1[w.number] = 0
-                tables.l1_dirty.add(w.number)
-            else:
-                tables.fill(w.number, 1, HOLE)
-                image._bound_dirty()
+        for index in wrong.roots:
+            tables.l1[index] = 0
+        tables.l1_dirty.update(wrong.roots)
+    for cluster in wrong.clusters:
+        with image.meta:
+            tables.fill(cluster, 1, HOLE)
+        image.bound_dirty()
     image.flush()
     with image.meta:
         image.tables = Tables(image)

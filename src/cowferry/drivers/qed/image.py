@@ -52,7 +52,7 @@ class Qed(Node):
     def __init__(self, file: Node, header: headers.Header, read_only: bool) -> None:
         self.file: Node = file
         self.filename = file.filename
-        self.data_fd: int = getattr(file, "fd", -1)
+        self.data_fd: int = file.fd
         self.read_only = read_only
         self.meta = threading.RLock()  # guards tables, end, whole, spare, broken
         self.flushing = threading.Lock()  # one ordered flush at a time; guards the header
@@ -169,7 +169,7 @@ class Qed(Node):
             else:
                 self._write_new(buf[: e.length], offset)
             buf, offset = buf[e.length :], offset + e.length
-        self._bound_dirty()
+        self.bound_dirty()
         if fua:
             self.flush()
 
@@ -230,7 +230,7 @@ class Qed(Node):
             if e.state is State.HOLE:
                 self._zero_hole(at, at + e.length)
             at += e.length
-        self._bound_dirty()
+        self.bound_dirty()
 
     def _zero_hole(self, start: int, end: int) -> None:
         first, last = self._whole_clusters(start, end)
@@ -270,7 +270,7 @@ class Qed(Node):
                 with self.meta:
                     self.tables.fill(first, last - first, ZERO)
             offset += e.length
-        self._bound_dirty()
+        self.bound_dirty()
 
     # Room first, mapping later -----------------------------------------------------------
 
@@ -297,7 +297,7 @@ class Qed(Node):
             self.file.zero(room.host + room.length, tail)
         with self.meta:
             self.tables.link(offset // size, clusters, room.host)
-        self._bound_dirty()
+        self.bound_dirty()
 
     def unreserve(self, room: Extent) -> None:
         """Room that was not needed."""
@@ -365,7 +365,8 @@ class Qed(Node):
         self._write(0, header.packed())
         self.header = header
 
-    def _bound_dirty(self) -> None:
+    def bound_dirty(self) -> None:
+        """Flush if too much waits for it."""
         if len(self.tables.dirty) * self.tables.page_bytes > MAX_DIRTY:
             self.flush()
 
