@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import socket
 import struct
@@ -307,6 +308,25 @@ def test_one_who_uses_the_disk_in_this_process_waits_too(house: House) -> None:
     assert done.wait(PATIENCE)
     house.wrote(1)
     house.check()
+
+
+def test_one_who_waits_in_this_process_is_told_that_the_disk_is_closed(house: House) -> None:
+    """And does not write by leases whose descriptors are other files by then."""
+    house.limit(iops=1)
+    house.disk.pwrite(memoryview(b"\1" * BLOCK), 0)
+    errors: list[int | None] = []
+
+    def write() -> None:
+        with pytest.raises(OSError) as error:
+            house.disk.pwrite(memoryview(b"\2" * BLOCK), BLOCK)
+        errors.append(error.value.errno)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    house.waiting(1)
+    house.daemon.remove_disk("vm")
+    thread.join(PATIENCE)
+    assert errors == [errno.ESHUTDOWN]
 
 
 # Those who leave ----------------------------------------------------------------------------

@@ -281,6 +281,7 @@ class Graph:
             if self.users.get(id(disk)):
                 raise DeviceInUse(f"Device '{name}' is exported", "withdraw the export first")
             del self.disks[name]
+            disk.retire()
             self._release(disk.root)
 
     def disk(self, device: str) -> Disk:
@@ -515,6 +516,8 @@ class Graph:
         """Flush and close everything. The first error is raised after all were tried."""
         with self.lock:
             nodes = parents_first(list(self.nodes.values()))
+            for disk in self.all_disks():
+                disk.retire()
             self.disks.clear()
             self.bare.clear()
             self.nodes.clear()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,14 +126,24 @@ class Disk:
         self.turnstiles = tuple(t for t in (self.limits, self._brake) if t is not None)
 
     def wait(self, direction: int, length: int) -> None:
-        """Pass the turnstiles with a request of so many bytes. For a thread that may sleep."""
+        """Pass the turnstiles with a request of so many bytes. For a thread that may sleep.
+
+        Raises ESHUTDOWN if the disk is closed meanwhile."""
         turnstiles = self.turnstiles
         while turnstiles and turnstiles[0].admit(direction, length):
             turnstiles = turnstiles[1:]
         if turnstiles:
-            passed = threading.Event()
-            let_through(turnstiles, direction, length, lambda _: passed.set(), passed)
-            passed.wait()
+            answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
+            let_through(turnstiles, direction, length, answer.put, answer)
+            if not answer.get():
+                raise OSError(errno.ESHUTDOWN, f"disk '{self.name}' was closed")
+
+    def retire(self) -> None:
+        """It is about to be closed: whoever waits for his turn is not to come any more."""
+        with self._turning:
+            limits, self.limits, self.turnstiles = self.limits, None, ()
+        if limits is not None:
+            limits.leave(go=False)
 
     def slot(self) -> Slot:
         """The calling thread's own place in the gate."""

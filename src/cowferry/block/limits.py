@@ -338,11 +338,13 @@ class Member:
             ready += group._ready()
         _go(ready)
 
-    def leave(self) -> None:
-        """No limit any more: all who wait go on."""
+    def leave(self, go: bool = True) -> None:
+        """No limit any more: all who wait `go` on, or are dropped."""
         with _lock:
             self._gone = True
-            ready = [waiting.go for _, waiting in self._take(None)] + self.group._ready()
+            mine = [waiting.go for _, waiting in self._take(None)]
+            ready = self.group._ready()
+        _go(mine, go)
         _go(ready)
 
     def _take(self, owner: object) -> list[tuple[int, Waiting]]:

@@ -44,8 +44,8 @@ def check_unlimited(node: Node, what: str) -> None:
     if node.throttle_group:
         raise CowferryError(
             f"Filters cannot be used as {what}",
-            f"'{node.name}' limits the guests of a disk over it, and backups into it; the disk keeps "
-            "its own limits wherever it moves: name the node below",
+            f"'{node.name}' limits the guests of a disk over it, and backups into it; the disk "
+            "keeps its own limits wherever it moves: name the node below",
         )
 
 
