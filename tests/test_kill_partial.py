@@ -42,15 +42,16 @@ PART = 512 << 10  # bytes of the disk, written once by fio in one life
 PARTS = 20
 STORM = 2 << 20  # bytes at the end of the disk, written by another fio when the daemon is killed
 SLOWLY = 256 << 10  # bytes a second: the stream is not at its end before the last kill
-STATES = (running, paused, cancelling, pending, finalizing, concluded, at_full_speed)
+# In this order: nothing is left to do after some of them, and a new image is made after the last.
+STATES = (running, paused, cancelling, at_full_speed, pending, finalizing, concluded)
 ROUNDS = -(-STATE_KILLS // 3)
 
 
-def a_partial(folder: Path, size: int) -> tuple[Path, bytearray]:
+def a_partial(folder: Path, size: int, **options: Any) -> tuple[Path, bytearray]:
     """`vm.raw`, to be filled from `base.raw`, and its bytes."""
     oracle = make_base(folder, size)
     path = folder / "vm.raw"
-    options = {"backing_file": "base.raw", "backing_fmt": "raw"}
+    options |= {"backing_file": "base.raw", "backing_fmt": "raw"}
     opening.create_image(str(path), "raw", size, options)
     return path, oracle
 
@@ -158,12 +159,12 @@ class Filling(Operation):
         opening.close_chain(opening.open_image(str(path)))  # who was killed a moment after the end
         assert not filling_of(path).exists() and ATTRIBUTE not in os.listxattr(path)
         path.rename(base)
-        given = {"backing_file": base.name, "backing_fmt": "raw"}
+        given = {"backing_file": base.name, "backing_fmt": "raw", "granularity": 4096}
         opening.create_image(str(path), "raw", SECTORS, given)
 
 
 def test_killed_in_every_state_of_filling_it(tmp_path: Path) -> None:
-    path, _ = a_partial(tmp_path, SECTORS)
+    path, _ = a_partial(tmp_path, SECTORS, granularity=4096)
     complete = set()
     with Nursery(tmp_path) as nursery, Rig(nursery, tmp_path, 5) as rig:
         rig.add("vm", path)
