@@ -34,10 +34,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"errors", "library"},
     "__main__": {"cli"},
 }
-# Typed commands name the daemon that they act on, and a front end its events: for the type checker
-# only, never when it runs.
+# Typed commands name the daemon that they act on, a front end its events, and the daemon what an
+# operation keeps with it: for the type checker only, never when it runs.
 NAMED_IN_TYPES: dict[str, set[str]] = {
     "operations": {"daemon"}, "commands": {"daemon"}, "monitor": {"daemon"},
+    "daemon": {"operations"},
 }  # fmt: skip
 
 

@@ -141,5 +141,5 @@ def _unnamed(folder: str | None) -> int:
         return os.open(folder, flags | os.O_TMPFILE, 0o600)
     except OSError:  # not every file system knows it
         fd, path = tempfile.mkstemp(prefix=".cowferry-scratch-", dir=folder)
-        os.unlink(path)
+        sysio.unlink(path)
         return fd

@@ -30,17 +30,7 @@ from cowferry.drivers import OVERLAYS, driver, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.backup import BITMAP_MODES, CBW_POLICIES, Backup
 from cowferry.jobs.job import POLICIES
-from cowferry.operations import bitmaps, check_mode, check_unlimited, free, job_name
-from cowferry.operations.mirror import (
-    _check_backing,
-    _create,
-    _is_device,
-    _is_file,
-    _opened,
-    _same_image,
-    _unmake,
-    format_by_name,
-)
+from cowferry.operations import bitmaps, check_mode, check_unlimited, free, job_name, targets
 from cowferry.operations.transaction import Part, Transaction
 
 if TYPE_CHECKING:
@@ -205,7 +195,7 @@ class Start(Part):
         finally:
             # With mode always the bitmap has let go of what was copied: then that has to stay.
             if failed and self.job.bitmap_mode != "always":
-                _unmake(self.made)
+                targets.unmake(self.made)
 
     def _release(self) -> None:
         graph = self.daemon.graph
@@ -240,7 +230,7 @@ def into_node(
         check_unlimited(node, "targets")
     if node is source:
         raise CowferryError("Source and target cannot be the same")
-    if _same_image(source, node):
+    if targets.same_image(source, node):
         raise CowferryError("Source and target cannot be the same", "both are over one file")
     chunk = _check(node, what, perf or Perf(), more)
     if node.size != source.size:
@@ -374,9 +364,9 @@ def _check_sync(source: Node, target: Node, sync: str) -> None:
                 f"sync=none wants an overlay of it: open it with backing={source.name}, or none",
             )
         if target.driver not in OVERLAYS:
-            _check_backing(target, source)
+            targets.check_backing(target, source)
     elif sync == "top":
-        _check_backing(target, source.backing)
+        targets.check_backing(target, source.backing)
 
 
 # By file ----------------------------------------------------------------------------------
@@ -407,7 +397,7 @@ def into_file(
     chunk = _check(source, what, perf or Perf(), more)
     _check_source(daemon, disk, device, None)
     job_id = job_name(daemon, device, job_id)
-    if any(_is_file(n, target) for n in chain(source)):
+    if any(targets.is_file(n, target) for n in chain(source)):
         raise CowferryError("Source and target cannot be the same", f"'{target}' is in its chain")
     # What the header names: for `none` nothing, because it is not there any more afterwards.
     below = source.backing if sync == "top" else None
@@ -422,7 +412,7 @@ def into_file(
                 f"Backing file not supported for file format '{format}'",
                 "use format=qcow2 or sync=full",
             )
-        _create(target, format, source.size, source, below, made)
+        targets.create(target, format, source.size, source, below, made, goal=False)
     node = _open(daemon, target, format, sync, below, made, source.size, node_name)
     try:
         if node.size != source.size:
@@ -437,7 +427,7 @@ def into_file(
         )  # fmt: skip
     except BaseException:
         daemon.graph.let_go(node)
-        _unmake(made)
+        targets.unmake(made)
         raise
 
 
@@ -447,14 +437,14 @@ def _open(
 ) -> Node:  # fmt: skip
     """The file as a node, over what it is to be over, or (changes only) over what it names."""
     if sync in ("top", "none") or format not in OVERLAYS:
-        return _opened(daemon, path, format, below, made, size, node_name)
+        return targets.opened(daemon, path, format, below, made, size, node_name)
     options = opening.image_options(path, format)
     if node_name is not None:
         options["node-name"] = node_name
     try:
         return daemon.graph.adopt(options, explicit=node_name is not None)
     except BaseException:
-        _unmake(made)
+        targets.unmake(made)
         raise
 
 
@@ -514,9 +504,9 @@ def into_new(
     _check_source(daemon, disk, device, None)
     base = wanted.base
     for path in (target, base) if base is not None else (target,):
-        if any(_is_file(n, path) for n in chain(source)):
+        if any(targets.is_file(n, path) for n in chain(source)):
             raise CowferryError(f"'{path}' is in the chain of '{device}'", "name another file")
-    known = format_by_name(target)
+    known = targets.format_by_name(target)
     like = source.driver if source.driver in ("raw", *OVERLAYS) else "raw"
     format = wanted.format or known or (like if mode == "full" else "qcow2")
     driver(format)
@@ -530,13 +520,13 @@ def into_new(
     try:
         if base is not None:
             previous = under = _opened_before(daemon, base, wanted.base_format)
-        if format != "raw" or not _is_device(target):
+        if format != "raw" or not targets.is_there(target):
             if os.path.isfile(target) and os.path.getsize(target):
                 raise CowferryError(
                     f"'{target}' exists", "a backup overwrites no other: remove it, or name another"
                 )
-            _create(target, format, source.size, source, under, made)
-        node = _opened(daemon, target, format, under, made, source.size)
+            targets.create(target, format, source.size, source, under, made, goal=False)
+        node = targets.opened(daemon, target, format, under, made, source.size)
     except BaseException:
         if previous is not None:
             daemon.graph.let_go(previous)
@@ -548,7 +538,7 @@ def into_new(
         )  # fmt: skip
     except BaseException:
         daemon.graph.let_go(node)
-        _unmake(made)
+        targets.unmake(made)
         raise
 
 

@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block import names, sysio, unfinished
+from cowferry.block import names, unfinished
 from cowferry.block.node import Node, chain
 from cowferry.block.unfinished import Unfinished
-from cowferry.drivers import EXTENSIONS, OVERLAYS, format_of, opening
+from cowferry.drivers import OVERLAYS, format_of
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.job import POLICIES, Job
 from cowferry.jobs.mirror import MODES, MOST_BITS, Layer, Mirror, default_granularity
@@ -25,6 +25,7 @@ from cowferry.operations import (
     job_name,
     move_of,
     root_disk,
+    targets,
 )
 
 if TYPE_CHECKING:
@@ -67,27 +68,6 @@ def _check_replaces(daemon: Daemon, disk: Disk, replaces: str | None) -> None:
         )
 
 
-def _check_backing(target: Node, backing: Node | None) -> None:
-    """Raise unless the target can show what lies below it, now and when it is opened again."""
-    if backing is None or target.backing is not None:
-        return
-    if target.driver in ("raw", "file"):
-        raise NotSupported(
-            f"'{target.filename}' is a {target.driver} image, which has no backing file: what is "
-            "not copied would read as zeroes",
-            "use sync=full, or a qcow2 target",
-        )
-    if target.backing_spec is not None:
-        path = opening.backing_path(target.filename, target.backing_spec[0])
-        if not _is_file(backing, path):
-            raise CowferryError(
-                f"'{target.filename}' names another backing file: '{path}'",
-                f"make it over '{backing.filename}', which is not copied",
-            )
-    else:
-        target.check_backing(os.path.abspath(backing.filename), backing.driver)
-
-
 def into_node(
     daemon: Daemon,
     device: str,
@@ -107,7 +87,7 @@ def into_node(
     check_unlimited(node, "targets")
     if node is disk.root:
         raise CowferryError("Can't mirror node into itself")
-    if _same_image(disk.root, node):
+    if targets.same_image(disk.root, node):
         raise CowferryError("Can't mirror node into itself", "both are over one file")
     _check(disk, sync, granularity, more)
     _check_replaces(daemon, disk, replaces)
@@ -125,7 +105,7 @@ def into_node(
             "mirror into a node that nobody else uses",
         )
     backing = {"full": None, "top": disk.root.backing, "none": disk.root}[sync]
-    _check_backing(node, backing)
+    targets.check_backing(node, backing)
     base = disk.root.backing if sync == "top" else None
     return _start(
         daemon, device, disk, node, job_id=job_id, base=base, everything=sync != "none",
@@ -218,7 +198,7 @@ def into_file(
     _check_replaces(daemon, disk, replaces)
     free(daemon, device, "mirror")
     root = disk.root
-    if any(_is_file(n, target) for n in chain(root)):
+    if any(targets.is_file(n, target) for n in chain(root)):
         raise CowferryError("Can't mirror node into itself", f"'{target}' is in its chain")
     backing = {"full": None, "top": root.backing, "none": root}[sync]
     made: list[str] = []
@@ -228,19 +208,19 @@ def into_file(
         format = format or (root.driver if root.driver in ("raw", *OVERLAYS) else "raw")
         if backing is not None and format == "raw":
             raise NotSupported("a raw image has no backing file", "use format=qcow2 or sync=full")
-        _create(target, format, disk.size, root, backing, made)
+        targets.create(target, format, disk.size, root, backing, made)
     # The job itself lays the target over the root: others may write there, as nobody else could.
     below = backing if sync == "top" else None
-    node = _opened(daemon, target, format, below, made, disk.size, node_name)
+    node = targets.opened(daemon, target, format, below, made, disk.size, node_name)
     base = root.backing if sync == "top" else None
 
     def abandoned(job: Job) -> None:
         graph.let_go(node)
         if job.status is Status.ABORTING:
-            _unmake(made)
+            targets.unmake(made)
 
     try:
-        _check_backing(node, backing)
+        targets.check_backing(node, backing)
         return _start(
             daemon, device, disk, node, job_id=job_id, base=base, everything=sync != "none",
             backing=backing, granularity=granularity, group=group,
@@ -248,7 +228,7 @@ def into_file(
         )  # fmt: skip
     except BaseException:
         graph.let_go(node)
-        _unmake(made)
+        targets.unmake(made)
         raise
 
 
@@ -282,11 +262,11 @@ def copy(
         raise CowferryError(f"'{device}' has no backing file to share", "leave out --shallow")
     kept = below if keep == ["*"] else [graph.find_base(disk, k) for k in keep or []]
     kept = [n for n in reversed(below) if n in kept]  # bottom first
-    if any(_is_file(n, target) for n in chain(root)):
+    if any(targets.is_file(n, target) for n in chain(root)):
         raise CowferryError("Can't mirror node into itself", f"'{target}' is in its chain")
     overlaid = bool(kept) or shallow
     like = root.driver if root.driver in ("raw", *OVERLAYS) else "raw"
-    format = format or format_by_name(target) or ("qcow2" if overlaid else like)
+    format = format or targets.format_by_name(target) or ("qcow2" if overlaid else like)
     if overlaid and format == "raw":
         raise NotSupported(f"'{target}': a raw image has no backing file", "use --format qcow2")
     made: list[str] = []
@@ -298,22 +278,22 @@ def copy(
     try:
         for source in kept:
             path = os.path.join(os.path.dirname(target), os.path.basename(source.filename))
-            if any(_is_file(n, path) for n in chain(root)) or path == target:
+            if any(targets.is_file(n, path) for n in chain(root)) or path == target:
                 raise CowferryError(f"'{path}' would be overwritten", "copy to another folder")
             as_it_is = (*OVERLAYS, "raw") if previous is None else OVERLAYS
             kind = source.driver if source.driver in as_it_is else "qcow2"
             under = previous[1] if previous is not None else None
-            _create(path, kind, source.size, source, under, made)
-            copied = _opened(daemon, path, kind, under, made, source.size)
+            targets.create(path, kind, source.size, source, under, made)
+            copied = targets.opened(daemon, path, kind, under, made, source.size)
             nodes.append(copied)
             layers.append(Layer(source, previous[0] if previous is not None else None, copied))
             previous = (source, copied)
         if shallow:
             previous = (below[0], below[0])
         under = previous[1] if previous is not None else None
-        if half is None and (format != "raw" or not _is_device(target)):  # a device is there
-            _create(target, format, disk.size, root, under, made)
-        node = _opened(daemon, target, format, under, made, disk.size)
+        if half is None and (format != "raw" or not targets.is_there(target)):  # a device is there
+            targets.create(target, format, disk.size, root, under, made)
+        node = targets.opened(daemon, target, format, under, made, disk.size)
         nodes.append(node)
         if half is None and resumable:
             half = _begin(disk, target)
@@ -329,7 +309,7 @@ def copy(
                     with disk.exclusive():
                         half.over()
                     made.append(target)
-                _unmake(made)
+                targets.unmake(made)
 
         return _start(
             daemon, device, disk, node, job_id=job_id,
@@ -345,7 +325,7 @@ def copy(
                 half.over()
         elif half is not None:
             half.bitmap.busy = ""
-        _unmake(made)
+        targets.unmake(made)
         raise
 
 
@@ -356,78 +336,3 @@ def _begin(disk: Disk, target: str) -> Unfinished | None:
     except (OSError, CowferryError) as error:
         log.warning("'%s' begins anew if it is interrupted: %s", target, error)
         return None
-
-
-def _create(
-    path: str, format: str, size: int, like: Node, backing: Node | None, made: list[str]
-) -> None:
-    if os.path.exists(path) and os.path.isfile(path) and os.path.getsize(path):
-        raise CowferryError(
-            f"'{path}' exists", "remove it, or use mode=existing to have it overwritten"
-        )
-    options: dict[str, Any] = {}
-    if format in OVERLAYS:
-        if like.driver == format:
-            options |= getattr(like, "geometry", {"cluster_size": like.granule})
-        if backing is not None:
-            options |= {
-                "backing_file": os.path.abspath(backing.filename),
-                "backing_fmt": backing.driver,
-            }
-            if os.path.dirname(os.path.abspath(backing.filename)) == os.path.dirname(
-                os.path.abspath(path)
-            ):
-                options["backing_file"] = os.path.basename(backing.filename)
-    existed = os.path.exists(path)
-    opening.create_image(path, format, size, options, goal=True)
-    if not existed:
-        made.append(path)
-
-
-def _opened(
-    daemon: Daemon, path: str, format: str, backing: Node | None, made: list[str],
-    size: int, node_name: str | None = None,
-) -> Node:  # fmt: skip
-    options = opening.image_options(path, format)
-    if node_name is not None:
-        options["node-name"] = node_name
-    if format == "raw":
-        if _is_device(path):
-            options["size"] = size  # it may be larger
-    else:
-        options["backing"] = backing.name if backing is not None else None
-    try:
-        return daemon.graph.adopt(options, explicit=node_name is not None)
-    except BaseException:
-        _unmake(made)
-        raise
-
-
-def _is_device(path: str) -> bool:
-    """Whether it is there already, and of a size of its own: a device, or an export of a server."""
-    return names.is_uri(path) or (os.path.exists(path) and not os.path.isfile(path))
-
-
-def format_by_name(target: str) -> str | None:
-    """The format that a new image's name says. What a server exports is the disk: raw."""
-    if names.is_uri(target):
-        return "raw"
-    return EXTENSIONS.get(os.path.splitext(target)[1].lower())
-
-
-def _unmake(made: list[str]) -> None:
-    while made:
-        path = made.pop()
-        if os.path.exists(path):
-            sysio.unlink(path)
-
-
-def _is_file(node: Node, path: str) -> bool:
-    try:
-        return os.path.samefile(node.filename, path)
-    except OSError:
-        return node.filename == path
-
-
-def _same_image(a: Node, b: Node) -> bool:
-    return a.filename == b.filename or _is_file(a, b.filename)

@@ -1,0 +1,118 @@
+"""Where copies and backups go: files that are made here, files that exist, devices, exports."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from cowferry.block import names, sysio
+from cowferry.block.node import Node
+from cowferry.drivers import EXTENSIONS, OVERLAYS, opening
+from cowferry.errors import CowferryError, NotSupported
+
+if TYPE_CHECKING:
+    from cowferry.daemon import Daemon
+
+
+def create(
+    path: str, format: str, size: int, like: Node, backing: Node | None, made: list[str],
+    *, goal: bool = True,
+) -> None:  # fmt: skip
+    """Make the image, of the shape of `like` if it is of that format, over `backing`; `made` hears
+    of a file that was not there. `goal`: a disk has yet to move there. Raises `CowferryError`."""
+    if os.path.exists(path) and os.path.isfile(path) and os.path.getsize(path):
+        raise CowferryError(
+            f"'{path}' exists", "remove it, or use mode=existing to have it overwritten"
+        )
+    options: dict[str, Any] = {}
+    if format in OVERLAYS:
+        if like.driver == format:
+            options |= getattr(like, "geometry", {"cluster_size": like.granule})
+        if backing is not None:
+            options |= {
+                "backing_file": os.path.abspath(backing.filename),
+                "backing_fmt": backing.driver,
+            }
+            if os.path.dirname(os.path.abspath(backing.filename)) == os.path.dirname(
+                os.path.abspath(path)
+            ):
+                options["backing_file"] = os.path.basename(backing.filename)
+    existed = os.path.exists(path)
+    opening.create_image(path, format, size, options, goal=goal)
+    if not existed:
+        made.append(path)
+
+
+def opened(
+    daemon: Daemon, path: str, format: str, backing: Node | None, made: list[str],
+    size: int, node_name: str | None = None,
+) -> Node:  # fmt: skip
+    """Open it, over `backing` and nothing else. Raises `CowferryError`; then what was `made` is
+    removed."""
+    options = opening.image_options(path, format)
+    if node_name is not None:
+        options["node-name"] = node_name
+    if format == "raw":
+        if is_there(path):
+            options["size"] = size  # it may be larger
+    else:
+        options["backing"] = backing.name if backing is not None else None
+    try:
+        return daemon.graph.adopt(options, explicit=node_name is not None)
+    except BaseException:
+        unmake(made)
+        raise
+
+
+def is_there(path: str) -> bool:
+    """Whether it is there already, and of a size of its own: a device, or an export of a server."""
+    return names.is_uri(path) or (os.path.exists(path) and not os.path.isfile(path))
+
+
+def format_by_name(target: str) -> str | None:
+    """The format that a new image's name says. What a server exports is the disk: raw."""
+    if names.is_uri(target):
+        return "raw"
+    return EXTENSIONS.get(os.path.splitext(target)[1].lower())
+
+
+def unmake(made: list[str]) -> None:
+    """Remove what was made."""
+    while made:
+        path = made.pop()
+        if os.path.exists(path):
+            sysio.unlink(path)
+
+
+def is_file(node: Node, path: str) -> bool:
+    """Whether the node is over that file."""
+    try:
+        return os.path.samefile(node.filename, path)
+    except OSError:
+        return node.filename == path
+
+
+def same_image(a: Node, b: Node) -> bool:
+    """Whether both are over one file."""
+    return a.filename == b.filename or is_file(a, b.filename)
+
+
+def check_backing(target: Node, backing: Node | None) -> None:
+    """Raise unless the target can show what lies below it, now and when it is opened again."""
+    if backing is None or target.backing is not None:
+        return
+    if target.driver in ("raw", "file"):
+        raise NotSupported(
+            f"'{target.filename}' is a {target.driver} image, which has no backing file: what is "
+            "not copied would read as zeroes",
+            "use sync=full, or a qcow2 target",
+        )
+    if target.backing_spec is not None:
+        path = opening.backing_path(target.filename, target.backing_spec[0])
+        if not is_file(backing, path):
+            raise CowferryError(
+                f"'{target.filename}' names another backing file: '{path}'",
+                f"make it over '{backing.filename}', which is not copied",
+            )
+    else:
+        target.check_backing(os.path.abspath(backing.filename), backing.driver)
