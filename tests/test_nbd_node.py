@@ -20,11 +20,13 @@ from typing import Any
 import pytest
 
 from chains import contents, differs, make_base
+from cowferry.block.copy import Copier, Kind, Span
 from cowferry.block.disk import Disk
-from cowferry.block.node import Node, State
+from cowferry.block.node import Extent, Node, State
 from cowferry.drivers import nbd as driver
 from cowferry.drivers import nbd_link, opening
 from cowferry.drivers.nbd import Nbd
+from cowferry.drivers.nbd_client import NbdClient
 from cowferry.errors import CowferryError
 from cowferry.exports.nbd import NbdExport, NbdServer
 from cowferry.jobs.job import Jobs
@@ -233,6 +235,59 @@ def test_N1_a_flush_covers_nothing_that_is_answered_after_it(tmp_path: Path) -> 
     server.up()
     node.flush()
     assert server.durable[:2] == b"ab"
+    node.close()
+    server.crash()
+
+
+def test_a_guests_requests_over_a_remote_disk_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Our server over a node over another server, which hangs: eight writes are on their way."""
+    server = Forgetful(tmp_path / "s", SIZE)
+    node = node_of(tmp_path / "s")
+    disk = Disk(node, "d")
+    front = NbdServer()
+    front.add(NbdExport("", disk, default=True))
+    front.listen_unix(str(tmp_path / "front"))
+    goes_on = threading.Event()
+
+    def hang(kind: int) -> None:
+        goes_on.wait(PATIENCE)
+
+    server.before = hang
+    with NbdClient(uri(tmp_path / "front")) as guest:
+        calls = [
+            guest.link.submit(nbd.WRITE, 0, i << 16, 4096, bytes([i]) * 4096) for i in range(8)
+        ]
+        link = node._link
+        assert link is not None
+        until(lambda: len(link._calls) == 8)
+        goes_on.set()
+        for call in calls:
+            guest.link.wait(call)
+    assert all(server.volatile[i << 16] == i for i in range(8))
+    front.stop()
+    node.close()
+    server.crash()
+
+
+def test_a_copy_that_fails_has_nothing_on_its_way_any_more(tmp_path: Path) -> None:
+    server = Forgetful(tmp_path / "s", 16 << 20)
+    node = node_of(tmp_path / "s")
+    make_base(tmp_path, 16 << 20)
+    source = opening.open_image(str(tmp_path / "base.raw"), "raw", read_only=True)
+    copier = Copier()
+    copier.place(source, node, Span(0, 16 << 20, Kind.COPY))
+    assert not differs(server.volatile, contents(source))
+    server.before = lambda kind: server.fails.update({nbd.WRITE: nbd.ERRNOS[errno.ENOSPC]})
+    with pytest.raises(OSError) as full:
+        copier.place(source, node, Span(0, 16 << 20, Kind.COPY))
+    assert full.value.errno == errno.ENOSPC
+    assert node._link is not None and not node._link._calls
+    # And the other way: from a server into a file that is made.
+    server.before = lambda kind: None
+    with open(tmp_path / "here.raw", "w+b") as f:
+        copier.fill(node, 0, [Extent(16 << 20, State.DATA, f.fileno(), 0, True)])
+        assert not differs(f.read(), contents(source))
+    source.close()
     node.close()
     server.crash()
 

@@ -26,7 +26,7 @@ from cowferry.block.bitmap import Bitmap
 from cowferry.block.gate import END, Gate, Slot
 from cowferry.block.lease import DATA, SPAN, SPAN_BITS, WRITABLE, ZERO, Leases
 from cowferry.block.limits import Group, Member
-from cowferry.block.node import Extent, Node, State, clear, read, read_fully, with_holes
+from cowferry.block.node import Extent, Node, State, clear, far, read, read_fully, with_holes
 from cowferry.block.throttle import READ, WRITE, Brake, Turnstile, let_through
 
 COPY_ON_READ_MAX = 1 << 20
@@ -339,7 +339,7 @@ class Disk:
         keeper = self.root.keeper
         if keeper is not None and keeper.holds.any(offset, length):
             return True
-        return any(tap.slow for tap in self.taps)
+        return any(tap.slow for tap in self.taps) or far(self.root)
 
     def _holds(self) -> tuple[Bitmap, ...] | None:
         """Where write leases are not handed out. Inside a drain."""
