@@ -109,8 +109,8 @@ class Qed(Node):
                 raise ImageError(
                     f"'{self.filename}' was not closed cleanly and is damaged: "
                     f"{result.messages[0].removeprefix('ERROR ')}",
-                    "it can still be read; cowferry check says what is wrong, and with -r all drops "
-                    "entries that lead nowhere",
+                    "it can still be read; cowferry check says what is wrong, and with -r all "
+                    "drops entries that lead nowhere",
                 )
         if self.header.autoclear:
             self._write_header(replace(self.header, autoclear=0))
