@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from cowferry.block import names
 from cowferry.cli.client import QmpError, connect
 from cowferry.cli.options import control, json_output
 from cowferry.cli.sizes import human
@@ -41,20 +42,28 @@ def tree_command(disk: str | None, as_json: bool, path: str | None) -> int:
 def draw(tree: dict[str, Any]) -> list[str]:
     """The chain on one line, then what each layer holds."""
     layers = tree["chain"]
-    names = " <- ".join(os.path.basename(x["filename"]) for x in reversed(layers))
-    lines = [f"{tree['device']} ({human(tree['size'])}): {names}"]
-    width = max(len(os.path.basename(x["filename"])) for x in layers)
+    short = {x["filename"]: _short(x["filename"]) for x in layers}
+    line = " <- ".join(short[x["filename"]] for x in reversed(layers))
+    lines = [f"{tree['device']} ({human(tree['size'])}): {line}"]
+    width = max(map(len, short.values()))
     for x in reversed(layers):
-        name = os.path.basename(x["filename"]).ljust(width)
+        name = short[x["filename"]].ljust(width)
         share = 100 * x["data"] / max(x["virtual-size"], 1)
         zero = f", {human(x['zero'])} zero" if x["zero"] else ""
+        remote = names.is_uri(x["filename"])
+        place = "on a server" if remote else f"{human(x.get('actual-size', 0))} on disk"
         lines.append(
             f"    {name}  {x['format']:<6} {human(x['virtual-size'])}, holds {human(x['data'])} "
-            f"({share:.0f}%){zero}, {human(x.get('actual-size', 0))} on disk"
+            f"({share:.0f}%){zero}, {place}"
         )
     if "locked" in tree:
         lines.append(f"    locked: {tree['locked']}")
     return lines
+
+
+def _short(filename: str) -> str:
+    """A path without its folders; a URI as it is."""
+    return filename if names.is_uri(filename) else os.path.basename(filename)
 
 
 def _typed(value: str) -> Any:
