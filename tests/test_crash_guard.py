@@ -28,7 +28,7 @@ from cowferry.block.keeper import Keeper
 from cowferry.commands import change as change_command
 from cowferry.drivers import opening, partial
 from cowferry.drivers.file import File
-from cowferry.drivers.partial import Filling, Partial
+from cowferry.drivers.partial import Partial
 from cowferry.jobs.job import Ending
 from cowferry.jobs.mirror import Mirror
 from cowferry.operations import transaction as transactions
@@ -223,9 +223,9 @@ def map_first(self: Partial) -> None:
         self.file.flush()
 
 
-def gone_at_once(self: Filling, file: File) -> None:
+def gone_at_once(file: File, path: str) -> None:
     """The map goes before the mark."""
-    bitmap_file.remove(self.path)
+    bitmap_file.remove(path)
     partial.unmark(file.fd)
 
 
@@ -309,7 +309,7 @@ ROWS: list[tuple[str, Scenario, Break]] = [
     ("another map", filled, Without("Filling.store")),
     ("the mark is gone", filled, Without("unmark")),
     ("the map is gone", filled, Without("remove")),
-    ("the map goes first", filled, instead(Filling, "end", gone_at_once)),
+    ("the map goes first", filled, instead(partial, "end", gone_at_once)),
     ("the map of a larger file", grows, Without("Partial.resize", unless="Filling.store")),
     ("a new map", made, Without("Marks.__init__")),
     ("a new mark", made, Without("mark")),

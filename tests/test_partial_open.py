@@ -5,6 +5,7 @@ Its map may be lost, damaged or another image's; then nobody gets what is in the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 
 from chains import contents, differs, make_base, overlay
-from cowferry.block import bitmap_file
+from cowferry.block import bitmap_file, sysio
 from cowferry.block.disk import Disk
 from cowferry.drivers import opening
 from cowferry.drivers.partial import ATTRIBUTE, GRANULE, Partial
+from cowferry.drivers.raw import Raw
 from cowferry.errors import CowferryError, ImageError
 from daemons import a_daemon
 from test_cli_offline import cowferry
@@ -214,6 +216,34 @@ def test_a_map_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="version 99") as refused:
         opening.open_image(str(path))
     assert "remove" not in refused.value.hint
+
+
+def crash(path: str) -> None:
+    raise OSError(errno.EIO, "the power fails")
+
+
+@pytest.mark.parametrize("how", ["complete", "void", "complete and not marked"])
+def test_whoever_opens_it_after_a_crash_a_moment_after_the_end_tidies_up(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = a_partial(tmp_path)
+    oracle = bytes(range(256)) * (SIZE // 256)
+    path.write_bytes(oracle)
+    found = bitmap_file.read(str(filling_of(path)))
+    assert found is not None
+    found.backing = None
+    bitmap_file.write(str(filling_of(path)), found)
+    if how != "complete":
+        os.removexattr(path, ATTRIBUTE)
+    if how == "void":
+        with monkeypatch.context() as patch:
+            patch.setattr(sysio, "unlink", crash)
+            bitmap_file.remove(str(filling_of(path)))
+    for read_only in (True, False):
+        with opened(path, read_only=read_only) as node:
+            assert type(node) is Raw and bytes(contents(node)) == oracle
+        assert complete(path) != read_only
+    assert complete(path)
 
 
 def test_a_copy_without_attributes_is_put_right_as_the_hint_says(tmp_path: Path) -> None:

@@ -120,12 +120,8 @@ class Filling:
             self.marks = None
 
     def end(self, file: File) -> None:
-        """The image is complete, which the file says durably: it goes, and the mark before it."""
-        try:
-            unmark(file.fd)
-            bitmap_file.remove(self.path)
-        except OSError as error:  # whoever opens the image next for writing tries again
-            log.warning("'%s' is not needed any more, and stays: %s", self.path, error)
+        """The image is complete, which the file says durably: it goes."""
+        end(file, self.path)
         if self.marks is not None:
             self.marks.close()
             self.marks = None
@@ -490,6 +486,15 @@ def unmark(fd: int) -> None:
         sysio.fsync(fd)
 
 
+def end(file: File, path: str) -> None:
+    """What says that the image is complete is not needed any more; the mark goes before it."""
+    try:
+        unmark(file.fd)
+        bitmap_file.remove(path)
+    except OSError as error:  # whoever opens the image next for writing tries again
+        log.warning("'%s' is not needed any more, and stays: %s", path, error)
+
+
 # Opening ------------------------------------------------------------------------------------
 
 
@@ -511,11 +516,11 @@ def find(file: File) -> Filling | None:
         raise ImageError(error.desc, "use the version that made it; nothing was changed") from error
     except OSError as error:
         raise _refused(image, found, f"cannot be read: {error.strerror}") from error
+    if contents is None and token:
+        raise _lost(image)
     if contents is None or (contents.backing is None and token in (b"", None, contents.token)):
-        if contents is None and token:
-            raise _lost(image)
-        if contents is not None and not file.read_only:
-            Filling(found, contents).end(file)  # somebody crashed a moment after the end
+        if not file.read_only:
+            end(file, found)  # somebody crashed a moment after the end
         return None
     if token is not None and token != contents.token:
         raise ImageError(
