@@ -408,6 +408,25 @@ def test_a_node_that_is_written_through_another_has_none(house: House) -> None:
     house("blockdev-add", **given)
 
 
+def test_what_is_no_image_of_its_own_has_bitmaps_in_memory_only(house: House) -> None:
+    """A node over an export, a raw node over a part of a file: nothing is beside those."""
+    house.open("vm", "raw")
+    uri = {"type": "unix", "path": listen(house)}
+    house("block-export-add", type="nbd", id="e", node_name="vm", name="d", writable=True)
+    file = {"driver": "file", "filename": house.image("part", "raw")}
+    house("blockdev-add", node_name="far", driver="nbd", server=uri, export="d")
+    house("blockdev-add", node_name="part", driver="raw", file=file, offset=65536, size=1 << 20)
+    for node in ("far", "part"):
+        given = {"node": node, "name": "b", "persistent": True}
+        text = f"Can't store persistent bitmaps to {node}: Operation not supported"
+        assert refusal(house, "block-dirty-bitmap-add", **given) == text
+        house.bitmap("add", node, "b")
+        house.daemon.graph.disk(node).pwrite(memoryview(b"x"), 0)
+        assert house.bits(node, "b") == [(0, CLUSTER)]
+    house("blockdev-del", node_name="far")
+    house("nbd-server-stop")
+
+
 def test_a_filter_has_the_bitmaps_of_the_node_below(house: House) -> None:
     """Whether they were added before it was there, to the one or to the other."""
     house.open("vm")

@@ -422,7 +422,7 @@ def attach(node: Node, repair: bool = False) -> None:
     Raises `ImageError` if they cannot be kept, though they should; then the node is not to be
     written, unless it is to `repair` it. What is wrong with a bitmap itself makes it inconsistent,
     and is told in the log."""
-    if not _can_keep(node):
+    if not can_keep(node):
         return
     try:
         found, generation, token = _find(node)
@@ -475,7 +475,7 @@ def changed(node: Node) -> None:
         return
     if not any(b.persistent for b in node.bitmaps.values()):
         return
-    if not _can_keep(node):
+    if not can_keep(node):
         raise NotSupported(
             f"'{node.name or node.filename}' cannot have persistent bitmaps",
             "they need an image in a local file or device, from its beginning on; without "
@@ -616,8 +616,8 @@ def _distrusted(bitmap: Bitmap, why: str) -> None:
     bitmap.reason = why
 
 
-def _can_keep(node: Node) -> bool:
-    """A format, right over a local file or device."""
+def can_keep(node: Node) -> bool:
+    """Whether the node can have persistent bitmaps: a format, right over a local file or device."""
     if node.filter or node.file is None:
         return False
     return node.from_start and node.file.file is None and node.file.fd >= 0

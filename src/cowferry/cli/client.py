@@ -32,6 +32,7 @@ OPTIONS = {
     "query-jobs lists": "cowferry jobs lists",
     "x-backup-export-end": "cowferry backup --end",
     "another id": "another --id",
+    "without persistent it can": "with --transient it can",
     "with block-dirty-bitmap-remove": "with cowferry bitmap --remove",
 }
 

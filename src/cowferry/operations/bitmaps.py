@@ -138,10 +138,11 @@ class _Change(Part):
         """The disks that read through the node; and if a job fills it, the one whose bytes those
         are, for the job writes only while it is inside the gate of that one."""
         daemon = self.so_far.daemon
-        disks = daemon.graph.disks_above(self.node)
+        # In this order: a job that lets go of the node meanwhile has moved its disk there before.
         held = daemon.graph.claims.get(id(self.node))
         job = daemon.jobs.get(held.holder) if held is not None and held.holder else None
         source = daemon.works_on.get(job) if job is not None else None
+        disks = daemon.graph.disks_above(self.node)
         return disks if source is None or source in disks else [*disks, source]
 
     @property
@@ -226,6 +227,12 @@ class Add(_Change):
             )
         if persistent and node.read_only:
             raise CowferryError(f"{refusal}: it is read-only")
+        if persistent and not keeper.can_keep(node):
+            raise CowferryError(
+                f"Can't store persistent bitmaps to {node_name}: Operation not supported",
+                "they need an image in a local file or device, from its beginning on; without "
+                "persistent it can have one",
+            )
         bitmap = Bitmap(name, node.size, granularity, persistent=persistent)
         bitmap.recording = not disabled
         super().__init__(so_far, node, bitmap)
