@@ -449,6 +449,15 @@ def test_a_filter_has_the_bitmaps_of_the_node_below(house: House) -> None:
         assert [(b["node-name"], b["name"]) for b in found] == [("vm", name) for name in names]
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x\udfff"])
+def test_a_name_is_text(house: House, name: str) -> None:
+    """Half of a character cannot be stored, and C strings end at a NUL."""
+    house.open("vm")
+    for persistent in (True, False):
+        text = refusal(house, "block-dirty-bitmap-add", node="vm", name=name, persistent=persistent)
+        assert text.endswith("has a character that is none") and text.isprintable()
+
+
 def test_a_bitmap_has_no_more_bits_than_memory_is_for(house: House) -> None:
     path = str(house.folder / "huge.raw")
     opening.create_image(path, "raw", 1 << 42, {})

@@ -198,6 +198,8 @@ class Add(_Change):
     ) -> None:
         if not name:
             raise CowferryError("Bitmap name cannot be empty")
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in name):
+            raise CowferryError(f"Bitmap name '{name}' has a character that is none")
         node = node_of(so_far.daemon, node_name, so_far)
         if node is None:
             raise CowferryError(f"Cannot find device='{node_name}' nor node-name='{node_name}'")

@@ -21,7 +21,7 @@ from cowferry.cli.options import F, control, json_output
 from cowferry.cli.sizes import Size, human
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
-from cowferry.errors import CowferryError, ImageError
+from cowferry.errors import CowferryError, ImageError, one_line
 
 ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
 OTHER = "the image merged from"  # its name as a disk, beside that of the image itself
@@ -269,7 +269,12 @@ def show(found: list[dict[str, Any]], as_json: bool) -> None:
         return
     rows = [("bitmap", "granularity", "dirty", "state")]
     rows += [
-        (e.get("name", "(of a job)"), human(e["granularity"]), human(e["count"]), state(e))
+        (
+            one_line(e.get("name", "(of a job)")),
+            human(e["granularity"]),
+            human(e["count"]),
+            state(e),
+        )
         for e in found
     ]
     widths = [max(len(row[n]) for row in rows) for n in range(3)]
@@ -292,7 +297,7 @@ def state(entry: dict[str, Any]) -> str:
         words.append("in memory only")
     else:
         words.append("in the image" if kept == image else f"in {os.path.basename(kept)}")
-    return ", ".join(words)
+    return one_line(", ".join(words))
 
 
 def show_map(runs: Iterator[dict[str, int]], as_json: bool) -> None:
