@@ -19,6 +19,7 @@ from chains import chain_of_disks, contents, differs
 from cowferry.block import limits
 from cowferry.block.disk import Disk
 from cowferry.daemon import Daemon
+from cowferry.drivers.nbd_client import NbdClient
 from cowferry.errors import CowferryError, DeviceNotFound
 from cowferry.exports.nbd import NbdExport
 from cowferry.exports.nbd_lane import PENDING
@@ -217,6 +218,8 @@ def test_requests_that_wait_hold_no_thread(house: House) -> None:
     assert guest.send(nbd.FLUSH) == guest.answer()
     other = house.guest()
     assert other.send(nbd.FLUSH) == other.answer()
+    house.clock.advance(PENDING - 4)
+    assert len(guest.answers(PENDING - 4, BLOCK)) == PENDING - 4
 
 
 def test_a_disk_that_waits_keeps_no_other_from_anything(house: House) -> None:
@@ -252,6 +255,28 @@ def test_a_request_that_is_admitted_at_once_needs_no_worker(house: House) -> Non
         guest.read(0)
     guest.answers(200, BLOCK)
     assert len(house.export.workers._threads) == had
+
+
+def test_a_request_pays_once_whoever_serves_it(house: House) -> None:
+    """Each of these goes to a worker after it has been admitted; and to another, if it waited."""
+    house.limit(iops=1)
+    large = 512 << 10
+    kinds = (
+        (nbd.READ, large), (nbd.WRITE, large), (nbd.CACHE, large), (nbd.TRIM, BLOCK),
+        (nbd.WRITE_ZEROES, BLOCK),
+    )  # fmt: skip
+    guest = house.guest()
+    for kind, length in kinds:
+        for waits in (False, True):
+            data = bytes(length) if kind == nbd.WRITE else b""
+            cookie = guest.send(kind, 0, length, data)
+            if waits:
+                house.waiting(1)
+                house.clock.advance(1)
+            assert guest.answer(length if kind == nbd.READ else 0) == cookie
+        house.clock.advance(2)
+    with NbdClient(f"nbd+unix:///vm?socket={house.folder / 'nbd'}") as client:
+        assert client.structured and client.pread(large, 0) == contents(house.disk.root)[:large]
 
 
 def test_an_unlimited_disk_has_no_turnstile(house: House) -> None:

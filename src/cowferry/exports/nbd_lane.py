@@ -111,7 +111,8 @@ class Connection:
         self.closed = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-        self._dismiss(go=False)
+        with self.idle:
+            self.idle.notify_all()
 
     def _dismiss(self, go: bool) -> None:
         """None of our requests waits at a turnstile any longer."""
@@ -332,8 +333,6 @@ class Connection:
                 self._finished(weight)
 
         let_through(turnstiles, direction, moved, go, self)
-        if self.closed:  # sent away meanwhile: nobody may be left behind
-            raise ConnectionError("the export is gone")
         return True
 
     def _take_room(self, kind: int, length: int) -> int:
@@ -344,9 +343,11 @@ class Connection:
         if full:
             self._flush_out()  # the client may wait for these before it sends more
         with self.idle:
-            while not self.idle.wait_for(lambda: self._room(weight), LOOK):
-                if self.closed or (self.disk.turnstiles and self._left()):
+            while not self.idle.wait_for(lambda: self.closed or self._room(weight), LOOK):
+                if self.disk.turnstiles and self._left():
                     raise ConnectionError("the client has left")
+            if self.closed:
+                raise ConnectionError("the client was sent away")
             self.pending += 1
             self.held += weight
         return weight
