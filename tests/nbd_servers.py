@@ -11,7 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from cowferry.block.node import Node
+from cowferry.drivers import opening
+from cowferry.drivers.nbd import Nbd
 from cowferry.wire import nbd
 from daemons import PATIENCE
 
@@ -69,6 +73,31 @@ def nbdkit(path: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def uri(path: Path, export: str = "") -> str:
     return f"nbd+unix:///{export}?socket={path}"
+
+
+def node_of(path: Path, **more: Any) -> Nbd:
+    """A node over the export of a unix socket."""
+    options = {"driver": "nbd", "server": {"type": "unix", "path": str(path)}, **more}
+    node = opening.open_node({k.replace("_", "-"): v for k, v in options.items()})
+    assert isinstance(node, Nbd)
+    return node
+
+
+def view(content: bytes) -> memoryview:
+    return memoryview(bytearray(content))
+
+
+def bytes_of(node: Node, offset: int = 0, length: int | None = None) -> bytes:
+    """By `pread`, without asking about runs."""
+    out = memoryview(bytearray(node.size - offset if length is None else length))
+    node.pread(out, offset)
+    return bytes(out)
+
+
+def empty(path: Path, size: int = 4 << 20) -> Path:
+    with open(path, "wb") as f:
+        f.truncate(size)
+    return path
 
 
 # What a server says ------------------------------------------------------------------------
