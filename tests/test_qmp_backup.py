@@ -10,7 +10,7 @@ import json
 import random
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -478,3 +478,176 @@ def test_a_bitmap_begun_by_one_is_used_by_the_other(tmp_path: Path, first: str) 
         assert sum(e.length for e in node.extents_with_data()) <= 256 * KIB + 64 * KIB
     finally:
         node.close()
+
+
+# Ours ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    """Our daemon, and a target `other`."""
+    with speaking(tmp_path, OURS) as talk:
+        scene = Scene(talk, tmp_path)
+        scene.create("other")
+        scene.add("other")
+        yield scene
+        scene.over()
+
+
+def done(talk: Talk, command: str, **arguments: Any) -> dict[str, Any]:
+    """Run a command that starts the job `j`, and wait for its end."""
+    talk(command, **arguments)
+    ended = talk.until("BLOCK_JOB_COMPLETED", device="j")
+    talk.until("null", id="j")
+    return ended
+
+
+def nodes(talk: Talk) -> set[str]:
+    """The names of all nodes."""
+    return {n["node-name"] for n in talk.quietly("query-named-block-nodes")}
+
+
+def test_one_job_at_a_time_works_on_a_disk(scene: Scene) -> None:
+    talk = scene.talk
+    talk("blockdev-backup", **job(sync="none"))
+    refused = talk.refusal("blockdev-backup", **job(job_id="k", target="t"))
+    assert refused.klass == "DeviceInUse" and "backup 'j', which excludes backup" in refused.desc
+    others: dict[str, dict[str, Any]] = {
+        "block-stream": {"device": "vm"},
+        "blockdev-snapshot-sync": {"device": "vm", "snapshot_file": str(scene.folder / "s")},
+        "block_resize": {"node_name": "vm", "size": SIZE * 2},
+    }
+    for command, more in others.items():
+        assert "which excludes" in str(talk.refusal(command, **more))
+
+
+@pytest.mark.parametrize("sync", ["full", "top", "none"])
+def test_drive_backup_makes_a_file_that_goes_if_it_fails(scene: Scene, sync: str) -> None:
+    talk = scene.talk
+    path = scene.folder / "made.qcow2"
+    given = job(target=str(path), sync=sync, **(STEADY if sync != "none" else {}))
+    talk("drive-backup", **given)
+    assert path.exists()
+    talk("job-cancel", id="j")
+    talk.until("null", id="j")
+    assert not path.exists()
+    if sync != "none":
+        assert "error" not in done(talk, "drive-backup", **job(target=str(path), sync=sync))
+        assert not scene.holds("made.qcow2")
+        again = talk.refusal("drive-backup", **job(target=str(path), sync=sync))
+        assert "exists" in again.desc and "mode=existing" in again.hint
+
+
+def test_drive_backup_into_what_exists_never_guesses_its_format(scene: Scene) -> None:
+    talk = scene.talk
+    opening.create_image(str(scene.folder / "there"), "qcow2", SIZE, {})
+    assert "format" in talk.refusal("drive-backup", **job(
+        target=str(scene.folder / "there"), mode="existing")).desc  # fmt: skip
+    given = job(target=str(scene.folder / "there"), mode="existing", format="qcow2")
+    assert "error" not in done(talk, "drive-backup", **given)
+    node = opening.open_image(str(scene.folder / "there"), "qcow2")
+    try:
+        assert not differs(contents(node), scene.oracle)
+    finally:
+        node.close()
+
+
+def test_an_increment_into_an_overlay_that_exists(scene: Scene) -> None:
+    talk = scene.talk
+    talk("block-dirty-bitmap-add", node="vm", name="b0")
+    full = job(target=str(scene.folder / "full.qcow2"), bitmap="b0", bitmap_mode="on-success")
+    assert "error" not in done(talk, "drive-backup", **full)
+    with scene.guest() as client:
+        write(scene, client, 70 * KIB, 10 * KIB)
+    scene.create("inc", backing="full")
+    given = job(target=str(scene.folder / "inc.qcow2"), mode="existing", sync="incremental")
+    assert "error" not in done(talk, "drive-backup", **given, bitmap="b0")
+    assert not scene.holds("inc.qcow2")
+
+
+def test_what_is_lent_to_a_target_is_taken_back(scene: Scene) -> None:
+    talk = scene.talk
+    talk("block-dirty-bitmap-add", node="vm", name="b0")
+    for sync in ("top", "incremental", "full"):
+        bitmap = "b0" if sync == "incremental" else None
+        assert "error" not in done(talk, "blockdev-backup", **job(sync=sync, bitmap=bitmap))
+        known = {n["node-name"]: n for n in talk("query-named-block-nodes")}
+        assert "backing_file" not in known["other"]
+    talk("blockdev-backup", **job(sync="none"))
+    talk("job-cancel", id="j")
+    talk.until("null", id="j")
+    talk("blockdev-del", node_name="other")
+    assert not scene.holds("other.qcow2"), "the full one was the last to write"
+
+
+def test_a_bitmap_that_is_made_in_the_same_transaction(scene: Scene) -> None:
+    """As libvirt does it: what changed since the checkpoint is merged into a bitmap of the backup's
+    own, and a new checkpoint begins, all at one moment."""
+    talk = scene.talk
+    assert "error" not in done(talk, "blockdev-backup", **job(target="other"))
+    talk("block-dirty-bitmap-add", node="vm", name="c1")
+    with scene.guest() as client:
+        write(scene, client, 70 * KIB, 10 * KIB)
+        write(scene, client, 900 * KIB, 10 * KIB)
+        scene.create("inc", backing="other")
+        scene.add("inc", backing=None)
+        moment = bytes(scene.oracle)
+        actions = [
+            {"type": "block-dirty-bitmap-add",
+             "data": {"node": "vm", "name": "tmp", "disabled": True}},
+            {"type": "block-dirty-bitmap-merge",
+             "data": {"node": "vm", "target": "tmp", "bitmaps": ["c1"]}},
+            {"type": "block-dirty-bitmap-disable", "data": {"node": "vm", "name": "c1"}},
+            {"type": "block-dirty-bitmap-add", "data": {"node": "vm", "name": "c2"}},
+            {"type": "blockdev-backup",
+             "data": job(target="inc", sync="incremental", bitmap="tmp", speed=MIB)},
+        ]  # fmt: skip
+        talk("transaction", actions=actions)
+        write(scene, client, 1500 * KIB, 10 * KIB)
+        write(scene, client, 72 * KIB, KIB)
+        talk.until("null", id="j")
+        talk("block-dirty-bitmap-remove", node="vm", name="tmp")
+        known = {b["name"]: b["count"] for n in talk("query-named-block-nodes")
+                 if n["node-name"] == "vm" for b in n["dirty-bitmaps"]}  # fmt: skip
+    assert known == {"c1": 128 * KIB, "c2": 128 * KIB}
+    talk("blockdev-del", node_name="inc")
+    talk("blockdev-del", node_name="other")
+    node = opening.open_image(str(scene.folder / "inc.qcow2"))
+    try:
+        assert not differs(contents(node), moment)
+    finally:
+        opening.close_chain(node)
+
+
+def test_a_pull_backup_that_cannot_begin_leaves_nothing(scene: Scene) -> None:
+    talk = scene.talk
+    scene.create("vm3")
+    scene.add("vm3")
+    disks = [{"device": "vm"}, {"device": "vm3"}]
+    assert "NBD server not running" in talk.refusal("x-backup-export", disks=disks).desc
+    with scene.guest():
+        before = nodes(talk)
+        for wanted, why in [
+            ([{"device": "vm"}, {"device": "nope"}], "nope"),
+            ([{"device": "vm"}, {"device": "vm"}], "named twice"),
+            ([], "names no disk"),
+            ([{"device": "vm"}, {"device": "vm3", "name": "vm"}], "export named 'vm'"),
+            ([{"device": "vm"}, {"device": "vm3", "name": "pull-vm"}], "export named 'pull-vm'"),
+        ]:
+            assert why in talk.refusal("x-backup-export", disks=wanted, bitmap="b0").desc
+            talk.poll(lambda: nodes(talk) == before, "the end of everything that was begun")
+            idle(talk)
+        assert len(talk("query-block-exports")) == 1
+        talk("x-backup-export", disks=disks)
+        assert "going on already" in talk.refusal("x-backup-export", disks=disks).desc
+        (found,) = talk("x-query-backup-exports")
+        assert [d["state"] for d in found["disks"]] == ["kept", "kept"]
+        talk("job-cancel", id="pull-vm")
+        talk.until("null", id="pull-vm")
+        (found,) = talk("x-query-backup-exports")
+        assert [d["state"] for d in found["disks"]] == ["lost", "kept"]
+        assert "lost on 'vm' (cancelled)" in talk.refusal("x-backup-export-end").desc
+        idle(talk)
+        assert nodes(talk) == before
+        assert not talk("x-query-backup-exports")
+    assert not list(scene.folder.glob(".cowferry*"))
