@@ -164,13 +164,13 @@ def test_check_says_what_qemu_img_says(images: list[Path]) -> None:
 
 
 def test_convert_and_compare_round_trips(images: list[Path], tmp_path: Path) -> None:
-    for path in images[2:4]:
-        for target in ("raw", "qcow2", "qed"):
-            out = tmp_path / f"{path.stem}.{target}"
-            cowferry("convert", "-O", target, path, out)
-            qemu_img("compare", "-f", "qed", "-F", target, path, out)
-        cowferry("compare", path, out)
-        qemu_img("check", "-f", "qed", out)
+    path = images[2]
+    for target in ("raw", "qcow2", "qed"):
+        out = tmp_path / f"{path.stem}.{target}"
+        cowferry("convert", "-O", target, path, out)
+        qemu_img("compare", "-f", "qed", "-F", target, path, out)
+    cowferry("compare", path, out)
+    qemu_img("check", "-f", "qed", out)
 
 
 def test_resize_and_rebase(images: list[Path], tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_what_qemu_left_in_a_crash_is_mended_when_it_is_written_and_not_when_it_
     left = path.read_bytes()
     node = opening.open_image(str(path), read_only=True)
     assert contents(node)[: 128 << 10] == b"\5" * (128 << 10)
-    assert json.loads(cowferry("info", "--output=json", path))["dirty-flag"]
+    assert info.describe(node)["dirty-flag"]
     node.close()
     assert path.read_bytes() == left
     node = opening.open_image(str(path))
@@ -227,11 +227,8 @@ def test_chains_of_all_formats(tmp_path: Path, length: int) -> None:
     for n in range(length):
         above = ("qed", "qcow2", "qed")[n % 3]
         path = tmp_path / f"sn{n}.{above}"
-        cowferry(
-            "create", "-q", "-b", below, "-F", format, path
-        ) if n < 3 else opening.create_image(
-            str(path), above, SIZE, {"backing_file": below.name, "backing_fmt": format}
-        )
+        options = {"backing_file": below.name, "backing_fmt": format}
+        opening.create_image(str(path), above, SIZE, options)
         disk = Disk(opening.open_image(str(path)))
         churn(disk, oracle, rnd, 3)
         opening.close_chain(disk.root)
