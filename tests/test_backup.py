@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from cowferry.block.disk import Disk
 from cowferry.block.node import Node, State
 from cowferry.block.spill import UNIT
 from cowferry.drivers import opening
+from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import Job, finish
 from cowferry.operations.backup import Unknown
 from orders import failing, on_call
+from tests_support import need
 
 KIB, MIB = 1 << 10, 1 << 20
 SECTOR = 512
@@ -447,3 +450,36 @@ def test_policies_for_errors_of_either_side(
             list(steps)
     job.clean()
     assert not bench.disk.taps
+
+
+def test_K1_a_compressed_cluster_that_is_given_back_while_the_overlay_reads_it(
+    benches: list[Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader is inside the overlay's gate, which a guest who writes elsewhere does not pass."""
+    need("qemu-img")
+    plain = tmp_path / "plain.raw"
+    plain.write_bytes((random.Random(2).randbytes(1000) * (SIZE // 1000 + 1))[:SIZE])
+    command = ["qemu-img", "convert", "-c", "-O", "qcow2", "-o", "cluster_size=2M"]
+    subprocess.run([*command, str(plain), str(tmp_path / "vm.qcow2")], check=True, timeout=60)
+    source = opening.open_image(str(tmp_path / "vm.qcow2"))
+    assert isinstance(source, Qcow2)
+    bench = Bench(tmp_path, source)
+    benches.append(bench)
+    source._inflated = (0, b"")
+    node = make(tmp_path, "t", 64 * KIB)
+    node.backing = source
+    job = bench.backup(node, everything=False)
+    moment = bytes(bench.oracle)
+
+    def written_and_reused() -> None:
+        bench.write(0, SECTOR)
+        bench.disk.flush()
+        bench.write(2 * MIB, SECTOR)  # takes what was given back
+        bench.disk.flush()
+
+    on_call(monkeypatch, source.file, "pread", written_and_reused)
+    part = bytearray(UNIT)
+    job.target.pread(memoryview(part), MIB)
+    assert not differs(part, moment[MIB : MIB + UNIT])
+    job.clean()
+    node.backing = None

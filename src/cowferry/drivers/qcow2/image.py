@@ -206,6 +206,9 @@ class Qcow2(Node):
                     length = min(length, max(self.file.size - place, 0))
                     raw = bytearray(length)
                     self.file.pread(memoryview(raw), place)
+                    with self.meta:  # through an overlay one comes by another gate
+                        if self.map.entry(cluster)[0] != entry:
+                            continue  # written meanwhile, and the place given back, perhaps
                     plain = inflate(
                         self.filename, self.header.compression_type, bytes(raw), size, offset
                     )
