@@ -267,6 +267,18 @@ def test_the_timer_is_asked_once_however_many_wait(clock: ByHand) -> None:
     assert len(clock._calls) <= 3
 
 
+def test_calls_that_came_too_late_do_not_add_up(clock: ByHand) -> None:
+    """One that must wait for less than those who wait already asks the timer again."""
+    group = Group("g", limits(iops_rd=5, iops_wr=1), clock)
+    Guest(group, WRITE, depth=50)
+    guest = Guest(group)
+    for _ in range(60):
+        for _ in range(3):
+            guest.send()
+        clock.advance(0.7)
+    assert len(clock._calls) <= 5
+
+
 # Changes ------------------------------------------------------------------------------------
 
 
