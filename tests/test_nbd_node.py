@@ -509,6 +509,49 @@ def test_D2_abort_fails_what_hangs_at_once(tmp_path: Path) -> None:
     node.close()
 
 
+def test_what_was_not_flushed_before_an_abort_is_in_doubt(tmp_path: Path) -> None:
+    """Without a delay. With one it is written again, as after any loss."""
+    for delay in (0, 20):
+        server = Forgetful(tmp_path / "s", SIZE)
+        node = node_of(tmp_path / "s", reconnect_delay=delay)
+        node.pwrite(view(b"a"), 0)
+        node.abort()
+        server.restart()
+        if delay:
+            node.flush()
+            assert server.durable[:1] == b"a"
+        else:
+            with pytest.raises(OSError, match="no later one counts"):
+                node.flush()
+        node.close()
+        server.crash()
+
+
+def test_closing_says_what_may_be_lost_and_does_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Forgetful(tmp_path / "s", SIZE)
+    node = node_of(tmp_path / "s")
+    node.pwrite(view(b"a"), 0)
+    server.restart()
+    with pytest.raises(OSError, match="no later one counts"):
+        node.close()
+    node.close()
+    monkeypatch.setattr(driver, "PATIENCE", 0.05)
+    node = node_of(tmp_path / "s")
+    node.pwrite(view(b"a"), 0)
+    goes_on = threading.Event()
+
+    def hang(kind: int) -> None:
+        goes_on.wait(PATIENCE)
+
+    server.before = hang
+    with pytest.raises(OSError, match="no later one counts"):
+        node.close()
+    goes_on.set()
+    server.crash()
+
+
 def test_D2_a_copy_whose_target_hangs_is_called_off(tmp_path: Path) -> None:
     need("nbdkit")
     make_base(tmp_path, SIZE)

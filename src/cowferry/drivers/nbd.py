@@ -42,6 +42,7 @@ from cowferry.wire import nbd
 
 ALLOCATION = "base:allocation"
 HANDSHAKE = 10.0  # seconds for a connection and its handshake
+PATIENCE = 30.0  # seconds that closing may take
 PAUSE = 0.25  # seconds between two attempts to connect again
 RARELY = 1.0  # the same, when nobody waits for it
 KEEP = 16 << 20  # bytes of writes kept for a server that may come back
@@ -361,7 +362,9 @@ class Nbd(Node):
                 self._do(nbd.FLUSH, 0, 0, 0)
         except OSError as error:
             with self._changed:
-                failed = self._failed = self._failed or error
+                self._failed = self._failed or error
+        with self._changed:
+            failed = self._failed  # by now, perhaps: it may have gone over a new connection
         if failed is not None:
             raise OSError(
                 failed.errno or errno.EIO,
@@ -390,12 +393,13 @@ class Nbd(Node):
         """One request, sent again if the connection is lost and there is a delay.
 
         Raises `OSError`; EOPNOTSUPP for a question that the server has no way to answer."""
-        with self._changed:
-            aborts = self._aborts
+        aborts = self._aborts
         until = time.monotonic() + self.delay  # of the first loss, if there is one
         lost = False
         while True:
-            link = self._current(aborts, until)
+            link = self._link
+            if link is None or link.failure is not None:
+                link = self._current(aborts, until)
             if kind == nbd.BLOCK_STATUS and not link.contexts:
                 raise OSError(errno.EOPNOTSUPP, f"{self.filename}: no block status")
             try:
@@ -552,18 +556,25 @@ class Nbd(Node):
         self.read_only = read_only
 
     def close(self) -> None:
-        """Flush, if the server is still there, and leave. Idempotent."""
+        """Flush, and leave. Idempotent. Raises `OSError` if what was written may be lost.
+
+        It takes no longer than `PATIENCE`, and asks nobody after an `abort`."""
         with self._changed:
             if self._closed:
                 return
             link = self._link
-            doubt = self._failed is not None or link is None or link.failure is not None
+            given_up = self._aborts and (link is None or link.failure is not None)
+        limit = threading.Timer(PATIENCE, self.abort)
+        limit.daemon = True
         try:
-            if not (self.read_only or doubt):
+            if self._written > self._flushed and not (given_up or self._failed):
+                limit.start()
                 self.flush()
         finally:
+            limit.cancel()
             with self._changed:
                 self._closed = True
+                link = self._link
                 self._changed.notify_all()
             if link is not None:
                 link.close()
