@@ -67,6 +67,9 @@ PEERS: dict[str, Callable[[Path, Path], Any]] = {
     "without runs": lambda path, folder: nbdkit(
         path, "--filter=fua", "--filter=noextents", "memory", str(SIZE), "fuamode=emulate"
     ),
+    "a slow line": lambda path, folder: nbdkit(
+        path, "--filter=rate", "memory", str(SIZE), "rate=500M"
+    ),
     "blocks of 4096": lambda path, folder: nbdkit(
         path, "--filter=blocksize-policy", "memory", str(SIZE), "blocksize-error-policy=error",
         "blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=64k",
