@@ -60,7 +60,7 @@ FILLING = ".filling"
 ATTRIBUTE = "user.cowferry.filling"
 NAME = "filling"  # of the bitmap
 GRANULE, MIN_GRANULE, MAX_GRANULE = 64 << 10, 512, 2 << 20
-ROOM = 1 << 20  # bytes that a stream fills while a guest's write into them waits
+ROOM = 4 << 20  # bytes that a stream fills while a guest's write into them waits
 CREATION = frozenset({"backing_file", "backing_fmt", "granularity"})  # options of ours
 
 Granules = tuple[int, int]  # [first, stop)
