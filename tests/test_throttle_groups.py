@@ -1,0 +1,308 @@
+"""Throttle groups, throttle nodes and block_set_io_throttle: what they do, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowferry.block import limits
+from cowferry.errors import CowferryError, DeviceNotFound
+from limited import NO_LIMITS, SIZE, House, a_house
+from timers import ByHand
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ByHand:
+    by_hand = ByHand()
+    monkeypatch.setattr(limits, "TIMER", by_hand)
+    return by_hand
+
+
+@pytest.fixture
+def house(tmp_path: Path, clock: ByHand) -> Iterator[House]:
+    with a_house(tmp_path, clock) as house:
+        yield house
+
+
+def refused(house: House, command: str, arguments: dict[str, Any]) -> str:
+    with pytest.raises(CowferryError) as error:
+        house.daemon.execute(command, arguments)
+    return error.value.desc
+
+
+def throttled(house: House, name: str = "t0", group: str = "tg", **file: Any) -> None:
+    """A throttle node over a raw file `NAME.raw`."""
+    path = house.folder / f"{name}.raw"
+    path.write_bytes(bytes(SIZE))
+    below = {"driver": "raw", "file": {"driver": "file", "filename": str(path)}, **file}
+    house.daemon.execute(
+        "blockdev-add",
+        {"driver": "throttle", "node-name": name, "throttle-group": group, "file": below},
+    )
+
+
+def object_add(house: House, id: str, **given: int) -> None:
+    house.daemon.execute(
+        "object-add",
+        {"qom-type": "throttle-group", "id": id,
+         "limits": {k.replace("_", "-"): v for k, v in given.items()}},
+    )  # fmt: skip
+
+
+def test_an_export_of_a_throttle_node_keeps_to_its_groups_limits(house: House) -> None:
+    object_add(house, "tg", iops_total=1)
+    throttled(house)
+    throttled(house, "t1")
+    for name in ("t0", "t1"):
+        house.daemon.execute(
+            "block-export-add", {"type": "nbd", "id": name, "node-name": name, "writable": True}
+        )
+    guest, other = house.guest("t0"), house.guest("t1")
+    guest.write(0)
+    guest.answer()
+    for n in range(4):
+        guest.write(n)
+        other.write(n)
+    first, second = (house.daemon.graph.disk(n) for n in ("t0", "t1"))
+    house.waiting(4, first)
+    house.waiting(4, second)
+    house.clock.advance(4)
+    house.waiting(2, first)
+    house.waiting(2, second)
+    house.daemon.execute(
+        "qom-set", {"path": "tg", "property": "limits", "value": {"iops-total": 0}}
+    )
+    guest.answers(4)
+    other.answers(4)
+    assert first.leases.tables, "leases lead straight through it"
+    nodes = {n["node-name"]: n for n in house.daemon.execute("query-named-block-nodes", {})}
+    assert nodes["t0"]["drv"] == "throttle" and nodes["t0"]["group"] == "tg"
+
+
+def test_a_throttle_node_takes_another_group_live(house: House) -> None:
+    object_add(house, "slow", iops_total=1)
+    object_add(house, "fast", iops_total=1000)
+    throttled(house, group="slow")
+    house.daemon.execute(
+        "block-export-add", {"type": "nbd", "id": "t0", "node-name": "t0", "writable": True}
+    )
+    guest = house.guest("t0")
+    for n in range(10):
+        guest.write(n)
+    house.waiting(9, house.daemon.graph.disk("t0"))
+
+    def reopened(group: str) -> dict[str, Any]:
+        return {"options": [{"driver": "throttle", "node-name": "t0", "throttle-group": group}]}
+
+    assert refused(house, "blockdev-reopen", reopened("none")) == (
+        "Throttle group 'none' does not exist"
+    )
+    house.daemon.execute("blockdev-reopen", reopened("fast"))
+    guest.answers(10)
+    house.daemon.execute("object-del", {"id": "slow"})
+    assert refused(house, "object-del", {"id": "fast"}) == (
+        "object 'fast' is in use, can not be deleted"
+    )
+
+
+def test_a_throttle_node_goes_with_all_that_it_is_made_of(house: House) -> None:
+    object_add(house, "tg", bps_total=1000)
+    before = set(house.daemon.graph.nodes)
+    throttled(house)
+    assert refused(house, "object-del", {"id": "tg"}).startswith("object 'tg' is in use")
+    house.daemon.execute("blockdev-del", {"node-name": "t0"})
+    assert set(house.daemon.graph.nodes) == before
+    house.daemon.execute("object-del", {"id": "tg"})
+    assert refused(house, "object-del", {"id": "tg"}) == "object 'tg' not found"
+
+
+def test_a_snapshot_over_a_throttle_node_keeps_its_limits_and_records_the_image(
+    house: House,
+) -> None:
+    object_add(house, "tg", bps_total=1000)
+    throttled(house)
+    overlay = house.folder / "over.qcow2"
+    house.daemon.execute(
+        "blockdev-snapshot-sync",
+        {"node-name": "t0", "snapshot-file": str(overlay), "snapshot-node-name": "over"},
+    )
+    disk = house.daemon.graph.disk("over")
+    assert disk.limits is not None and disk.limits.group.name == "tg"
+    assert disk.root.backing_spec == (str(house.folder / "t0.raw"), "raw")
+
+
+def test_a_limit_is_an_error_where_no_guests_request_comes(house: House) -> None:
+    object_add(house, "tg", bps_total=1000)
+    throttled(house)
+    hidden = "A throttle node cannot be the 'file' of a '{}' node: it limits the disk over it"
+    for driver in ("raw", "qcow2"):
+        text = refused(
+            house, "blockdev-add", {"driver": driver, "node-name": "above", "file": "t0"}
+        )
+        assert text.startswith(hidden.format(driver))
+    text = refused(
+        house, "blockdev-add",
+        {"driver": "throttle", "node-name": "above", "throttle-group": "tg", "file": "t0"},
+    )  # fmt: skip
+    assert text.startswith(hidden.format("throttle"))
+    empty = house.folder / "empty.qcow2"
+    house.daemon.execute(
+        "blockdev-create",
+        {"job-id": "c", "options": {"driver": "qcow2", "filename": str(empty), "size": SIZE}},
+    )
+    house.told.wait("JOB_STATUS_CHANGE", id="c", status="concluded")
+    text = refused(
+        house, "blockdev-add",
+        {"driver": "qcow2", "node-name": "above", "backing": "t0",
+         "file": {"driver": "file", "filename": str(empty)}},
+    )  # fmt: skip
+    assert text.startswith("A throttle node cannot be the 'backing' of a 'qcow2' node")
+    assert (
+        refused(
+            house,
+            "blockdev-mirror",
+            {"device": "vm", "target": "t0", "sync": "full", "job-id": "j"},
+        )
+        == "Filters cannot be used as targets"
+    )
+    assert refused(house, "blockdev-snapshot", {"node": "vm", "overlay": "t0"}) == (
+        "Filters cannot be used as overlays"
+    )
+    below = house.disk.root.file
+    assert below is not None
+    one = {**NO_LIMITS, "iops": 1}
+    assert refused(house, "block_set_io_throttle", {"device": below.name, **one}) == (
+        f"Node '{below.name}' lies below '{house.disk.root.name}': no guest's request comes to it"
+    )
+    plain = house.folder / "plain.raw"
+    plain.write_bytes(bytes(SIZE))
+    house.daemon.execute(
+        "blockdev-add", {"driver": "file", "node-name": "plain", "filename": str(plain)}
+    )
+    assert refused(house, "block_set_io_throttle", {"device": "plain", **one}) == (
+        "Node 'plain' is not exported: no guest's request comes to it"
+    )
+    house.daemon.execute("block-export-add", {"type": "nbd", "id": "p", "node-name": "plain"})
+    house.limit("plain", iops=1)
+
+
+def test_what_is_no_limit_or_names_nobody_is_an_error(house: House) -> None:
+    read_only = house.folder / "ro.raw"
+    read_only.write_bytes(bytes(SIZE))
+    house.daemon.open_disk("ro", str(read_only), read_only=True)
+    one = {**NO_LIMITS, "iops": 1}
+    table: list[tuple[str, dict[str, Any], str]] = [
+        ("block_set_io_throttle", {"device": "vm"}, "Parameter 'bps' is missing"),
+        ("block_set_io_throttle", {**one}, "Need exactly one of 'device' and 'id'"),
+        ("block_set_io_throttle", {**one, "device": "nope"}, "Device 'nope' not found"),
+        ("block_set_io_throttle", {**one, "device": "vm", "iops": "5"},
+         "Invalid parameter type for 'iops', expected: integer"),
+        ("block_set_io_throttle", {**one, "device": "vm", "group": ""},
+         "Parameter 'group' expects a name"),
+        ("block_set_io_throttle", {**one, "device": "vm", "bps_max": 5},
+         "bps_max/iops_max require corresponding bps/iops values"),
+        ("block_set_io_throttle", {**NO_LIMITS, "device": "ro", "bps_wr": 5},
+         "Disk 'ro' is read-only: a limit for its writes has no effect"),
+        ("x-disk-limit", {"device": "vm"}, "no limit was given for 'vm'"),
+        ("x-disk-limit", {"device": "vm", "group": "nope"},
+         "Throttle group 'nope' does not exist"),
+        ("x-disk-limit", {"device": "vm", "off": True, "bps": 5},
+         "'off' takes all limits away, and goes with no other limit"),
+        ("x-disk-limit", {"device": "vm", "bps_foo": 5}, "Parameter 'bps_foo' is unexpected"),
+        ("object-add", {"qom-type": "iothread", "id": "x", "limits": {"bps-total": 1}},
+         "Parameter 'limits' is unexpected"),
+        ("object-add", {"qom-type": "throttle-group", "id": "9"},
+         "Parameter 'id' expects an identifier"),
+        ("object-add", {"qom-type": "throttle-group", "id": "x", "limits": {"bps-foo": 1}},
+         "Parameter 'limits.bps-foo' is unexpected"),
+        ("object-add", {"qom-type": "throttle-group", "id": "tg"},
+         "attempt to add duplicate property 'tg' to object (type 'container')"),
+        ("qom-set", {"path": "tg", "property": "limits", "value": 5},
+         "Invalid parameter type for 'limits', expected: object"),
+        ("qom-set", {"path": "tg", "property": "limits", "value": {"bps-foo": 1}},
+         "Parameter 'limits.bps-foo' is unexpected"),
+        ("qom-set", {"path": "tg", "property": "limits", "value": {"bps-read": 1}},
+         "bps/iops/max total values and read/write values cannot be used at the same time"),
+        ("qom-set", {"path": "tg", "property": "x-bps-total", "value": 1},
+         "Property cannot be set after initialization"),
+        ("qom-get", {"path": "tg", "property": "nope"},
+         "Property 'throttle-group.nope' not found"),
+        ("qom-get", {"path": "/objects/nope", "property": "limits"},
+         "Device '/objects/nope' not found"),
+        ("blockdev-add", {"driver": "throttle", "node-name": "n", "throttle-group": "nope",
+                          "file": {"driver": "file", "filename": str(read_only)}},
+         "Throttle group 'nope' does not exist"),
+        ("blockdev-add", {"driver": "throttle", "node-name": "n",
+                          "file": {"driver": "file", "filename": str(read_only)}},
+         "Parameter 'throttle-group' is missing"),
+        ("blockdev-add", {"driver": "throttle", "node-name": "n", "throttle-group": "tg"},
+         "A block device must be specified for 'file'"),
+    ]  # fmt: skip
+    object_add(house, "tg", bps_total=1000)
+    for command, arguments, text in table:
+        assert refused(house, command, arguments) == text, (command, arguments)
+    with pytest.raises(DeviceNotFound):
+        house.daemon.execute("block_set_io_throttle", {**one, "device": "nope"})
+    assert house.disk.limits is None
+    limits_now = house.daemon.execute("qom-get", {"path": "/objects/tg", "property": "limits"})
+    assert limits_now["bps-total"] == 1000 and limits_now["bps-read"] == 0
+
+
+def test_the_limits_of_a_throttle_node_are_changed_by_its_group(house: House) -> None:
+    object_add(house, "tg", bps_total=1000)
+    throttled(house)
+    house.daemon.execute("block-export-add", {"type": "nbd", "id": "t", "node-name": "t0"})
+    text = "The limits of 't0' come from throttle node 't0'"
+    assert refused(house, "block_set_io_throttle", {"device": "t0", **NO_LIMITS}) == text
+    assert (
+        refused(
+            house,
+            "block_set_io_throttle",
+            {"device": "t0", **NO_LIMITS, "bps": 1, "group": "other"},
+        )
+        == text
+    )
+    house.limit("t0", bps=77)
+    value = house.daemon.execute("qom-get", {"path": "tg", "property": "x-bps-total"})
+    assert value == 77
+
+
+def test_a_group_made_by_a_limit_goes_with_its_last_disk(house: House) -> None:
+    house.add("other")
+    house.limit(iops=5, group="g")
+    house.daemon.execute("x-disk-limit", {"device": "other", "group": "g"})
+    assert (
+        refused(house, "object-add", {"qom-type": "throttle-group", "id": "g"})
+        == "A group with this name already exists"
+    )
+    house.limit("other")
+    house.limit()
+    object_add(house, "g")
+    listed = house.daemon.execute("qom-list", {"path": "/objects"})
+    assert {"name": "g", "type": "child<throttle-group>"} in listed
+
+
+def test_every_number_is_told_as_it_was_given(house: House) -> None:
+    given = {
+        "bps_rd": 1000, "bps_rd_max": 5000, "bps_rd_max_length": 3, "bps_wr": 7,
+        "iops": 9, "iops_max": 11, "iops_size": 4096,
+    }  # fmt: skip
+    house.limit(group="g", **given)
+    (block,) = house.daemon.execute("query-block", {})
+    nodes = house.daemon.execute("query-named-block-nodes", {"flat": True})
+    (root,) = [n for n in nodes if n["node-name"] == house.disk.root.name]
+    wanted = {**NO_LIMITS, **given, "iops_max_length": 1, "group": "g"}
+    for shown in (block["inserted"], root):
+        told = {k: v for k, v in shown.items() if k[:3] in ("bps", "iop") or k == "group"}
+        assert told == wanted
+    text = house.daemon.human("info block")
+    assert "I/O throttling:   bps=0 bps_rd=1000 bps_wr=7 bps_max=0 bps_rd_max=5000" in text
+    assert text.rstrip().endswith("iops_size=4096 group=g")
+    house.daemon.human("block_set_io_throttle vm 1M 0 0 0 0 0")
+    (entry,) = house.daemon.execute("x-query-limits", {})
+    assert entry == {
+        "device": "vm", "group": "g", "with": [], "waiting": 0, "limits": {"bps": 1 << 20},
+    }  # fmt: skip
