@@ -226,6 +226,23 @@ def test_bitmaps_of_different_granules_are_marked_together(raw: Path) -> None:
     opening.close_chain(disk.root)
 
 
+def test_who_writes_on_and_on_is_marked_further_and_further_ahead(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = a_disk(raw)
+    keep(disk)
+    monkeypatch.setattr(keeper, "AHEAD", 3 * REGION)
+    marked = []
+    for offset in (0, REGION, 3 * REGION):
+        write(disk, offset)
+        marked.append(on_disk(raw).count() // REGION)
+    assert marked == [1, 3, 6]
+    checkpoint(disk)
+    write(disk, 2 * REGION)  # somewhere else
+    assert on_disk(raw).count() == REGION + 3 * K64
+    opening.close_chain(disk.root)
+
+
 def test_a_write_by_a_job_is_marked_first_too(raw: Path) -> None:
     disk = a_disk(raw)
     bitmap = keep(disk)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from bitarray import bitarray
 
@@ -41,7 +42,10 @@ class Bitmap:
         """The bytes are about to change."""
         self.written += length
         if self.recording:
-            self.set(offset, length)
+            first, bits = offset // self.granularity, self.bits
+            inside = offset + length <= (first + 1) * self.granularity and first < len(bits)
+            if not (inside and bits[first]):  # most often it is set, and nothing is to be done
+                self.set(offset, length)
 
     def set(self, offset: int, length: int) -> None:
         """Set the bits of a range, whether or not writes are being recorded."""
@@ -127,6 +131,18 @@ class Bitmap:
             start = first * self.granularity
             yield start, min(end * self.granularity, self.size) - start
             at = end
+
+    def info(self) -> dict[str, Any]:
+        """QMP: BlockDirtyInfo. Those of jobs have no name."""
+        out: dict[str, Any] = {"name": self.name} if self.name else {}
+        out |= {
+            "count": self.count(),
+            "granularity": self.granularity,
+            "recording": self.recording and not self.inconsistent,
+            "busy": bool(self.busy) or not self.name,
+            "persistent": self.persistent,
+        }
+        return {**out, "inconsistent": True} if self.inconsistent else out
 
     def resize(self, size: int) -> None:
         """The disk has another size now; new bytes count as clean. Inside a drain."""

@@ -59,6 +59,7 @@ COPY = "copy-"  # bitmaps of unfinished copies (`block/unfinished.py`): they sta
 REGION = 4 << 20  # bytes that are marked together, at least, but in a small disk
 FEW_REGIONS = 256  # in a small disk
 REGIONS = 1 << 15  # at most so many in a disk
+AHEAD = 64 << 20  # bytes that are marked at once for a guest that writes on and on
 HOLD = 64 << 10  # bytes for which `holds` has a bit, at least
 
 
@@ -85,6 +86,7 @@ class Keeper:
         self._marks: Marks | None = None  # None: at rest
         self._entries: dict[int, Entry] = {}  # id(bitmap) -> what the file has of it
         self._epoch = 0  # how often bits in the file may have been cleared
+        self._run = 0, 0  # where the last range that was marked ends, and its length
         self._broken = False  # the file may not be what a power cut leaves: write a new one
         self._generation = generation
         self._token = token  # of the file in use; b"" none yet
@@ -102,6 +104,10 @@ class Keeper:
         The caller is inside the range. Raises `OSError`; then nothing may be written."""
         start = offset // self.region * self.region
         end = -(-(offset + length) // self.region) * self.region
+        with self._lock:
+            if start == self._run[0]:  # on from where it came last: mark more and more
+                end = max(end, start + min(2 * self._run[1], AHEAD))
+            self._run = end, end - start
         while True:
             with self._lock:
                 if self._marks is None:
