@@ -197,7 +197,8 @@ class Model(Ground):
                 again = [p for p, (_, n) in guest.left.items() if n == size]
                 if again and sync == "full" and keep > 3:  # back to an image that was left
                     path = Path(again[0])
-                    layer = layer._replace(kind="raw" if guest.left[again[0]][0] == "raw" else "v3")
+                    left = guest.left[again[0]][0]
+                    layer = layer._replace(kind="v3" if left == "qcow2" else left)
                     given["target"] = str(path)
                 elif kind == "raw" or (backing is None and keep):
                     make_image(path, layer)
