@@ -161,7 +161,7 @@ def query_bitmaps(daemon: Daemon, args: QueryBitmaps) -> list[dict[str, Any]]:
 def described(node: Node, bitmap: Bitmap) -> dict[str, Any]:
     """A BlockDirtyInfo, and what a person wants to know besides."""
     out: dict[str, Any] = {"node-name": node.name, "filename": node.filename, "size": bitmap.size}
-    out |= dirty_info(bitmap)
+    out |= bitmap.info()
     if bitmap.persistent:
         inside = node.stores_bitmaps
         out["kept-in"] = node.filename if inside else moves.place(node.filename, keeper.SUFFIX)
@@ -170,19 +170,6 @@ def described(node: Node, bitmap: Bitmap) -> dict[str, Any]:
     if bitmap.inconsistent:
         out["reason"] = bitmap.reason
     return out
-
-
-def dirty_info(bitmap: Bitmap) -> dict[str, Any]:
-    """QMP: BlockDirtyInfo. Those of jobs have no name."""
-    out: dict[str, Any] = {"name": bitmap.name} if bitmap.name else {}
-    out |= {
-        "count": bitmap.count(),
-        "granularity": bitmap.granularity,
-        "recording": bitmap.recording and not bitmap.inconsistent,
-        "busy": bool(bitmap.busy) or not bitmap.name,
-        "persistent": bitmap.persistent,
-    }
-    return {**out, "inconsistent": True} if bitmap.inconsistent else out
 
 
 class QueryBitmapExtents(BlockDirtyBitmap):

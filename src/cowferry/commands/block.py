@@ -11,7 +11,6 @@ import msgspec
 from cowferry.block import moves
 from cowferry.block.node import Node, chain
 from cowferry.commands import Args, NoArgs, command
-from cowferry.commands.bitmaps import dirty_info
 from cowferry.commands.throttle import shown
 from cowferry.drivers import driver
 from cowferry.drivers.file import File
@@ -185,7 +184,7 @@ def device_info(node: Node, disk: Disk | None = None) -> dict[str, Any]:
     bitmaps = [] if node.filter else [*reversed(node.bitmaps.values())]
     bitmaps += [] if disk is None else disk.bitmaps.values()
     if bitmaps:
-        out["dirty-bitmaps"] = [dirty_info(b) for b in bitmaps]
+        out["dirty-bitmaps"] = [b.info() for b in bitmaps]
     return out
 
 

@@ -13,7 +13,6 @@ from cowferry.block import keeper, moves, names
 from cowferry.block.node import Node, chain
 from cowferry.cli.offline import image
 from cowferry.cli.sizes import human
-from cowferry.commands.bitmaps import dirty_info
 from cowferry.drivers import opening
 from cowferry.drivers.partial import Partial
 from cowferry.errors import one_line
@@ -74,7 +73,7 @@ def describe(node: Node) -> dict[str, Any]:
     if node.bitmaps and not node.stores_bitmaps:
         out["bitmaps"] = {
             "filename": moves.place(node.filename, keeper.SUFFIX),
-            "bitmaps": [dirty_info(bitmap) for bitmap in node.bitmaps.values()],
+            "bitmaps": [bitmap.info() for bitmap in node.bitmaps.values()],
         }
     out["dirty-flag"] = bool(getattr(node, "dirty_flag", False))
     return out
