@@ -545,6 +545,16 @@ def test_an_exported_bitmap_is_nobody_elses_until_the_export_is_gone(house: Hous
     house.bitmap("remove", "vm", "b")
 
 
+def test_two_bitmaps_of_one_name_are_not_told_apart(house: House) -> None:
+    for node in ("vm", "other"):
+        house.open(node)
+        house.bitmap("add", node, "b", disabled=True)
+    listen(house)
+    with pytest.raises(CowferryError, match="Two of the bitmaps are named 'b'"):
+        offer(house, "b", {"node": "other", "name": "b"})
+    offer(house, "b", {"node": "vm", "name": "b"})
+
+
 def test_the_namespaces_are_listed_and_select_nothing(house: House) -> None:
     """The NBD specification, section "Metadata querying", and QEMU's docs/interop/nbd.txt."""
     house.open("vm")

@@ -360,5 +360,9 @@ def for_export(daemon: Daemon, disk: Disk, names: Sequence[Named], writable: boo
         else:
             node, bitmap = look_up(daemon, *wanted)
             check_usable(node, bitmap)
+        if any(b.name == bitmap.name and b is not bitmap for b in out):
+            raise CowferryError(
+                f"Two of the bitmaps are named '{bitmap.name}'", "clients know them by their names"
+            )
         out.append(bitmap)
     return out
