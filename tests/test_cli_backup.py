@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -425,17 +426,17 @@ def test_a_destination_that_fails_for_a_while(served: Served, tmp_path: Path) ->
     need("nbdkit")
     broken = tmp_path / "broken"
     broken.touch()
-    socket = tmp_path / "t.sock"
+    where = tmp_path / "t.sock"
     command = [
-        "nbdkit", "-f", "-U", str(socket), "--filter=error", "memory", str(SIZE),
+        "nbdkit", "-f", "-U", str(where), "--filter=error", "memory", str(SIZE),
         "error-pwrite-rate=100%", f"error-file={broken}",
     ]  # fmt: skip
     server = subprocess.Popen(command)
     try:
-        until(socket.exists, "nbdkit's socket")
+        until(where.exists, "nbdkit's socket")
         with Client(str(served.folder / "run" / "qmp.sock")) as client:
-            where = {"type": "unix", "path": str(socket)}
-            client.call("blockdev-add", driver="nbd", node_name="far", server=where)
+            at = {"type": "unix", "path": str(where)}
+            client.call("blockdev-add", driver="nbd", node_name="far", server=at)
             moment = bytes(served.oracles["data"])
             client.call(
                 "blockdev-backup", job_id="j", device="data", target="far", sync="full",
@@ -449,7 +450,46 @@ def test_a_destination_that_fails_for_a_while(served: Served, tmp_path: Path) ->
             client.call("job-resume", id="j")
             assert "error" not in hear(client, "BLOCK_JOB_COMPLETED")
             client.call("blockdev-del", node_name="far")
-        with NbdClient(f"nbd+unix:///?socket={socket}") as far:
+        with NbdClient(f"nbd+unix:///?socket={where}") as far:
+            assert not differs(far.pread(SIZE, 0), moment)
+    finally:
+        server.terminate()
+        server.wait(PATIENCE)
+
+
+def test_K2_a_destination_that_hangs_does_not_hold_the_guest(
+    served: Served, tmp_path: Path
+) -> None:
+    """nbdkit's pause filter: it answers no more until it is told to. Not one write of the guest
+    needs an answer of the destination: from the first, and while there is room for old data."""
+    need("nbdkit")
+    where, control = tmp_path / "t.sock", tmp_path / "control"
+    server = subprocess.Popen([
+        "nbdkit", "-f", "-U", str(where), "--filter=pause", "memory", str(SIZE),
+        f"pause-control={control}",
+    ])  # fmt: skip
+    try:
+        until(where.exists, "nbdkit's socket")
+        with (
+            socket.socket(socket.AF_UNIX) as told,
+            Client(str(tmp_path / "run/qmp.sock")) as client,
+        ):
+            at = {"type": "unix", "path": str(where)}
+            client.call("blockdev-add", driver="nbd", node_name="far", server=at)
+            told.connect(str(control))
+            told.sendall(b"p")
+            assert told.recv(1) == b"P"
+            moment = bytes(served.oracles["data"])
+            client.call("blockdev-backup", job_id="j", device="data", target="far", sync="full")
+            for block in range(SIZE // BLOCK):
+                served.write(block * BLOCK, b"z", "data", length=5000)
+            (job,) = client.call("query-block-jobs")
+            assert job["offset"] == 0, "it did not hang"
+            told.sendall(b"r")
+            assert told.recv(1) == b"R"
+            assert "error" not in hear(client, "BLOCK_JOB_COMPLETED")
+            client.call("blockdev-del", node_name="far")
+        with NbdClient(f"nbd+unix:///?socket={where}") as far:
             assert not differs(far.pread(SIZE, 0), moment)
     finally:
         server.terminate()
@@ -563,12 +603,12 @@ def test_K1_a_pull_backup_of_three_disks_under_load_is_of_one_moment(
     for name, kind in names.items():
         cowferry.create(str(tmp_path / f"{name}.{kind}"), size, kind)
     (tmp_path / "run").mkdir()
-    socket = tmp_path / "run" / "nbd.sock"
+    where = tmp_path / "run" / "nbd.sock"
     disks = [f"{name}={tmp_path}/{name}.{kind}" for name, kind in names.items()]
     with program(tmp_path / "run", *disks) as (_, line):
         for name in names:
             assert line().startswith(name)
-        uris = {name: f"nbd+unix:///{name}?socket={socket}" for name in names}
+        uris = {name: f"nbd+unix:///{name}?socket={where}" for name in names}
         writer = Writer(list(uris.values()))
         load = fio(tmp_path, [
             [f"name={name}", "ioengine=nbd", f"uri={uri}", "rw=randwrite", "bsrange=4k-128k",

@@ -36,7 +36,7 @@ from cowferry.block.bitmap import Bitmap
 from cowferry.block.copy import Copier, Kind, spans
 from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
-from cowferry.block.node import Extent, Node, read
+from cowferry.block.node import Extent, Node, far, read
 from cowferry.block.spill import UNIT, Spill
 from cowferry.block.throttle import WRITE
 from cowferry.jobs.job import Job, Progress, ReadFailed, check_speed
@@ -168,6 +168,8 @@ class Backup(Job):
             self.disk.bitmaps[self._key] = self.since
         self.disk.taps = (*self.disk.taps, self)
         self._attached = True
+        if far(self.source) or far(self.target.root):
+            self.clones = False  # nothing is shared with a server, nor waited for inside the gate
 
     def detach(self) -> None:
         """Inside a drain of the disk. May be called again."""
