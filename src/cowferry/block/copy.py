@@ -179,6 +179,9 @@ class Copier:
         if span.kind is Kind.ZERO:
             target.zero(offset, length, unmap=True)
             return
+        if target.remote:
+            self._write(source, target, offset, length)
+            return
         granule = target.granule
         for r in list(target.extents(offset, length)):
             end = offset + r.length

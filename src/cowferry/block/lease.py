@@ -23,7 +23,7 @@ from array import array
 from collections.abc import Iterator
 
 from cowferry.block.bitmap import Bitmap
-from cowferry.block.node import Extent, Node, State, far, resolve
+from cowferry.block.node import Extent, Node, State, resolve
 
 SPAN_BITS = 10
 SPAN = 1 << SPAN_BITS  # granules in one array
@@ -84,14 +84,13 @@ class Leases:
         keep it: as much as one array holds, but where many runs make that slow, only the near."""
         shift = self.shift
         first, stop = offset >> shift, -(-(offset + length) >> shift)
-        remote = far(root)  # what is asked of a server is asked for each time: no more than needed
         for key in range(first >> SPAN_BITS, ((stop - 1) >> SPAN_BITS) + 1):
             epoch = self.epoch
             base = key << SPAN_BITS
             a, b = max(first - base, 0), min(stop - base, SPAN)
-            near = self._gap(key, a, b, 0 if remote else NEAR)
+            near = self._gap(key, a, b, NEAR)
             runs = self._resolve(root, base, *near)
-            if len(runs) <= FEW_RUNS and not remote:
+            if len(runs) <= FEW_RUNS:
                 whole = self._gap(key, a, b, SPAN)
                 if whole != near:
                     near, runs = whole, self._resolve(root, base, *whole)
@@ -101,7 +100,7 @@ class Leases:
 
     def _resolve(self, root: Node, base: int, a: int, b: int) -> list[Extent]:
         start, end = (base + a) << self.shift, min((base + b) << self.shift, root.size)
-        return list(resolve(root, start, end - start))
+        return list(resolve(root, start, end - start, serve=True))
 
     def _gap(self, key: int, a: int, b: int, far: int) -> tuple[int, int]:
         """Granules `a` to `b` of an array, and what lies around them and is not known either."""

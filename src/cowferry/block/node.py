@@ -71,7 +71,7 @@ class Node:
     align: int = 1
     granule: int = 64 << 10
     read_only: bool = False
-    #: Whether asking for its runs is asking somebody else: then nobody asks about more than needed.
+    #: Whether asking for its runs is asking a server: then whoever only wants bytes does not ask.
     remote: bool = False
     backing: Node | None = None
     #: (file name exactly as recorded, format or None) that the image's header asks for.
@@ -242,13 +242,18 @@ class Node:
 
 
 def resolve(
-    node: Node | None, offset: int, length: int, base: Node | None = None
+    node: Node | None,
+    offset: int,
+    length: int,
+    base: Node | None = None,
+    serve: bool = False,
 ) -> Iterator[Extent]:
     """Extents of the chain under `node`: no HOLE is left, `depth` says who answered.
 
     With `base`, what only `base` or a node below it could answer stays a HOLE. A hole that
     no node answers is ZERO with depth -1 (qemu:allocation-depth 0). Only the top node's runs
-    keep `writable`. Iterative: a chain may be hundreds of nodes deep."""
+    keep `writable`. To `serve`, what a server holds is DATA: it is as quickly read as asked about.
+    Iterative: a chain may be hundreds of nodes deep."""
     # A stack of pending runs, deepest first, in place of recursion.
     stack: list[tuple[Node | None, int, int, int]] = [(node, offset, length, 0)]
     while stack:
@@ -263,7 +268,12 @@ def resolve(
             stack.append((None, current.size, at + left - current.size, depth))
             left = current.size - at
         pending: list[tuple[Node | None, int, int, int]] = []
-        for e in current.extents(at, left):
+        if serve and current.remote:
+            whole = Extent(left, State.DATA, -1, at, depth == 0 and not current.read_only)
+            runs: Iterator[Extent] = iter((whole,))
+        else:
+            runs = current.extents(at, left)
+        for e in runs:
             if e.state is State.HOLE:
                 pending.append((current.backing, at, e.length, depth + 1))
             elif pending:
@@ -304,7 +314,7 @@ def chain(node: Node | None) -> Iterator[Node]:
 
 def read(node: Node | None, buf: memoryview, offset: int) -> None:
     """Fill `buf` through the chain under `node`. Raises `OSError`."""
-    read_runs(node, resolve(node, offset, len(buf)), buf, offset)
+    read_runs(node, resolve(node, offset, len(buf), serve=True), buf, offset)
 
 
 def read_runs(node: Node | None, runs: Iterable[Extent], buf: memoryview, offset: int) -> None:

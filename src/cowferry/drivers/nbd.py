@@ -4,8 +4,7 @@ It is a protocol node, like `file`: a disk by itself, or below a format. Its run
 descriptor, so every byte goes through `pread` and `pwrite`, over one connection that many threads
 share (`nbd_link.py`).
 
-What the server holds may be changed by others, so nothing that it says of its runs is kept; and a
-range that is as quickly read as asked about is not asked about: it is DATA.
+What the server holds may be changed by others, so nothing that it says of its runs is kept.
 
 A lost connection. Requests that wait for an answer fail with EIO, and later ones connect anew; with
 `reconnect-delay` they wait that many seconds for the server to come back, and are sent again. But a
@@ -46,7 +45,6 @@ PATIENCE = 30.0  # seconds that closing may take
 PAUSE = 0.25  # seconds between two attempts to connect again
 RARELY = 1.0  # the same, when nobody waits for it
 KEEP = 16 << 20  # bytes of writes kept for a server that may come back
-ASK = 2 << 20  # bytes: shorter ranges are read as quickly as asked about
 STATUS = 1 << 30  # bytes asked about at once
 ZERO_AT_ONCE = 128 << 20  # bytes zeroed or trimmed by one request: what an abort waits for at most
 MANY = 64 << 10  # bytes of a run, on average, below which asking is no use
@@ -170,7 +168,7 @@ class Nbd(Node):
     # Reading -----------------------------------------------------------------------------
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """As the server tells them. DATA: what it does not tell, and what is short.
+        """As the server tells them; DATA what it does not tell.
 
         A ZERO run says that it is writable, so that nobody remembers it."""
         writable = not self.read_only
@@ -179,7 +177,7 @@ class Nbd(Node):
         while offset < end:
             n = min(end - offset, STATUS)
             runs: list[tuple[int, int]] = []
-            if n >= ASK and questions > 0:
+            if questions > 0:
                 questions -= 1
                 first = offset // m * m
                 runs = self._status(first, -(-(offset + n) // m) * m - first, offset - first)

@@ -28,6 +28,7 @@ class Raw(Node):
         self.whole = size is None and start == 0
         self.size = file.size - start if size is None else size
         self.read_only = file.read_only
+        self.remote = file.remote
 
     @classmethod
     def open(cls, options: Raw.Options, children: Mapping[str, Node]) -> Raw:
