@@ -5,6 +5,7 @@ Its map may be lost, damaged or another image's; then nobody gets what is in the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -17,7 +18,8 @@ import pytest
 from chains import contents, differs, make_base, overlay
 from cowferry.block import bitmap_file, sysio
 from cowferry.block.disk import Disk
-from cowferry.drivers import opening
+from cowferry.block.node import Node
+from cowferry.drivers import opening, partial
 from cowferry.drivers.partial import ATTRIBUTE, GRANULE, Partial
 from cowferry.drivers.raw import Raw
 from cowferry.errors import CowferryError, ImageError
@@ -205,6 +207,42 @@ def test_without_its_map_it_is_refused_in_one_line(tmp_path: Path, kind: str) ->
             opening.open_image(str(path), read_only=read_only, backing=backing)
         assert "vm.raw" in refused.value.desc and refused.value.hint
     assert path.read_bytes() == before
+
+
+def test_a_map_that_cannot_be_written_is_told_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, oracle = a_partial(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sysio, "rename", lambda source, target: crash(target))
+        with pytest.raises(ImageError, match=r"vm.raw.filling' cannot be written: the power fails"):
+            opening.open_image(str(path))
+    with opened(path, read_only=True) as node:
+        assert not differs(contents(node), oracle)
+    a_folder(path)
+    with pytest.raises(ImageError, match="is in the way"), contextlib.closing(raw_file(path)) as f:
+        partial.declare_complete(f)
+
+
+def raw_file(path: Path) -> Node:
+    return opening.open_node(opening.file_options(str(path)))
+
+
+def test_where_there_are_no_attributes_the_map_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(*arguments: object) -> bytes:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "getxattr", unable)
+    monkeypatch.setattr(os, "setxattr", unable)
+    path, oracle = a_partial(tmp_path)
+    with opened(path) as node:
+        put(Disk(node), oracle, 70_000, b"guest")
+    with opened(path) as node:
+        assert isinstance(node, Partial) and not differs(contents(node), oracle)
+        node.set_backing(None, None)
+    assert not filling_of(path).exists()
 
 
 def test_a_map_of_a_later_version_is_left_alone(tmp_path: Path) -> None:

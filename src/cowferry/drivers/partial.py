@@ -87,9 +87,12 @@ class Filling:
         new = replace(self.contents, **changes)
         try:
             marks = Marks(self.path, new)
-        except (OSError, ImageError):
+        except (OSError, ImageError) as error:
             if self.marks is not None and not self._is_there():
                 self.doubt = OSError(errno.EIO, f"'{self.path}' could not be replaced")
+            if isinstance(error, OSError):
+                what = f"'{self.path}' cannot be written: {error.strerror or error}"
+                raise OSError(error.errno, what) from error
             raise
         if self.marks is not None:
             self.marks.close()
@@ -650,4 +653,10 @@ def declare_complete(file: Node) -> None:
         )
     unmark(file.fd)
     for path in moves.places(file.filename, FILLING):
-        bitmap_file.remove(path)
+        try:
+            bitmap_file.remove(path)
+        except OSError as error:
+            raise ImageError(
+                f"'{path}' is in the way, and cannot be removed: {error.strerror or error}",
+                "remove it; nothing else is left to do",
+            ) from error
