@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import struct
 import threading
 import zlib
@@ -21,7 +22,7 @@ from orders import Other, Unflushed
 NAMES = [
     "magic", "version", "header_length", "incompatible", "compatible", "state", "count",
     "generation", "token", "size", "next_size", "inode", "mtime_ns", "region", "directory",
-    "directory_length", "directory_crc", "backing", "format",
+    "directory_length", "directory_crc", "backing", "format", "version_of_inode",
 ]  # fmt: skip
 SIZE = (40 << 20) + 512
 
@@ -39,7 +40,7 @@ def contents(**more: object) -> Contents:
         size=SIZE,
         generation=7,
         token=bytes(range(16)),
-        stamp=Stamp(1234, -5),
+        stamp=Stamp(1234, -5, 99),
         region=4 << 20,
         entries=[
             Entry("b0", "dirty", 65536, some(SIZE, 65536)),
@@ -357,3 +358,19 @@ def test_a_file_that_could_not_be_replaced_is_the_old_or_the_new_one(
             bitmap_file.write(path, new)
     assert bitmap_file.read(path) == (new if call == "flush_directory" else old)
     assert os.listdir(tmp_path) == ["f"]
+
+
+def test_the_header_is_as_documented(tmp_path: Path) -> None:
+    """Each field lies where docs/bitmaps.md says."""
+    text = (Path(__file__).parent.parent / "docs" / "bitmaps.md").read_text()
+    table = text.split("| offset | bytes | field |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
+    told = [(int(offset), int(length)) for offset, length in rows]
+    at = 0
+    for offset, length in told:
+        assert offset == at
+        at += length
+    assert at == SECTOR
+    letters = {"I": 4, "Q": 8, "q": 8, "H": 2, "8s": 8, "16s": 16}
+    fields = re.findall(r"\d+s|[A-Za-z]", HEADER.format[1:])
+    assert [letters[f] for f in fields] == [n for _, n in told][: len(fields)]

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from chains import chain_of_disks, contents, differs
-from cowferry.block import moves
+from cowferry.block import keeper, moves
+from cowferry.block.bitmap import Bitmap
+from cowferry.block.disk import Disk
 from cowferry.daemon import Daemon
+from cowferry.drivers import opening
 from cowferry.errors import CowferryError
 from daemons import Told, a_daemon
 from tests_support import need, unavailable
@@ -125,3 +128,29 @@ def test_a_device_that_is_too_small_is_refused(
     assert not differs(contents(daemon.graph.disk("vm")), oracle)
     with open(path, "rb") as f:
         assert f.read() == b"\xaa" * (SIZE // 2)
+
+
+def test_B2_bitmaps_of_a_device_lie_in_the_state_folder_and_know_the_device(
+    device: Make, tmp_path: Path
+) -> None:
+    path = device(SIZE)
+    disk = Disk(opening.open_image(path, "raw"), "vm")
+    with disk.exclusive():
+        keeper.keep(disk.root, Bitmap("b0", SIZE))
+    disk.pwrite(memoryview(b"x"), 0)
+    (file,) = (tmp_path / "state").iterdir()
+    assert file.name.endswith(".bitmaps")
+    in_use = file.read_bytes()
+    opening.close_chain(disk.root)
+    at_rest = file.read_bytes()
+    other = tmp_path / "other"
+    other.write_bytes(bytes(SIZE))
+    for same in (True, False):
+        for found in (at_rest, in_use):
+            file.write_bytes(found)
+            node = opening.open_image(path, "raw", read_only=True)
+            bitmap = node.bitmaps["b0"]
+            assert bitmap.inconsistent != same and bitmap.any(0, 1)
+            opening.close_chain(node)
+        subprocess.run(["losetup", "-d", path], check=True)
+        subprocess.run(["losetup", path, str(other)], check=True)

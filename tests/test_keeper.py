@@ -27,6 +27,7 @@ from cowferry.block.lane import DONE, SLOW, Lane
 from cowferry.block.node import Node
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
+from cowferry.drivers.file import File
 from cowferry.drivers.nbd_client import NbdClient
 from cowferry.errors import CowferryError, DeviceInUse, ImageError
 from nursery import Nursery
@@ -588,6 +589,12 @@ def another(path: Path) -> None:
     os.replace(path.parent / "copy", path)
 
 
+def made_anew(path: Path) -> None:
+    """File systems use an inode number again at once."""
+    path.unlink()
+    File.create(str(path), SIZE, {})
+
+
 def touched(path: Path) -> None:
     with open(path, "r+b") as f:
         f.write(b"by somebody else")
@@ -620,6 +627,7 @@ def test_a_file_in_use_is_not_asked_for_the_time(raw: Path) -> None:
         (True, larger, "of another size"),
         (False, another, "of another image"),
         (True, another, "of another image"),
+        (True, made_anew, "of another image"),
         (False, touched, "changed by another program"),
         (False, cut, "cut short"),
         (True, cut, "cut short"),

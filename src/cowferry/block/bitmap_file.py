@@ -52,18 +52,23 @@ RECORDING, GUARDED, INCONSISTENT = 1, 2, 4  # flags of a bitmap
 NO_SIZE = (1 << 64) - 1
 
 # magic, version, header length, incompatible, compatible; state, bitmaps, generation, token;
-# size, next size, inode, mtime_ns, region; directory: offset, length, crc32; backing name, format
-HEADER = struct.Struct("<8sIIQQ IIQ16s QQQqQ QII HH4x")
+# size, next size, inode, mtime_ns, region; directory: offset, length, crc32; backing name, format;
+# version of the inode
+HEADER = struct.Struct("<8sIIQQ IIQ16s QQQqQ QII HHI")
 CHECKSUM = struct.Struct("<I")  # of all bytes of the sector before it, in its last four bytes
 # offset and length of the bits, their crc32, kind, granularity, flags, bytes of the name
 ENTRY = struct.Struct("<QQIIIIH6x")
 
 
 class Stamp(NamedTuple):
-    """What ties a file to an image: the image's inode and time of change, 0 for a device."""
+    """What ties a file to an image: the image's inode and its time of change, 0 for a device.
+
+    `version` tells it from an older file that had the same inode number (FS_IOC_GETVERSION); 0
+    where a file system has no such thing. `inode` of a device is of what is known of it, or 0."""
 
     inode: int = 0
     mtime_ns: int = 0
+    version: int = 0
 
 
 NO_STAMP = Stamp()
@@ -152,7 +157,7 @@ def _read(path: str, fd: int, length: int) -> Contents | None:
         raise Damaged(path, f"cut short: {length} bytes")
     (magic, version, header_length, incompatible, _, state, count, generation, token,
      size, next_size, inode, mtime_ns, region,
-     at, directory_length, directory_crc, name_length, format_length,
+     at, directory_length, directory_crc, name_length, format_length, inode_version,
      ) = HEADER.unpack_from(sector)  # fmt: skip
     if magic != MAGIC:
         raise Damaged(path, "no bitmap file: it does not begin like one")
@@ -182,7 +187,7 @@ def _read(path: str, fd: int, length: int) -> Contents | None:
         generation=generation,
         token=token,
         in_use=state == IN_USE,
-        stamp=Stamp(inode, mtime_ns),
+        stamp=Stamp(inode, mtime_ns, inode_version),
         region=region,
         next_size=None if next_size == NO_SIZE else next_size,
     )
@@ -402,7 +407,7 @@ def remove(path: str) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             header = HEADER.pack(
-                MAGIC, VERSION, HEADER.size, 0, 0, VOID, 0, 0, bytes(16), *[0] * 10
+                MAGIC, VERSION, HEADER.size, 0, 0, VOID, 0, 0, bytes(16), *[0] * 11
             )
             sysio.pwrite(fd, _sealed(header), 0)
             sysio.fdatasync(fd)
@@ -457,7 +462,8 @@ def _layout(path: str, contents: Contents) -> tuple[bytes, bytes, list[int]]:
         MAGIC, VERSION, HEADER.size, 0, 0,
         IN_USE if contents.in_use else AT_REST, len(names), contents.generation, contents.token,
         contents.size, NO_SIZE if contents.next_size is None else contents.next_size,
-        *contents.stamp, contents.region,
+        contents.stamp.inode, contents.stamp.mtime_ns, contents.region,
         SECTOR, len(directory), zlib.crc32(directory), len(name), len(format),
+        contents.stamp.version,
     )  # fmt: skip
     return _sealed(header), bytes(directory), places

@@ -38,6 +38,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import logging
 import os
 import secrets
@@ -55,6 +57,7 @@ from cowferry.errors import CowferryError, ImageError, NotSupported
 log = logging.getLogger(__name__)
 
 SUFFIX = ".bitmaps"
+FS_IOC_GETVERSION = 0x80087601
 COPY = "copy-"  # bitmaps of unfinished copies (`block/unfinished.py`): they stay with their image
 REGION = 4 << 20  # bytes that are marked together, at least, but in a small disk
 FEW_REGIONS = 256  # in a small disk
@@ -64,9 +67,16 @@ HOLD = 64 << 10  # bytes for which `holds` has a bit, at least
 
 
 def stamp(node: Node) -> Stamp:
-    """What ties a file to the image under `node` as it is now. Zeroes for a device."""
-    st = os.fstat(_file(node).fd)
-    return Stamp(st.st_ino, st.st_mtime_ns) if stat.S_ISREG(st.st_mode) else Stamp()
+    """What ties a file to the image under `node` as it is now."""
+    fd = _file(node).fd
+    st = os.fstat(fd)
+    if not stat.S_ISREG(st.st_mode):
+        return Stamp(_identity(st.st_rdev))
+    try:  # inode numbers are used again at once
+        version = fcntl.ioctl(fd, FS_IOC_GETVERSION, bytes(8))
+    except OSError:
+        version = bytes(8)
+    return Stamp(st.st_ino, st.st_mtime_ns, int.from_bytes(version[:4], "little"))
 
 
 class Keeper:
@@ -336,7 +346,7 @@ class Keeper:
                     generation=self._generation,
                     token=self._token,
                     in_use=True,
-                    stamp=Stamp(stamp(self.node).inode),
+                    stamp=stamp(self.node)._replace(mtime_ns=0),
                     region=self.region,
                     entries=list(entries.values()),
                 ),
@@ -610,7 +620,7 @@ def _objection(node: Node, file: Contents) -> str:
     if node.stores_bitmaps:  # the image has its token
         return ""
     now = stamp(node)
-    if now.inode != file.stamp.inode:
+    if (now.inode, now.version) != (file.stamp.inode, file.stamp.version):
         return "it is of another image"
     if not file.in_use and now.mtime_ns != file.stamp.mtime_ns:
         return "the image was changed by another program"
@@ -633,6 +643,16 @@ def _file(node: Node) -> Node:
     """The node of the host file that the image is."""
     assert node.file is not None
     return node.file
+
+
+def _identity(device: int) -> int:
+    """A number for a block device, as far as its name alone does not say which it is; else 0."""
+    folder = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for name in ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file"):
+        with contextlib.suppress(OSError), open(f"{folder}/{name}", "rb") as f:
+            if text := f.read(4096).strip():
+                return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+    return 0
 
 
 def _bits(bitmap: Bitmap) -> bitarray:
