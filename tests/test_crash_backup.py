@@ -1,0 +1,99 @@
+"""A power cut during a backup: the disk is the guest's, a backup that was told done is whole, and
+the bitmap that the next one goes by has missed nothing.
+
+Three moments count: P, at which the bitmap began (the backup before); T0, at which this backup
+began; and the end, from which on bits tell of what changed since T0 only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chains import contents
+from cowferry.block import keeper
+from cowferry.block.keeper import Stamp
+from cowferry.drivers import opening
+from cowferry.jobs.backup import Backup
+from cowferry.jobs.job import finish
+from crashes import SPEED, Judge, World, a_disk, sound, the_job
+from writelog import State
+
+GRANULARITY = 4096
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several regions, as a large disk has. A replay has other inodes."""
+    monkeypatch.setattr(keeper, "REGION", 32 << 10)
+    monkeypatch.setattr(keeper, "HOLD", 4096)
+    monkeypatch.setattr(keeper, "stamp", lambda node: Stamp())
+
+
+def covered(source: Path, then: bytes | bytearray, now: bytes | bytearray) -> bool:
+    """Whether the bitmap that is found on disk is set wherever the bytes differ."""
+    node = opening.open_image(str(source), read_only=True)
+    try:
+        bitmap = node.bitmaps["b0"]
+        assert not bitmap.inconsistent, bitmap.reason
+        return all(
+            bitmap.any(at, 1)
+            for at in range(0, len(now), GRANULARITY)
+            if then[at : at + GRANULARITY] != now[at : at + GRANULARITY]
+        )
+    finally:
+        opening.close_chain(node)
+
+
+@pytest.mark.parametrize("sync", ["full", "incremental"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_J3_B2_a_backup_that_was_told_done_is_whole_and_the_bitmap_missed_nothing(
+    tmp_path: Path, format: str, sync: str
+) -> None:
+    world = World(tmp_path, seed=11)
+    source, target = a_disk(world, format), world.there / "backup.qcow2"
+    world.open("vm", source)
+    world.execute(
+        "block-dirty-bitmap-add", node="vm", name="b0", granularity=GRANULARITY, persistent=True
+    )
+    before = bytes(contents(world.disk()))  # P
+    with world:
+        world.churn(6)
+        world.flush()
+        then = bytes(contents(world.disk()))  # T0
+        world.execute(
+            "drive-backup", device="vm", target=str(target), format="qcow2", sync=sync,
+            bitmap="b0", bitmap_mode="on-success", speed=SPEED,
+        )  # fmt: skip
+        job = the_job(world)
+        assert isinstance(job, Backup)
+        work = iter(job.run())
+        for step in work:
+            assert step.error is None
+            world.churn(2)
+        world.flush()
+        world.log.mark(("finish",), look=True)
+        finish([job])
+        job.clean()
+        world.daemon.jobs._forget(job)
+        world.log.mark(("done",), look=True)
+        world.churn(6)
+        world.flush()
+    judge = Judge(world)
+
+    def look(state: State) -> None:
+        passed = {m[0] for m in state.marks}
+        now = sound(str(source), None, state.what)
+        if "finish" in passed:
+            assert covered(source, then, now), "since T0"
+        else:
+            assert covered(source, before, now), "since the backup before"
+        if "done" in passed:
+            whole = sync == "full"
+            got = sound(str(target), None, state.what)
+            for at in range(0, len(then), GRANULARITY):
+                if whole or then[at : at + GRANULARITY] != before[at : at + GRANULARITY]:
+                    assert got[at : at + GRANULARITY] == then[at : at + GRANULARITY], at
+
+    assert judge.each(seed=4, samples=2, count=60, also=look) > 100
