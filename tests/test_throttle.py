@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from chains import contents
 from cowferry.block import limits
+from cowferry.block.throttle import LONGEST, Brake
 from cowferry.drivers.nbd_client import NbdClient
 from cowferry.exports.nbd_lane import PENDING
 from cowferry.wire import nbd
@@ -76,6 +78,27 @@ def test_requests_that_wait_hold_no_thread(house: House) -> None:
     assert other.send(nbd.FLUSH) == other.answer()
     house.clock.advance(PENDING - 4)
     assert len(guest.answers(PENDING - 4, BLOCK)) == PENDING - 4
+
+
+def test_writes_that_are_braked_hold_no_thread_either(house: House) -> None:
+    guest = house.guest()
+    guest.write(0)
+    guest.answer()
+    guest.send(nbd.FLUSH)
+    guest.answer()
+    before = threading.active_count()
+    house.disk.brake = Brake(1, lambda: house.clock.now, house.clock)
+    for n in range(20):
+        guest.write(n)
+    assert guest.send(nbd.FLUSH) == guest.answer()
+    assert guest.read(30) == guest.answer(BLOCK)
+    assert threading.active_count() == before
+    house.clock.advance(LONGEST)
+    assert len(guest.answers(20)) == 20
+    house.disk.brake = None
+    assert house.disk.turnstiles == ()
+    house.wrote(*range(20))
+    house.check()
 
 
 def test_a_disk_that_waits_keeps_no_other_from_anything(house: House) -> None:
@@ -381,3 +404,60 @@ def test_the_disk_changes_while_requests_wait_and_its_limits_stay(house: House, 
         assert hashlib.sha256(Path(old.filename).read_bytes()).digest() == frozen
     (shown,) = house.daemon.execute("query-block", {})
     assert shown["inserted"]["iops"] == 1 and shown["inserted"]["group"] == "vm"
+
+
+def test_another_medium_is_limited_as_the_last_one_was(house: House) -> None:
+    house.limit(iops=1)
+    guest = house.guest()
+    for n in range(5):
+        guest.write(n)
+    assert guest.answer() == 1
+    house.waiting(4)
+    medium = house.folder / "medium.raw"
+    medium.write_bytes(bytes(SIZE))
+    house.daemon.execute("change", {"device": "vm", "target": str(medium)})
+    house.waiting(4)
+    house.clock.advance(4)
+    guest.answers(4)
+    house.oracle = bytearray(SIZE)
+    house.wrote(1, 2, 3, 4)
+    house.check()
+
+
+def test_every_request_is_answered_once_however_often_limits_change(tmp_path: Path) -> None:
+    """With the process's own timer: rates, groups and none at all, while three guests write."""
+    with a_house(tmp_path, ByHand()) as house:
+        names = ["vm", "a", "b"]
+        for name in names[1:]:
+            house.add(name)
+        over = threading.Event()
+        heard: dict[str, list[int]] = {}
+
+        def guest_of(name: str) -> None:
+            guest = house.guest(name)
+            mine = heard.setdefault(name, [])
+            for n in range(1500):
+                guest.write(n % 1000)
+                if n >= 32:
+                    mine.append(guest.answer())
+            mine.extend(guest.answers(32))
+
+        def flip() -> None:
+            chance = random.Random(3)
+            while not over.is_set():
+                rates = chance.choice([{}, {"iops": 2000}, {"bps_wr": 10**7}, {"iops_wr": 10**4}])
+                group = {"group": chance.choice("gh")} if rates and chance.random() < 0.7 else {}
+                house.limit(chance.choice(names), **rates, **group)
+
+        guests = [threading.Thread(target=guest_of, args=(n,), daemon=True) for n in names]
+        flipper = threading.Thread(target=flip, daemon=True)
+        for thread in (*guests, flipper):
+            thread.start()
+        for thread in guests:
+            thread.join(PATIENCE)
+        over.set()
+        flipper.join(PATIENCE)
+        for name in names:
+            assert sorted(heard[name]) == list(range(1, 1501)), name
+        house.wrote(*range(1000))
+        house.check()
