@@ -100,8 +100,24 @@ def test_a_throttle_node_takes_another_group_live(house: House) -> None:
     assert refused(house, "blockdev-reopen", reopened("none")) == (
         "Throttle group 'none' does not exist"
     )
+    other = {"file": "somewhere"}
+    assert (
+        refused(
+            house, "blockdev-reopen", {"options": [{**reopened("fast")["options"][0], **other}]}
+        )
+        == "the 'file' of throttle node 't0' cannot be replaced"
+    )
     house.daemon.execute("blockdev-reopen", reopened("fast"))
     guest.answers(10)
+    assert (
+        refused(
+            house,
+            "blockdev-reopen",
+            {"options": [{**reopened("slow")["options"][0], "read-only": True}]},
+        )
+        == "'t0' is in use by a writable export"
+    )
+    assert house.daemon.graph.node("t0").throttle_group == "fast"
     house.daemon.execute("object-del", {"id": "slow"})
     assert refused(house, "object-del", {"id": "fast"}) == (
         "object 'fast' is in use, can not be deleted"

@@ -74,14 +74,14 @@ def _plan(
     kind = node.filter or node.driver
     if given.get("driver") != kind:
         raise CowferryError("Cannot change the option 'driver'", f"'{name}' is {kind}")
-    if node.throttle_group:
-        return node, _throttle_group(daemon, node, given)
     steps: list[tuple[Callable[[], None], Callable[[], None]]] = []
-    if node.backing is not None and "backing" not in given:
+    if node.throttle_group:
+        steps += _throttle_group(daemon, node, given)
+    elif node.backing is not None and "backing" not in given:
         raise CowferryError(f"backing is missing for '{name}'")
     if "backing" in given:
         steps += _backing(daemon, node, given["backing"])
-    if "file" in given:
+    if "file" in given and not node.throttle_group:
         steps += _file(daemon, node, given["file"])
     read_only = given.get("read-only", False) in (True, "on")
     if read_only != node.read_only:
@@ -104,7 +104,7 @@ def _plan(
 def _throttle_group(
     daemon: Daemon, node: Node, given: Mapping[str, Any]
 ) -> list[tuple[Callable[[], None], Callable[[], None]]]:
-    """The one thing about a throttle node that can be changed; its disks move along."""
+    """What is a throttle node's own; its disks move along."""
     graph = daemon.graph
     wanted = given.get("throttle-group")
     if not isinstance(wanted, str):
@@ -112,8 +112,11 @@ def _throttle_group(
     if wanted not in graph.groups:
         raise CowferryError(f"Throttle group '{wanted}' does not exist")
     assert node.file is not None
-    if given.get("file", node.file.name) != node.file.name:
-        raise NotSupported("the 'file' of a throttle node cannot be replaced")
+    file = given.get("file", node.file.name)
+    if (file.get("node-name") if isinstance(file, Mapping) else file) != node.file.name:
+        raise NotSupported(f"the 'file' of throttle node '{node.name}' cannot be replaced")
+    if "backing" in given:
+        raise CowferryError(f"'{node.name}' is a throttle node, which has no backing")
     old = node.throttle_group
 
     def put(name: str, before: str) -> None:
