@@ -580,6 +580,19 @@ def test_what_is_lent_to_a_target_is_taken_back(scene: Scene) -> None:
     assert not scene.holds("other.qcow2"), "the full one was the last to write"
 
 
+def test_a_backup_of_the_top_into_larger_clusters_is_filled_from_the_base(scene: Scene) -> None:
+    """The target was opened without what its header names."""
+    talk = scene.talk
+    with scene.guest() as client:
+        write(scene, client, 700 * KIB, 512)
+    under = {"backing_file": "sn1.qcow2", "backing_fmt": "qcow2", "cluster_size": MIB}
+    opening.create_image(str(scene.folder / "wide.qcow2"), "qcow2", SIZE, under)
+    scene.add("wide", backing=None)
+    assert "error" not in done(talk, "blockdev-backup", **job(target="wide", sync="top"))
+    talk("blockdev-del", node_name="wide")
+    assert not scene.holds("wide.qcow2")
+
+
 def test_a_bitmap_that_is_made_in_the_same_transaction(scene: Scene) -> None:
     """As libvirt does it: what changed since the checkpoint is merged into a bitmap of the backup's
     own, and a new checkpoint begins, all at one moment."""
@@ -589,6 +602,8 @@ def test_a_bitmap_that_is_made_in_the_same_transaction(scene: Scene) -> None:
     with scene.guest() as client:
         write(scene, client, 70 * KIB, 10 * KIB)
         write(scene, client, 900 * KIB, 10 * KIB)
+        client.zero(128 * KIB, 256 * KIB)  # which must not be left out: `other` has older bytes
+        scene.oracle[256 * KIB : 384 * KIB] = bytes(128 * KIB)
         scene.create("inc", backing="other")
         scene.add("inc", backing=None)
         moment = bytes(scene.oracle)
@@ -609,7 +624,7 @@ def test_a_bitmap_that_is_made_in_the_same_transaction(scene: Scene) -> None:
         talk("block-dirty-bitmap-remove", node="vm", name="tmp")
         known = {b["name"]: b["count"] for n in talk("query-named-block-nodes")
                  if n["node-name"] == "vm" for b in n["dirty-bitmaps"]}  # fmt: skip
-    assert known == {"c1": 128 * KIB, "c2": 128 * KIB}
+    assert known == {"c1": 256 * KIB, "c2": 128 * KIB}
     talk("blockdev-del", node_name="inc")
     talk("blockdev-del", node_name="other")
     node = opening.open_image(str(scene.folder / "inc.qcow2"))
