@@ -421,6 +421,48 @@ def test_a_destination_that_is_full(served: Served, small: Small, policy: str) -
     served.clean()
 
 
+def test_a_group_of_backups_ends_well_or_leaves_nothing(served: Served, small: Small) -> None:
+    served.good("backup", "vm=v0.qcow2", "data=d0.qcow2", "--bitmap", "b0")
+    for name in ("vm", "data"):
+        served.write(0, b"1", name, length=2 * MIB)
+    small.fill(MIB)
+    arguments = (
+        "backup", "vm=v1.qcow2", f"data={small.path}/d1.qcow2", "--incremental", "--bitmap", "b0",
+        "--base", "vm=v0.qcow2", "--base", "data=d0.qcow2",
+    )  # fmt: skip
+    said = served.bad(*arguments)
+    assert "backup-group-data: No space left on device" in said
+    assert "what was made of the destinations is removed; the bitmap keeps every bit" in said
+    assert not (served.folder / "v1.qcow2").exists() and not (small.path / "d1.qcow2").exists()
+    assert served.bits("vm") == served.bits("data") == list(range(2 * MIB // BLOCK))
+    served.clean()
+    small.empty()
+    served.good(*arguments)
+    assert not differs(reads(served.folder / "v1.qcow2"), served.oracles["vm"])
+    assert served.bits("vm") == served.bits("data") == []
+
+
+def test_a_backup_goes_to_a_server_and_the_human_monitor_makes_one(
+    served: Served, tmp_path: Path
+) -> None:
+    need("nbdkit")
+    where = tmp_path / "t.sock"
+    server = subprocess.Popen(["nbdkit", "-f", "-U", str(where), "memory", str(SIZE)])
+    try:
+        until(where.exists, "nbdkit's socket")
+        uri = f"nbd+unix:///?socket={where}"
+        served.good("backup", "vm", uri)
+        with NbdClient(uri) as far:
+            assert not differs(far.pread(SIZE, 0), served.oracles["vm"])
+    finally:
+        server.terminate()
+        server.wait(PATIENCE)
+    served.good("monitor", f"drive_backup -f vm {tmp_path}/m.qcow2 qcow2")
+    served.clean()
+    assert not differs(reads(tmp_path / "m.qcow2"), served.oracles["vm"])
+    assert "Compression is not supported" in served.good("monitor", "drive_backup -c vm x.qcow2")
+
+
 def test_a_destination_that_fails_for_a_while(served: Served, tmp_path: Path) -> None:
     """nbdkit's error filter: writes fail as long as a file is there."""
     need("nbdkit")

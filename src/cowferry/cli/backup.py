@@ -100,8 +100,9 @@ def backup_command(
         cowferry backup --pull vm data --bitmap b0
         cowferry backup --end
 
-    A DEST that exists is refused, and one that was made is removed if the backup fails. A bitmap
-    then says what it said before, and more.
+    A DEST that exists is refused, unless it is a block device or an NBD URI, which are overwritten;
+    one that was made is removed if the backup fails. A bitmap then says what it said before, and
+    what was written since.
     """
     if failed and not end:
         raise click.UsageError("--failed goes with --end")
