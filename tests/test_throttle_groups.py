@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from chains import chain_of_disks, contents, differs
 from cowferry.block import limits
+from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceNotFound
-from limited import NO_LIMITS, SIZE, House, a_house
+from limited import LAYERS, NO_LIMITS, SIZE, House, a_house
 from timers import ByHand
 
 
@@ -322,3 +324,51 @@ def test_every_number_is_told_as_it_was_given(house: House) -> None:
     assert entry == {
         "device": "vm", "group": "g", "with": [], "waiting": 0, "limits": {"bps": 1 << 20},
     }  # fmt: skip
+
+
+ON_FILTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stream": ("block-stream", {}),
+    "commit": ("block-commit", {"top": "sn1.qcow2"}),
+    "active commit": ("block-commit", {}),
+    "copy": ("drive-mirror", {"target": "copy.qcow2", "format": "qcow2", "sync": "full"}),
+    "shallow copy": ("drive-mirror", {"target": "copy.qcow2", "format": "qcow2", "sync": "top"}),
+    "backup": ("drive-backup", {"target": "copy.qcow2", "format": "qcow2", "sync": "full"}),
+}
+
+
+@pytest.mark.parametrize("name", ON_FILTERS)
+def test_operations_on_a_disk_over_a_throttle_node(house: House, name: str) -> None:
+    """To all of them it is the node below: no header and no record speaks of a throttle."""
+    folder = house.folder / "x"
+    folder.mkdir()
+    oracle = chain_of_disks(folder, LAYERS, SIZE)
+    object_add(house, "tg", bps_total=10**12)
+    file = {"driver": "file", "filename": str(folder / LAYERS[-1])}
+    house.daemon.execute(
+        "blockdev-add",
+        {"driver": "throttle", "node-name": "t0", "throttle-group": "tg",
+         "file": {"driver": "qcow2", "file": file}},
+    )  # fmt: skip
+    house.daemon.execute(
+        "block-export-add", {"type": "nbd", "id": "t0", "node-name": "t0", "writable": True}
+    )
+    disk = house.daemon.graph.disk("t0")
+    disk.pwrite(memoryview(b"new" * 1000), 100_000)
+    oracle[100_000:103_000] = b"new" * 1000
+    command, arguments = ON_FILTERS[name]
+    paths = {k: str(folder / v) for k, v in arguments.items() if k in ("top", "target")}
+    house.daemon.execute(command, {"device": "t0", "job-id": "j", **arguments, **paths})
+    if name in ("active commit", "copy", "shallow copy"):
+        house.told.wait("BLOCK_JOB_READY", device="j")
+        house.daemon.execute("job-complete", {"id": "j"})
+    assert "error" not in house.told.wait("BLOCK_JOB_COMPLETED", device="j")
+    assert not differs(contents(disk), oracle)
+    assert disk.limits is not None and disk.limits.group.name == "tg"
+    house.daemon.close()
+    for image in folder.iterdir():
+        if image.suffix != ".raw":
+            assert b"throttle" not in image.read_bytes()[:65536], image.name
+    now, format = opening.current_image(str(folder / LAYERS[-1]), "qcow2")
+    node = opening.open_image(now, format)
+    assert not differs(contents(node), oracle)
+    opening.close_chain(node)

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from cowferry.block import names
+from cowferry.block import keeper, names
 from cowferry.block.disk import Disk
 from cowferry.block.limits import Group
 from cowferry.block.node import Node, chain
@@ -327,7 +327,8 @@ class Graph:
             return list(self.nodes.values())
 
     def stranger(self, node: Node, ours: list[Node]) -> Node | None:
-        """A node that lies over `node` and is none of ours."""
+        """A node that lies over `node` and is none of ours, nor what a filter of ours is over."""
+        ours = [*ours, *(n.file for n in ours if n.filter and n.file is not None)]
         with self.lock:
             for other in self.nodes.values():
                 if other not in ours and any(child is node for _, child in children(other)):
@@ -436,6 +437,7 @@ class Graph:
             if floating is not None:
                 raise _afloat(floating, "an export")
             if writable:
+                keeper.check_bypass(disk.root)
                 for other in self.nodes.values():
                     over = self.claims.get(id(other))
                     for role, child in children(other):
