@@ -44,7 +44,7 @@ class Model(RuleBasedStateMachine):
         self.thread: Stream | None = None
 
     @initialize(
-        kind=st.sampled_from(["raw", "qcow2", "qcow2", "qed"]),
+        kind=st.sampled_from(["raw", "qcow2", "qcow2", "qed", "filling"]),
         cluster=st.sampled_from(["512", "4k", "64k"]),
         compat=st.sampled_from(["0.10", "1.1", "1.1", "ext"]),
         layers=st.integers(0, 2),
@@ -64,9 +64,14 @@ class Model(RuleBasedStateMachine):
         if kind == "qed":
             table = self.rnd.choice([2, 16])
             options = {"cluster_size": cluster.replace("512", "8k"), "table_size": table}
-        if kind == "raw" or not layers:
+        if kind == "filling":  # raw images, each to be filled from the one below
+            options, kind = {"granularity": cluster}, "raw"
+            layers += not layers
+        elif kind == "raw":
+            options, layers = {}, 0
+        if not layers:
             path = self.folder / f"disk.{kind}"
-            opening.create_image(str(path), kind, size, {} if kind == "raw" else options)
+            opening.create_image(str(path), kind, size, options)
             self.oracle = bytearray(size)
         else:
             self.oracle = bytearray(self.rnd.randbytes(size))
