@@ -439,6 +439,8 @@ def attach(node: Node, repair: bool = False) -> None:
     written, unless it is to `repair` it. What is wrong with a bitmap itself makes it inconsistent,
     and is told in the log."""
     if not can_keep(node):
+        if node.file is not None and not node.filter:
+            check_bypass(node)
         return
     try:
         found, generation, token = _find(node)
@@ -548,6 +550,23 @@ def put_back(node: Node, before: dict[str, Bitmap]) -> None:
     if node.bitmaps is not before:
         node.bitmaps = before
         changed(node)
+
+
+def check_bypass(node: Node) -> None:
+    """Raise `ImageError` if whoever writes this node passes by bitmaps that lie beside the image:
+    as a plain file, or a window of it. After a crash they would be relied on."""
+    file = node if node.file is None else node.file
+    bare = node.file is None or not node.from_start
+    if bare and file.fd >= 0 and not node.read_only and there(file.filename):
+        raise ImageError(
+            f"'{file.filename}' has persistent bitmaps, which nobody would keep",
+            f"write the whole image by its format; or remove '{file.filename}{SUFFIX}'",
+        )
+
+
+def there(image: str) -> bool:
+    """Whether there is a bitmap file of the image, whatever it says."""
+    return any(os.path.lexists(path) for path in moves.places(image, SUFFIX))
 
 
 def fresh(image: str) -> None:

@@ -224,7 +224,7 @@ def create_image(
 
 def _forget_bitmaps(path: str) -> None:
     """Bitmaps beside an image that is about to be replaced go, unless somebody has it open."""
-    if not any(os.path.lexists(p) for p in moves.places(path, keeper.SUFFIX)):
+    if not keeper.there(path):
         return
     if os.path.exists(path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
