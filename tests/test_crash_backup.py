@@ -13,7 +13,7 @@ import pytest
 
 from chains import contents
 from cowferry.block import keeper
-from cowferry.block.keeper import Stamp
+from cowferry.block.bitmap_file import Stamp
 from cowferry.drivers import opening
 from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import finish

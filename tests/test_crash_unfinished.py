@@ -15,7 +15,7 @@ import pytest
 
 from chains import contents
 from cowferry.block import keeper, moves, unfinished
-from cowferry.block.keeper import Stamp
+from cowferry.block.bitmap_file import Stamp
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
