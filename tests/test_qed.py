@@ -406,6 +406,17 @@ def test_a_cluster_of_two_owners_is_told_and_left_to_a_person(tmp_path: Path) ->
     image.close()
 
 
+def test_a_table_of_two_owners_is_told_and_no_part_of_it_is_mended(tmp_path: Path) -> None:
+    path = make(tmp_path, size=2 * SPAN)
+    _, l2 = written(path)
+    entry(path, L1 + 8, l2)
+    entry(path, l2, 3)
+    before = path.read_bytes()
+    found = check(path, "all")
+    assert found.corruptions == 2 and "lies over another table" in found.messages[0]
+    assert path.read_bytes() == before
+
+
 # NEED_CHECK ------------------------------------------------------------------------------------
 
 

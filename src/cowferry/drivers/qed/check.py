@@ -95,7 +95,7 @@ class Walk:
         if not image.holds(offset, length):
             self._bad(f"L2 table {index} has the invalid offset {offset:#x}")
             self._wrong(offset).roots.append(index)
-        elif not self._own(offset, length):
+        elif not self._own(offset, length) or offset in image.tables.clashing:
             self._bad(f"L2 table {index} at {offset:#x} lies over another table")
         else:
             return True
