@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ import pytest
 from chains import contents, differs, make_base
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
+from cowferry.wire import nbd
 from daemons import PATIENCE, Told, a_daemon
-from nbd_servers import empty, qemu_nbd, uri, view
+from nbd_servers import Forgetful, empty, qemu_nbd, until, uri, view
 from tests_support import need
 
 SIZE = 4 << 20
@@ -185,6 +188,25 @@ def test_URIs_are_names_of_images_on_the_command_line(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert cowferry("compare", a, b).returncode == 0
         assert not differs(far.read_bytes(), (tmp_path / "base.raw").read_bytes())
+
+
+def test_D2_an_interrupt_ends_a_copy_to_a_server_that_hangs(tmp_path: Path) -> None:
+    make_base(tmp_path, SIZE)
+    server = Forgetful(tmp_path / "s", SIZE)
+    goes_on = threading.Event()
+
+    def hang(kind: int) -> None:
+        if kind == nbd.WRITE:
+            goes_on.wait(PATIENCE)
+
+    server.before = hang
+    command = ["convert", "-n", "-O", "raw", str(tmp_path / "base.raw"), uri(tmp_path / "s")]
+    with subprocess.Popen([sys.executable, "-m", "cowferry", *command]) as child:
+        until(lambda: nbd.WRITE in server.asked)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(PATIENCE) != 0
+    goes_on.set()
+    server.crash()
 
 
 def test_an_image_from_a_server_names_no_files_of_ours(tmp_path: Path) -> None:

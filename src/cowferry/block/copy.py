@@ -270,7 +270,7 @@ class Copier:
                 n += k
 
         if length:
-            self._through(fd, host, length, read_file)
+            self._through(fd, host, length, read_file, [])
         if whole >= WRITEBACK:
             sysio.start_writeback(fd, begin, whole)
 
@@ -292,7 +292,7 @@ class Copier:
         host: int,
         length: int,
         get: Callable[[memoryview, int], None],
-        remote: bool = False,
+        remote: list[Node],
     ) -> None:
         """Copy through memory; `get(buf, done)` fills `buf` with what lies `done` bytes on."""
 
@@ -303,7 +303,7 @@ class Copier:
         self._piecewise(length, move, remote)
 
     def _write(self, source: Node | None, target: Node, offset: int, length: int) -> None:
-        remote = far(target) or far(source)
+        remote = far(target) + far(source)
         for at in range(offset, offset + length, BLOCK):
             n = min(BLOCK, offset + length - at)
             self._piecewise(
@@ -311,9 +311,9 @@ class Copier:
             )
 
     def _piecewise(
-        self, length: int, move: Callable[[memoryview, int], None], remote: bool
+        self, length: int, move: Callable[[memoryview, int], None], remote: list[Node]
     ) -> None:
-        """`move(buf, done)` each piece, in order; or several at once, if a server is involved.
+        """`move(buf, done)` each piece, in order; or several at once, if `remote` are involved.
 
         Nothing is on the way any more on return. Raises the first error."""
         if not remote or length <= REMOTE:
@@ -341,7 +341,9 @@ class Copier:
         try:
             wait(running)
         except BaseException as error:  # an interrupt
-            errors.append(error)
+            errors.insert(0, error)
+            for node in remote:
+                node.abort()
             wait(running)
         if errors:
             raise errors[0]

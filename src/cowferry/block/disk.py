@@ -339,7 +339,7 @@ class Disk:
         keeper = self.root.keeper
         if keeper is not None and keeper.holds.any(offset, length):
             return True
-        return any(tap.slow for tap in self.taps) or far(self.root)
+        return any(tap.slow for tap in self.taps) or bool(far(self.root))
 
     def _holds(self) -> tuple[Bitmap, ...] | None:
         """Where write leases are not handed out. Inside a drain."""

@@ -341,9 +341,9 @@ def part(runs: Iterable[Extent], skip: int, length: int) -> Iterator[Extent]:
         skip = max(skip - e.length, 0)
 
 
-def far(node: Node | None) -> bool:
-    """Whether any node under `node`, a format's file included, is remote."""
-    return any(n.remote or (n.file is not None and n.file.remote) for n in chain(node))
+def far(node: Node | None) -> list[Node]:
+    """The nodes of the chain under `node` whose bytes a server holds."""
+    return [n for n in chain(node) if n.remote or (n.file is not None and n.file.remote)]
 
 
 ZEROES = bytes(1 << 20)
