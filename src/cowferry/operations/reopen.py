@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block import moves
+from cowferry.block import keeper, moves
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, State, chain, read
 from cowferry.drivers import opening
@@ -178,6 +178,12 @@ def _file(
     if node.driver != "raw" or getattr(node, "start", False) or new.size < node.size:
         raise NotSupported(
             f"'{node.name}': only a raw node's file can be replaced, by one as large",
+            "open the other image as a node of its own, and use change",
+        )
+
+    if node.keeper is not None or keeper.there(new.filename):
+        raise NotSupported(
+            f"'{node.name}': a file with persistent bitmaps is not replaced, nor does it replace one",
             "open the other image as a node of its own, and use change",
         )
 
