@@ -183,7 +183,7 @@ def _file(
 
     if node.keeper is not None or keeper.there(new.filename):
         raise NotSupported(
-            f"'{node.name}': a file with persistent bitmaps is not replaced, nor does it replace one",
+            f"'{node.name}': a file with persistent bitmaps neither is replaced nor replaces one",
             "open the other image as a node of its own, and use change",
         )
 
