@@ -342,9 +342,9 @@ class Copier:
             wait(running)
         except BaseException as error:  # an interrupt
             errors.insert(0, error)
-            for node in remote:
-                node.abort()
-            wait(running)
+            while wait(running, 0.1).not_done:  # one may have been about to ask when we aborted
+                for node in remote:
+                    node.abort()
         if errors:
             raise errors[0]
 

@@ -236,7 +236,9 @@ class Node:
         """Flush, mark clean, let the file go. Idempotent; closes an owned `file`, not `backing`."""
 
     def abort(self) -> None:
-        """Fail blocked I/O now, where it can be blocked for long: on a server. By any thread."""
+        """Fail blocked I/O now, where it can be blocked for long: on a server. By any thread.
+
+        What is begun later is tried again: to be rid of a worker, repeat until it has ended."""
         if self.file is not None:
             self.file.abort()
 
