@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cowferry.block.bitmap import Bitmap
+from cowferry.block.disk import Disk
+from cowferry.block.limits import Group, Limits
+from cowferry.block.node import Node
+from cowferry.block.throttle import WRITE
+from cowferry.drivers import opening
+from cowferry.jobs import job as jobs
+from cowferry.jobs.backup import Backup
+from cowferry.jobs.job import Job, Jobs, finish
+from cowferry.jobs.mirror import Mirror
+from daemons import PATIENCE
+from nbd_servers import nbdkit, node_of, until
+from orders import failing, on_call
+from tests_support import need
 
 KIB, MIB = 1 << 10, 1 << 20
+SIZE = 3 * 64 * KIB + 512
 
 
 # D2: a drain is short, however large the disk is --------------------------------------------
@@ -30,3 +47,94 @@ def test_B2_merged_into_any_granularity_no_bit_is_lost_and_none_is_made_up(
     for offset, length in source.runs():
         want.set(offset, length)
     assert target.bits == want.bits and target.ones == want.ones
+
+
+# D2: who is called off does not wait for ever ------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A raw disk full of data, whose size is a multiple of nothing."""
+    path = tmp_path / "vm.raw"
+    path.write_bytes(random.Random(1).randbytes(SIZE))
+    disk = Disk(opening.open_image(str(path), "raw"), "vm")
+    yield disk
+    disk.root.close()
+
+
+def new(folder: Path, format: str) -> Node:
+    path = str(folder / f"target.{format}")
+    opening.create_image(path, format, SIZE, {})
+    return opening.open_image(path, format)
+
+
+@pytest.mark.parametrize("kind", ["backup", "mirror"])
+def test_D2_a_job_is_called_off_though_its_server_answers_no_more(
+    disk: Disk, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("nbdkit")
+    monkeypatch.setattr(jobs, "GRACE", 0.05)
+    server = nbdkit(tmp_path / "s", "--filter=delay", "memory", str(SIZE), "delay-write=1000")
+    with server:
+        target = node_of(tmp_path / "s")
+        job: Job = (
+            Backup(disk, Disk(target, "t"), auto_dismiss=False)
+            if kind == "backup"
+            else Mirror(disk, target, auto_dismiss=False)
+        )
+        Jobs(lambda name, data: None).start(job, "j")
+        until(lambda: target._link is not None and target._link._calls)
+        job.cancel()
+        assert job.wait(PATIENCE), "it waits for its server"
+        assert job.cancelled
+        with disk.exclusive():  # and nobody else does
+            pass
+        target.close()
+
+
+def test_D2_a_backup_is_called_off_while_it_waits_for_its_targets_limits(
+    disk: Disk, tmp_path: Path
+) -> None:
+    target = Disk(new(tmp_path, "raw"), "t")
+    group = Group("slow", Limits.of({"bps": 1}))
+    target.limit(group)
+    target.wait(WRITE, MIB)  # passes at once, and holds up the next for days
+    job = Backup(disk, target, auto_dismiss=False)
+    Jobs(lambda name, data: None).start(job, "j")
+    limits = target.limits
+    assert limits is not None
+    until(lambda: limits.waiting)
+    job.cancel()
+    assert job.wait(PATIENCE), "it waits for its turn"
+    assert job.cancelled and not limits.waiting
+    target.root.close()
+
+
+# B3: a backup that has lost its moment does not end well --------------------------------------
+
+
+def test_B3_a_moment_that_is_lost_at_the_very_end_is_lost(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the job's last look and the drain of its end."""
+    bitmap = Bitmap("b0", SIZE)
+    bitmap.set(0, SIZE)
+    with disk.exclusive():
+        disk.root.bitmaps["b0"] = bitmap
+    root = new(tmp_path, "qcow2")
+    root.backing = disk.root
+    job = Backup(
+        disk, Disk(root, "t"), everything=False, bitmap=bitmap, on_cbw_error="break-snapshot"
+    )
+    steps = job.run()
+    next(steps)
+    job.suffice()
+    assert next(steps, None) is None
+    on_call(monkeypatch, root, "pwrite", failing(errno.ENOSPC))
+    disk.pwrite(memoryview(b"new"), 0)
+    with pytest.raises(OSError, match="broken"):
+        finish([job])
+    job.clean()
+    assert bitmap.count() >= SIZE
+    root.backing = None
+    root.close()

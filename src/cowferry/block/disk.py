@@ -17,8 +17,8 @@ import errno
 import os
 import queue
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from cowferry.block import sysio
@@ -30,6 +30,7 @@ from cowferry.block.node import Extent, Node, State, clear, far, read, read_full
 from cowferry.block.throttle import READ, WRITE, Brake, Turnstile, let_through
 
 COPY_ON_READ_MAX = 1 << 20
+LOOK = 0.1  # seconds between looks whether somebody is called off
 
 
 class Tap(Protocol):
@@ -125,16 +126,23 @@ class Disk:
     def _turn(self) -> None:
         self.turnstiles = tuple(t for t in (self.limits, self._brake) if t is not None)
 
-    def wait(self, direction: int, length: int) -> None:
+    def wait(self, direction: int, length: int, unless: Callable[[], bool] | None = None) -> None:
         """Pass the turnstiles with a request of so many bytes. For a thread that may sleep.
 
-        Raises ESHUTDOWN if the disk is closed meanwhile."""
+        Raises ESHUTDOWN if the disk is closed meanwhile, ECANCELED once `unless` says so."""
         turnstiles = self.turnstiles
         while turnstiles and turnstiles[0].admit(direction, length):
             turnstiles = turnstiles[1:]
         if turnstiles:
             answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
             let_through(turnstiles, direction, length, answer.put, answer)
+            while unless is not None and answer.empty():
+                if unless():
+                    for turnstile in turnstiles:
+                        turnstile.dismiss(answer, False)
+                    raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+                with suppress(queue.Empty):
+                    answer.put(answer.get(timeout=LOOK))
             if not answer.get():
                 raise OSError(errno.ESHUTDOWN, f"disk '{self.name}' was closed")
 

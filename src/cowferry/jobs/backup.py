@@ -155,9 +155,10 @@ class Backup(Job):
             for offset, length in bitmap.runs():
                 start = offset // granule * granule
                 self.todo.set(start, -(-(offset + length) // granule) * granule - start)
+            self.pending.merge(self.todo)
         else:
             self.todo.set(0, self.disk.size)
-        self.pending.merge(self.todo)
+            self.pending.set(0, self.disk.size)
         if self.everything:
             self.missing.merge(self.todo)
             self.length = sum(n for _, n in self.todo.runs())
@@ -301,7 +302,8 @@ class Backup(Job):
                 length = min(count * UNIT, self.disk.size - offset)
             else:
                 length = len(data)
-            self.target.wait(WRITE, length)  # its own limits, if it has any
+            # Its own limits, if it has any: as a guest's zeroes, ours are no bytes.
+            self.target.wait(WRITE, length if data is not None else 0, lambda: self.cancelling)
             self._put(offset, length, data)
             moved += length if data is not None else 0
             del self._hand[:count]
@@ -474,6 +476,13 @@ class Backup(Job):
 
     def drains(self) -> list[Disk]:
         return [self.disk]
+
+    def strands(self) -> list[Node]:
+        return [self.target.root]
+
+    def settle(self) -> None:
+        if self.broke is not None:  # since it was looked at last, or it would be as if well
+            raise self.broke
 
     def switch(self) -> None:
         self._ended = True

@@ -37,7 +37,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from cowferry.block import moves
 from cowferry.block.disk import Disk
 from cowferry.block.moves import Move
-from cowferry.block.throttle import Throttle
+from cowferry.block.node import Node
+from cowferry.block.throttle import TIMER, Throttle
 from cowferry.errors import CowferryError
 from cowferry.jobs.states import TRANSITIONS, Status, allow
 
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 
 ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 POLICIES = ("report", "ignore", "enospc", "stop", "auto")
+GRACE = 5.0  # seconds after which a job that was called off gives up I/O that hangs
 Emit = Callable[[str, dict[str, Any]], None]
 
 
@@ -136,6 +138,10 @@ class Job:
     def clean(self) -> None:
         """Let go of everything; runs exactly once, before the job says that it is over."""
 
+    def strands(self) -> list[Node]:
+        """The nodes that nobody but the job waits for."""
+        return []
+
     def details(self) -> dict[str, Any]:
         """Further members of this job's entry in query-block-jobs."""
         return {}
@@ -158,6 +164,8 @@ class Job:
             try:
                 return work()
             except OSError as error:
+                if self.cancelling:  # it was given up, perhaps, for that
+                    raise Cancelled from error
                 operation = "read" if isinstance(error, ReadFailed) else operation
                 action = self._action(error, self.policy(operation))
                 log.warning("job %s: %s failed, action %s: %s", self.id, operation, action, error)
@@ -204,6 +212,7 @@ class Job:
             allow(self.id, self.status, "cancel")
             self.cancelling = True
             self.changed.notify_all()
+        TIMER.after(GRACE, self._give_up)
 
     def complete(self) -> None:
         """A ready job is to finish its work. A member of a group finishes with its group."""
@@ -312,6 +321,15 @@ class Job:
             with self.changed:
                 self._move(Status.CONCLUDED)
                 self._go()
+
+    def _give_up(self) -> None:
+        """It was called off a while ago: I/O that hangs where only it is waiting fails now (D2).
+
+        Not of one that is ending well, for which the cancel came too late: its target may be the
+        disk's. Nobody who is called off becomes pending any more."""
+        if self.status not in (Status.PENDING, Status.CONCLUDED, Status.NULL):
+            for node in self.strands():
+                node.abort()
 
     def _main(self) -> None:
         failure: BaseException | None = None

@@ -668,6 +668,9 @@ class Mirror(Job):
     def drains(self) -> list[Disk]:
         return [self.disk]
 
+    def strands(self) -> list[Node]:
+        return [] if self.inside else [self.target]
+
     def settle(self) -> None:
         self._copy_all()
         below = self._backing
