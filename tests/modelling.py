@@ -30,7 +30,7 @@ from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.drivers.file import File
 from cowferry.drivers.nbd_client import NbdClient
-from cowferry.jobs import commit, mirror, stream
+from cowferry.jobs import backup, commit, mirror, stream
 from cowferry.jobs import group as groups
 from cowferry.jobs.job import Job, Jobs, Progress
 from cowferry.jobs.states import Status
@@ -153,12 +153,15 @@ class Frozen:
 
 
 def open_files(folder: Path) -> list[str]:
-    """The files below a folder that this process has open."""
+    """The images below a folder that this process has open; not what bitmaps are kept in, and no
+    scratch files, which have no name."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             path = os.readlink(f"/proc/self/fd/{fd}")
-            if path.startswith(str(folder)) and not path.endswith(".sock"):
+            if path.startswith(str(folder)) and not path.endswith(
+                (".sock", ".bitmaps", "(deleted)")
+            ):
                 found.append(path)
     return found
 
@@ -400,13 +403,12 @@ class ReinedJobs(Jobs):
         self.reins: list[Reins] = []
         daemon.jobs = self
 
-    def start(self, job: Job, job_id: str) -> Job:
+    def admit(self, job: Job, job_id: str) -> None:
         reins = Reins(job, self.free)
         ticks = itertools.count(step=1000)
         job.throttle = Throttle(job.throttle.speed, lambda: float(next(ticks)))
-        started = super().start(job, job_id)
+        super().admit(job, job_id)
         self.reins.append(reins)
-        return started
 
 
 @contextlib.contextmanager
@@ -416,6 +418,8 @@ def small_steps(chunk: int, idle: float) -> Iterator[None]:
         (mirror, "MIN_CHUNK", chunk), (mirror, "STEP", 0.0), (mirror, "IDLE", idle),
         (mirror, "WINDOW", float("inf")), (commit, "MIN_CHUNK", chunk), (commit, "STEP", 0.0),
         (stream, "MIN_CHUNK", chunk), (stream, "STEP", 0.0), (groups, "TICK", 0.005),
+        (backup, "MIN_CHUNK", chunk), (backup, "MAX_CHUNK", chunk), (backup, "STEP", 0.0),
+        (backup, "IDLE", idle),
     ]  # fmt: skip
     before = [(module, name, getattr(module, name)) for module, name, _ in values]
     for module, name, value in values:

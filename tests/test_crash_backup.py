@@ -17,7 +17,7 @@ from cowferry.block.bitmap_file import Stamp
 from cowferry.drivers import opening
 from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import finish
-from crashes import SPEED, Judge, World, a_disk, sound, the_job
+from crashes import SIZE, SPEED, Judge, World, a_disk, sound, the_job
 from writelog import State
 
 GRANULARITY = 4096
@@ -58,13 +58,16 @@ def test_J3_B2_a_backup_that_was_told_done_is_whole_and_the_bitmap_missed_nothin
         "block-dirty-bitmap-add", node="vm", name="b0", granularity=GRANULARITY, persistent=True
     )
     before = bytes(contents(world.disk()))  # P
+    opening.create_image(str(target), "qcow2", SIZE, {"cluster_size": 4096})
+    file = {"driver": "file", "filename": str(target)}
+    world.execute("blockdev-add", node_name="t", driver="qcow2", file=file)
     with world:
         world.churn(6)
         world.flush()
         then = bytes(contents(world.disk()))  # T0
         world.execute(
-            "drive-backup", device="vm", target=str(target), format="qcow2", sync=sync,
-            bitmap="b0", bitmap_mode="on-success", speed=SPEED,
+            "blockdev-backup", device="vm", target="t", sync=sync, bitmap="b0",
+            bitmap_mode="on-success", speed=SPEED,
         )  # fmt: skip
         job = the_job(world)
         assert isinstance(job, Backup)

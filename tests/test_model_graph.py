@@ -23,6 +23,7 @@ from cowferry.block import moves
 from cowferry.block.node import chain
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
+from cowferry.jobs.backup import Backup
 from cowferry.jobs.commit import ActiveCommit
 from cowferry.jobs.mirror import Mirror
 from cowferry.jobs.states import VERBS, Status
@@ -234,6 +235,61 @@ class Model(Ground):
             self.freeze(old)
             if old not in list(chain(guest.root)):
                 guest.left[old.filename] = old.driver, old.size
+
+    @rule(
+        g=which, how=st.sampled_from(["drive", "drive", "existing", "node"]),
+        sync=st.sampled_from(["full", "full", "top"]), kind=kinds, cluster=clusters,
+        memory=st.sampled_from([0, 9000, 128 << 20]), auto=st.booleans(), ops=requests, then=number,
+    )  # fmt: skip
+    def backup(
+        self, g: str, how: str, sync: str, kind: str, cluster: int, memory: int, auto: bool,
+        ops: list[Request], then: int,
+    ) -> None:  # fmt: skip
+        """K1: whatever the guest writes meanwhile, the target ends as the disk was at T0."""
+        guest = self.guests[g]
+        old, path = guest.root, self.path(f"{g}.backup")
+        below = old.backing if sync == "top" else None
+        layer = Layer(kind, cluster, guest.disk.size)
+        given = self.options(g, auto, target=str(path), sync=sync)
+        command, refused = "drive-backup", below is not None and kind == "raw"
+        if how == "drive":
+            given["format"] = layer.format
+            refused = refused or (kind != "raw" and self.odd(g))
+        else:
+            raw = kind == "raw" or (self.odd(g) and below is None)
+            layer = layer._replace(kind="raw") if raw else layer
+            if below is None or raw:
+                make_image(path, layer)
+            else:
+                make_image(path, layer, Path(below.filename), below.driver)
+            refused = below is not None and layer.format == "raw"
+            refused = refused or (layer.format != "raw" and self.odd(g))
+            if how == "existing":
+                given |= {"mode": "existing", "format": layer.format}
+            else:
+                more: dict[str, Any] = {} if layer.format == "raw" else {"backing": None}
+                given["target"] = self.add(path, layer.format, **more)
+                command = "blockdev-backup"
+        then_bytes = None if guest.burst is not None else bytes(guest.oracle)  # T0
+
+        def done(running: Running) -> None:
+            if then_bytes is None:
+                return
+            with self.daemon.graph.lock:
+                for n in self.daemon.graph.every_node():
+                    n.flush()
+            got = image_bytes(str(path), layer.format)
+            assert len(got) == len(then_bytes)
+            starts = range(0, len(got), 512)
+            wrong = [at for at in starts if got[at : at + 512] != then_bytes[at : at + 512]]
+            assert not wrong, f"'{path}' at {wrong[:4]}"
+
+        if self.begin(g, command, given, self.may(g, old, bad=refused), done):
+            job = self.running[-1].job
+            assert isinstance(job, Backup)
+            job.spill.memory = memory
+            self.follow(self.running[-1], ops, then)
+        self.sweep()
 
     @rule(
         what=st.sampled_from(["copy", "commit", "stream"]),

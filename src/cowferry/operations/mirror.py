@@ -331,6 +331,8 @@ def copy(
 
 def _begin(disk: Disk, target: str) -> Unfinished | None:
     """Have it kept what the target lacks, where that can be: a crash costs little then."""
+    if disk.root.read_only:
+        return None
     try:
         return unfinished.begin(disk, target)
     except (OSError, CowferryError) as error:
