@@ -23,7 +23,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -337,8 +337,10 @@ class Copier:
                 errors.append(error)
             self._spare.append(buf)
 
-        running = [self._pool.submit(work) for _ in range(min(ON_THE_WAY, -(-length // REMOTE)))]
+        running: list[Future[None]] = []
         try:
+            pieces = -(-length // REMOTE)
+            running.extend(self._pool.submit(work) for _ in range(min(ON_THE_WAY, pieces)))
             wait(running)
         except BaseException as error:  # an interrupt
             errors.insert(0, error)
