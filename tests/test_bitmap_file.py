@@ -199,10 +199,9 @@ def test_a_file_that_is_cut_short_is_told_at_each_length(tmp_path: Path, in_use:
     small = Contents(size=1 << 20, in_use=in_use)
     small.entries = [Entry("b0", "dirty", 4096, some(1 << 20, 4096))]
     bitmap_file.write(str(path), small)
-    data = path.read_bytes()
     whole = 4096 + len(small.entries[0].bits) // 8  # what follows is the rest of a sector
-    for length in range(len(data)):
-        path.write_bytes(data[:length])
+    for length in reversed(range(path.stat().st_size)):
+        os.truncate(path, length)
         if length < whole:
             with pytest.raises(ImageError) as error:
                 bitmap_file.read(str(path))
@@ -218,13 +217,14 @@ def test_each_damaged_bit_of_header_and_directory_is_noticed(tmp_path: Path) -> 
     bitmap_file.write(str(path), made)
     data = path.read_bytes()
     length = HEADER.unpack_from(data)[NAMES.index("directory_length")]
-    for at in range(SECTOR + length):
-        broken = bytearray(data)
-        broken[at] ^= 1 << at % 8
-        path.write_bytes(broken)
-        with pytest.raises(bitmap_file.Damaged) as error:
-            bitmap_file.read(str(path))
-        assert "\n" not in error.value.desc and error.value.hint
+    with open(path, "r+b", buffering=0) as f:
+        for at in range(SECTOR + length):
+            os.pwrite(f.fileno(), bytes([data[at] ^ 1 << at % 8]), at)
+            with pytest.raises(bitmap_file.Damaged) as error:
+                bitmap_file.read(str(path))
+            assert "\n" not in error.value.desc and error.value.hint
+            os.pwrite(f.fileno(), data[at : at + 1], at)
+    assert bitmap_file.read(str(path)) == made
 
 
 def test_damaged_bits_are_noticed_at_rest_and_the_names_are_told(tmp_path: Path) -> None:
