@@ -330,6 +330,8 @@ class Job:
         if self.status not in (Status.PENDING, Status.CONCLUDED, Status.NULL):
             for node in self.strands():
                 node.abort()
+            if self.strands():  # what was about to be asked when we aborted hangs again
+                TIMER.after(GRACE, self._give_up)
 
     def _main(self) -> None:
         failure: BaseException | None = None
