@@ -113,10 +113,11 @@ def test_D2_a_backup_is_called_off_while_it_waits_for_its_targets_limits(
 # B3: a backup that has lost its moment does not end well --------------------------------------
 
 
-def test_B3_a_moment_that_is_lost_at_the_very_end_is_lost(
-    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lost", ["before", "after"])
+def test_B3_a_moment_that_is_lost_before_it_suffices_is_lost(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    """Between the job's last look and the drain of its end."""
+    """Between two looks of the job; and when nobody reads any more it is no matter."""
     bitmap = Bitmap("b0", SIZE)
     bitmap.set(0, SIZE)
     with disk.exclusive():
@@ -128,13 +129,18 @@ def test_B3_a_moment_that_is_lost_at_the_very_end_is_lost(
     )
     steps = job.run()
     next(steps)
-    job.suffice()
-    assert next(steps, None) is None
     on_call(monkeypatch, root, "pwrite", failing(errno.ENOSPC))
-    disk.pwrite(memoryview(b"new"), 0)
-    with pytest.raises(OSError, match="broken"):
+    if lost == "before":
+        disk.pwrite(memoryview(b"new"), 0)
+        job.suffice()
+        with pytest.raises(OSError, match="broken"):
+            next(steps)
+    else:
+        job.suffice()
+        disk.pwrite(memoryview(b"new"), 0)
+        assert next(steps, None) is None
         finish([job])
     job.clean()
-    assert bitmap.count() >= SIZE
+    assert list(bitmap.runs()) == [(0, SIZE if lost == "before" else 64 * KIB)]
     root.backing = None
     root.close()

@@ -79,7 +79,8 @@ class Backup(Job):
 
     `base`: what only it, or a layer below, could answer is not copied (sync top). `bitmap`: what is
     pending at T0 is what it says if `by_bitmap`, and `bitmap_mode` says what becomes of it.
-    `everything` False: only what is about to be overwritten (sync none)."""
+    `everything` False: only what is about to be overwritten (sync none). `lasting` False: nobody
+    wants the target once the job is over."""
 
     type = "backup"
 
@@ -99,6 +100,7 @@ class Backup(Job):
         on_target_error: str = "report",
         on_cbw_error: str = "break-guest-write",
         max_chunk: int = 0,
+        lasting: bool = True,
         released: Callable[[bool], None] | None = None,
         **common: Any,
     ) -> None:
@@ -115,6 +117,7 @@ class Backup(Job):
         self.on_target_error = on_target_error
         self.on_cbw_error = on_cbw_error
         self.max_chunk = max_chunk or MAX_CHUNK
+        self.lasting = lasting
         # What the disk still has as it was, and nobody has saved. In pieces, for a guest waits.
         self.pending = Bitmap("", disk.size, _piece(disk.size) if everything else UNIT)
         self.todo = Bitmap("", disk.size, UNIT)  # what is to be copied and is not in hand yet
@@ -191,7 +194,7 @@ class Backup(Job):
             with self.disk.exclusive():
                 self.attach()
         while True:
-            if self.broke is not None:
+            if self.broke is not None and not self.enough:
                 raise self.broke
             begin = time.monotonic()
             found = self._next() if self.everything else None
@@ -210,7 +213,8 @@ class Backup(Job):
             self._done_with(offset, length)
             self._adapt(time.monotonic() - begin, length)
             yield Progress(done=length, moved=copied or 0)
-        yield from self.attempt("write", self._flush)
+        if self.lasting:
+            yield from self.attempt("write", self._flush)
 
     def _next(self) -> tuple[int, int] | None:
         """The next range to be copied: in order, or out of the scratch file if that is large."""
@@ -466,12 +470,15 @@ class Backup(Job):
 
     def approach(self) -> None:
         self._lose()
-        self.target.flush()
+        if self.lasting:
+            self.target.flush()
 
     def suffice(self) -> None:
-        """Whoever reads the overlay of a pull backup has all of it: end, and end well."""
+        """Whoever reads the overlay of a pull backup has all of it: end, and end well.
+
+        If the moment was kept until now; if it is lost later, nobody misses it."""
         with self.changed:
-            self.enough = True
+            self.enough = self.broke is None
             self.changed.notify_all()
 
     def drains(self) -> list[Disk]:
@@ -479,10 +486,6 @@ class Backup(Job):
 
     def strands(self) -> list[Node]:
         return [self.target.root]
-
-    def settle(self) -> None:
-        if self.broke is not None:  # since it was looked at last, or it would be as if well
-            raise self.broke
 
     def switch(self) -> None:
         self._ended = True

@@ -70,7 +70,7 @@ class Kept(Start):
         try:
             super().__init__(
                 daemon, so_far, disk, overlay, job_id, sync="none", bitmap=bitmap,
-                bitmap_mode="on-success" if anew else "never", adopted=True,
+                bitmap_mode="on-success" if anew else "never", adopted=True, lasting=False,
                 on_cbw_error=on_cbw_error,
             )  # fmt: skip
         except BaseException:
@@ -170,7 +170,8 @@ def begin(
     except BaseException:
         for part in parts:
             _withdraw(daemon, part)
-            part.job.cancel()
+            with contextlib.suppress(CowferryError):  # it has just ended
+                part.job.cancel()
         del daemon.pulls[id]
         raise
     return found_pull
@@ -201,15 +202,18 @@ def end(daemon: Daemon, id: str, failed: bool) -> None:
         if found is None:
             known = ", ".join(daemon.pulls) or "none"
             raise CowferryError(f"Backup '{id}' not found", f"there are: {known}")
-    lost = [part for part in found.parts if part.over]
     for part in found.parts:
         _withdraw(daemon, part)
+    # Now that nobody reads any more: either all of them were kept until now, or none ends well.
+    lost = [part for part in found.parts if part.over or part.job.broke is not None]
     for part in found.parts:
-        if not part.over:
-            if failed or lost:
+        if part in lost:
+            continue  # it ends by itself
+        if failed or lost:
+            with contextlib.suppress(CowferryError):  # it has just ended
                 part.job.cancel()
-            else:
-                part.job.suffice()
+        else:
+            part.job.suffice()
     for part in found.parts:
         if not part.job.wait(STOPPING):
             raise DeviceInUse(f"job '{part.job_id}' has not stopped yet", "some I/O of it hangs")
