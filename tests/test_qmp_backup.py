@@ -20,6 +20,8 @@ from chains import contents, differs
 from conversations import OURS, QEMU, SIZE, SLOW, Refused, Scene, Talk, speaking
 from cowferry.drivers import opening
 from cowferry.drivers.nbd_client import NbdClient
+from cowferry.errors import CowferryError
+from daemons import a_daemon
 from tests_support import need
 
 Script = Callable[[Talk, Scene], None]
@@ -666,3 +668,41 @@ def test_a_pull_backup_that_cannot_begin_leaves_nothing(scene: Scene) -> None:
         assert nodes(talk) == before
         assert not talk("x-query-backup-exports")
     assert not list(scene.folder.glob(".cowferry*"))
+
+
+def test_B3_a_bitmap_that_somebody_has_or_nobody_kept_is_refused(tmp_path: Path) -> None:
+    with a_daemon() as daemon:
+        for name in ("vm", "other"):
+            path = str(tmp_path / f"{name}.qcow2")
+            opening.create_image(path, "qcow2", SIZE, {})
+            options = {**opening.image_options(path), "node-name": name}
+            daemon.execute("blockdev-add", options)
+        daemon.execute("block-dirty-bitmap-add", {"node": "vm", "name": "b0"})
+        where = {"type": "unix", "path": str(tmp_path / "nbd")}
+        daemon.execute("nbd-server-start", {"addr": where})
+        given = {
+            "job-id": "j", "device": "vm", "target": "other", "sync": "incremental",
+            "bitmap": "b0",
+        }  # fmt: skip
+        pulled = {"disks": [{"device": "vm"}], "bitmap": "b0"}
+        exported = {
+            "type": "nbd",
+            "id": "e",
+            "node-name": "vm",
+            "writable": True,
+            "bitmaps": ["b0"],
+        }
+        daemon.execute("block-export-add", exported)
+        bitmap = daemon.graph.node("vm").bitmaps["b0"]
+        for command, arguments in (("blockdev-backup", given), ("x-backup-export", pulled)):
+            with pytest.raises(
+                CowferryError, match="'b0' is currently in use by another operation"
+            ):
+                daemon.execute(command, arguments)
+        daemon.execute("block-export-del", {"id": "e"})
+        bitmap.inconsistent = True
+        for command, arguments in (("blockdev-backup", given), ("x-backup-export", pulled)):
+            with pytest.raises(CowferryError, match="'b0' is inconsistent and cannot be used"):
+                daemon.execute(command, arguments)
+        assert not daemon.graph.claims and not bitmap.busy
+        assert len(daemon.graph.nodes) == 4
