@@ -92,7 +92,8 @@ def block_export_add(daemon: Daemon, args: BlockExportAdd) -> None:
     if args.writable and disk.read_only:
         raise CowferryError("Cannot export read-only node as writable")
     name = args.name if args.name is not None else args.node_name
-    server.check_name(name)
+    if args.bitmaps:  # they are looked for after that, as in QEMU
+        server.check_name(name)
     export = NbdExport(
         args.id,
         disk,
