@@ -534,7 +534,7 @@ def test_K2_a_destination_that_hangs_does_not_hold_the_guest(
         with NbdClient(f"nbd+unix:///?socket={where}") as far:
             assert not differs(far.pread(SIZE, 0), moment)
     finally:
-        server.terminate()
+        server.kill()  # which it may not hear otherwise, while it is paused
         server.wait(PATIENCE)
 
 
