@@ -45,7 +45,10 @@ def kind(name: str) -> Any:
 def limit_options(function: F) -> F:
     """Three options for each rate, and libvirt's names for them."""
     for old, name in VIRSH.items():
-        function = click.option(f"--{old}", f"virsh_{name}", type=kind(name), hidden=True)(function)
+        dashed = name.replace("_", "-")
+        words = f"The same, by its name in virsh: --{dashed}."
+        taken = click.option(f"--{old}", f"virsh_{name}", type=kind(name), hidden=True, help=words)
+        function = taken(function)
     for name in reversed(RATES):
         dashed, unit = name.replace("_", "-"), "RATE" if name.startswith("bps") else "N"
         for end, metavar, text in (
