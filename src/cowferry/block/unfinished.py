@@ -107,7 +107,13 @@ def find(disk: Disk, target: str) -> Unfinished | None:
     """The copy to `target` that was not finished, if there is one.
 
     Raises `CowferryError` if there is one, and it cannot be told what it lacks."""
-    body = moves.half_copied(target)
+    try:
+        body = moves.half_copied(target)
+    except OSError as error:
+        raise CowferryError(
+            f"'{target}': what is recorded of it cannot be read: {error.strerror or error}",
+            f"'{disk.name}' is intact; to begin anew, remove '{target}' and that record",
+        ) from error
     if body is None or not os.path.exists(target):
         return None
 

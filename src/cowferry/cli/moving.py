@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -199,7 +201,7 @@ def copy_command(
     dest = absolute(dest)
     if os.path.isdir(dest):
         raise CowferryError(f"'{dest}' is a folder", f"name the file: {dest}/{disk}.qcow2")
-    with connect(path) as client:
+    with goes_on(disk, dest), connect(path) as client:
         work = JobWork(client, job_id("copy", disk))
         command, arguments = copy_arguments(**more)
         several = bool(arguments.get("keep"))
@@ -222,12 +224,21 @@ def copy_command(
             f"    move {disk} there:  cowferry job complete {work.id}\n"
             f"    end with a copy:  cowferry job cancel --soft {work.id}",
         )  # fmt: skip
-        try:
-            return follow(work, words, as_json, at_ready)
-        except CowferryError as error:
+        return follow(work, words, as_json, at_ready)
+
+
+@contextmanager
+def goes_on(disk: str, dest: str) -> Iterator[None]:
+    """Who is interrupted, other than by a refusal, hears that the copy can be gone on with."""
+    try:
+        yield
+    except QmpError:
+        raise
+    except CowferryError as error:
+        with suppress(OSError):
             if moves.half_copied(dest) is not None:
                 error.hint = f"{disk} is intact; the same command goes on from there"
-            raise
+        raise
 
 
 def copy_arguments(
