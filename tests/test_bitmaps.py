@@ -375,14 +375,19 @@ def test_where_the_last_one_goes_nothing_is_left(house: House, kind: str) -> Non
         subprocess.run(["qemu-img", "check", "-q", path], check=True)
 
 
-def test_it_grows_with_the_disk(house: House) -> None:
+def test_it_grows_with_the_disk_and_records_that(house: House) -> None:
     disk = house.open("vm", "raw")
     for name, persistent in (("p", True), ("m", False)):
         house.bitmap("add", "vm", name, persistent=persistent)
+    house.bitmap("add", "vm", "off", disabled=True)
     house("block_resize", node_name="vm", size=2 * SIZE)
+    for name in "pm":
+        assert house.bits("vm", name) == [(SIZE, SIZE)]
+        house.bitmap("clear", "vm", name)
     disk.pwrite(memoryview(b"x"), 2 * SIZE - 1)
     for name in "pm":
         assert house.bits("vm", name) == [(2 * SIZE - CLUSTER, CLUSTER)]
+    assert house.bits("vm", "off") == []
 
 
 # Nobody is passed by ----------------------------------------------------------------------

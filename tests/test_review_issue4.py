@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cowferry.block import keeper
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.limits import Group, Limits
@@ -144,3 +145,27 @@ def test_B3_a_moment_that_is_lost_before_it_suffices_is_lost(
     assert list(bitmap.runs()) == [(0, SIZE if lost == "before" else 64 * KIB)]
     root.backing = None
     root.close()
+
+
+# B2: what was cut off and is there again, as zeroes, has changed --------------------------------
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_B2_a_disk_that_shrank_and_grew_has_changed_there(disk: Disk, persistent: bool) -> None:
+    bitmap = Bitmap("b0", SIZE)
+    with disk.exclusive():
+        if persistent:
+            keeper.keep(disk.root, bitmap)
+        else:
+            disk.root.bitmaps["b0"] = bitmap
+    small = 64 * KIB + 512
+    disk.resize(small)
+    if persistent:  # and it is remembered
+        disk.root.close()
+        disk = Disk(opening.open_image(disk.root.filename, "raw"), "vm")
+    disk.resize(SIZE)
+    there = bytearray(SIZE)
+    disk.pread(memoryview(there), 0)
+    assert not any(there[small:])
+    assert list(disk.root.bitmaps["b0"].runs()) == [(64 * KIB, SIZE - 64 * KIB)]
+    disk.root.close()

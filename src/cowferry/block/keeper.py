@@ -330,6 +330,8 @@ class Keeper:
         for bitmap in self._persistent():
             before = self._entries.get(id(bitmap))
             bits = _fitted(_bits(bitmap), -(-size // bitmap.granularity))
+            if size > self.node.size and bitmap.recording:  # as `change_size` is going to
+                bits[self.node.size // bitmap.granularity :] = True
             if not precise:
                 if before is not None:
                     bits |= _fitted(before.bits, len(bits))

@@ -135,7 +135,11 @@ class Node:
         raise NotSupported(f"{self.driver} node '{self.name or self.filename}' cannot be resized")
 
     def change_size(self, size: int) -> None:
-        """`resize`, and the bitmaps with it. Inside a drain of the disks over it."""
+        """`resize`, and the bitmaps with it. Inside a drain of the disks over it.
+
+        New bytes are a change, and recorded: the disk may have been larger once, and who has a copy
+        of what was there then has to hear that it is zero by now."""
+        before = self.size
         if self.keeper is not None:
             self.keeper.resizing(size)
         try:
@@ -143,6 +147,8 @@ class Node:
         finally:
             for bitmap in self.bitmaps.values():
                 bitmap.resize(self.size)
+                if bitmap.recording:
+                    bitmap.set(before, max(self.size - before, 0))
             if self.keeper is not None:
                 self.keeper.resized()
 
