@@ -49,7 +49,7 @@ import threading
 from bitarray import bitarray
 
 from cowferry.block import bitmap_file, moves, sysio
-from cowferry.block.bitmap import Bitmap
+from cowferry.block.bitmap import Bitmap, folded
 from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Stamp
 from cowferry.block.node import Node
 from cowferry.errors import CowferryError, ImageError, NotSupported
@@ -314,7 +314,7 @@ class Keeper:
             if entry is None or not (entry.recording or entry.guarded):
                 return  # and all is held
             factor = holds.granularity // bitmap.granularity
-            lacking |= _folded(~_fitted(entry.bits, len(lacking) * factor), factor)
+            lacking |= folded(~_fitted(entry.bits, len(lacking) * factor), factor)
         holds.replace(lacking)
 
     def _renew(self, precise: bool = True, mark: tuple[int, int] = (0, 0)) -> None:
@@ -689,14 +689,6 @@ def _fitted(bits: bitarray, length: int) -> bitarray:
     fitted.extend(bitarray(length - have))
     fitted[have:] = False
     return fitted
-
-
-def _folded(bits: bitarray, factor: int) -> bitarray:
-    """One bit for each `factor` bits: whether any of them is set."""
-    folded = bits[::factor]
-    for i in range(1, factor):
-        folded |= bits[i::factor]
-    return folded
 
 
 def _entry(bitmap: Bitmap, bits: bitarray) -> Entry:

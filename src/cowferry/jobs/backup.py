@@ -157,8 +157,9 @@ class Backup(Job):
             granule = max(UNIT, self.target.root.granule)
             for offset, length in bitmap.runs():
                 start = offset // granule * granule
-                self.todo.set(start, -(-(offset + length) // granule) * granule - start)
-            self.pending.merge(self.todo)
+                length = -(-(offset + length) // granule) * granule - start
+                self.todo.set(start, length)
+                self.pending.set(start, length)
         else:
             self.todo.set(0, self.disk.size)
             self.pending.set(0, self.disk.size)
