@@ -16,6 +16,8 @@ from cowferry.block.limits import Group, Limits
 from cowferry.block.node import Node
 from cowferry.block.throttle import WRITE
 from cowferry.drivers import opening
+from cowferry.drivers.raw import Raw
+from cowferry.drivers.throttle import Throttle
 from cowferry.jobs import job as jobs
 from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import Job, Jobs, finish
@@ -169,3 +171,14 @@ def test_B2_a_disk_that_shrank_and_grew_has_changed_there(disk: Disk, persistent
     assert not any(there[small:])
     assert list(disk.root.bitmaps["b0"].runs()) == [(64 * KIB, SIZE - 64 * KIB)]
     disk.root.close()
+
+
+# Limits: what waits for a server is known as such through a filter -----------------------------
+
+
+def test_a_server_below_a_filter_is_far(tmp_path: Path) -> None:
+    need("nbdkit")
+    with nbdkit(tmp_path / "s", "memory", str(SIZE)):
+        disk = Disk(Throttle(Raw(node_of(tmp_path / "s"), 0, None), "g"), "vm")
+        assert disk.may_wait(0, 512), "a guest's reader would wait for the server itself"
+        disk.root.close()

@@ -351,7 +351,14 @@ def part(runs: Iterable[Extent], skip: int, length: int) -> Iterator[Extent]:
 
 def far(node: Node | None) -> list[Node]:
     """The nodes of the chain under `node` whose bytes a server holds."""
-    return [n for n in chain(node) if n.remote or (n.file is not None and n.file.remote)]
+    return [n for n in chain(node) if _remote(n)]
+
+
+def _remote(node: Node | None) -> bool:
+    """Whether it is, or the file of a format or filter."""
+    while node is not None and not node.remote:
+        node = node.file
+    return node is not None
 
 
 ZEROES = bytes(1 << 20)
