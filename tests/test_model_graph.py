@@ -455,10 +455,12 @@ class Model(Ground):
                 or (name == "cancel" and (verb != "block-job-cancel" or not job.user_paused))
             )
             assert accepted == allowed, f"{verb} in {status}: {accepted}"
-            running.reins.settle()  # first: if it fails, it calls the others off
-            for r in list(self.running):
-                if r.job is job or (job.group is not None and r.job.group is job.group):
-                    r.reins.settle()
+            ours = [r for r in self.running if r.job is job]
+            if job.group is not None:
+                ours = [r for r in self.running if r.job.group is job.group]
+            # First who is called off, or may fail: it calls the others off.
+            for r in sorted(ours, key=lambda r: (not r.job.cancelling, r is not running)):
+                r.reins.settle()
 
     def verb(self, verb: str, **given: Any) -> bool:
         try:

@@ -228,12 +228,12 @@ class Graph:
             if node.name in self.explicit or self._used(node):
                 break
             below = node.backing
-            self.nodes.pop(node.name, None)
-            self.bare.pop(node.name, None)
-            for child in _parts(node):
-                if child.name not in self.explicit:
-                    self.nodes.pop(child.name, None)
-                    self.bare.pop(child.name, None)
+            gone = [node, *(c for c in _parts(node) if c.name not in self.explicit)]
+            for n in gone:
+                self.nodes.pop(n.name, None)
+                disk = self.bare.pop(n.name, None)
+                if disk is not None:
+                    disk.retire()
             try:
                 node.close()
             except (OSError, CowferryError) as error:

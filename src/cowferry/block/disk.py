@@ -73,6 +73,7 @@ class Disk:
 
     def __init__(self, root: Node, name: str = "", copy_on_read: bool = False) -> None:
         self.name = name
+        self.retired = False  # closed, or about to be. Set inside a drain
         self.origin = ""  # the image by whose name it was opened, if it has moved since or may
         self.root = root  # swapped only inside exclusive() over the whole disk
         self.gate = Gate()
@@ -147,11 +148,14 @@ class Disk:
                 raise OSError(errno.ESHUTDOWN, f"disk '{self.name}' was closed")
 
     def retire(self) -> None:
-        """It is about to be closed: whoever waits for his turn is not to come any more."""
+        """It is about to be closed: whoever waits for his turn is not to come any more, and nobody
+        is in it when this returns. The number of a closed file may be another file's."""
         with self._turning:
             limits, self.limits, self.turnstiles = self.limits, None, ()
         if limits is not None:
             limits.leave(go=False)
+        with self.exclusive():
+            self.retired = True
 
     def slot(self) -> Slot:
         """The calling thread's own place in the gate."""
@@ -299,7 +303,8 @@ class Disk:
         Inside like any other request, but overlapping with drains only: the root that it flushes
         is not closed under it."""
         with self.shared(END - 1, 1):
-            self.root.flush()
+            if not self.retired:  # or it was flushed when it was closed
+                self.root.flush()
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """The resolved runs of the range, with depth, as they are at one moment."""

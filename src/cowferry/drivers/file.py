@@ -322,4 +322,6 @@ class File(Node):
             self._closed = True
             if self.lock is not None:
                 self.lock.drop()  # a descriptor that was handed over is still open in its set
-            os.close(self.fd)
+            # Whoever comes too late is refused: the number may be another file's a moment later.
+            fd, self.fd = self.fd, -1
+            os.close(fd)

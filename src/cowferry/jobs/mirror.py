@@ -627,6 +627,7 @@ class Mirror(Job):
 
     def resume(self) -> None:
         self._rates.restart()  # it has stood still
+        self._tap_error = None  # of a write while it did: the range is dirty, and tried again
         super().resume()
 
     def cancel(self, force: bool = True) -> None:
