@@ -113,6 +113,27 @@ def test_D2_a_backup_is_called_off_while_it_waits_for_its_targets_limits(
     target.root.close()
 
 
+def test_K2_a_guest_is_not_failed_for_a_backup_that_is_called_off(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its old bytes can be saved nowhere, and nobody wants them any more."""
+    target = new(tmp_path, "raw")
+    job = Backup(disk, Disk(target, "t"))
+    with disk.exclusive():
+        job.attach()
+    monkeypatch.setattr(job.spill, "put", lambda *_: failing(errno.ENOSPC)())
+    for call in range(2):
+        on_call(monkeypatch, target, "pwrite", failing(errno.EIO))
+        if call:
+            job.cancelling = True
+            disk.pwrite(memoryview(b"new"), 0)
+        else:
+            with pytest.raises(OSError, match="Input/output"):
+                disk.pwrite(memoryview(b"new"), 0)
+    job.clean()
+    target.close()
+
+
 # B3: a backup that has lost its moment does not end well --------------------------------------
 
 

@@ -40,6 +40,7 @@ from cowferry.block.node import Extent, Node, far, read
 from cowferry.block.spill import UNIT, Spill
 from cowferry.block.throttle import WRITE
 from cowferry.jobs.job import Job, Progress, ReadFailed, check_speed
+from cowferry.jobs.states import Status
 
 MIN_CHUNK = 1 << 20
 MAX_CHUNK = 2 << 20  # read into memory at once: more does not stay in the cache
@@ -397,7 +398,8 @@ class Backup(Job):
             for at in range(start // UNIT * UNIT, end, UNIT):  # a unit, or what is touched of it
                 self._save(at, max(at, start), min(at + UNIT, end))
         except OSError as error:
-            if self.on_cbw_error == "break-guest-write":
+            over = self.cancelling or self.status is Status.ABORTING  # the backup is lost anyway
+            if self.on_cbw_error == "break-guest-write" and not over:
                 raise
             self._break(error)
         finally:
