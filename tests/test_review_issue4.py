@@ -23,7 +23,7 @@ from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import Job, Jobs, finish
 from cowferry.jobs.mirror import Mirror
 from daemons import PATIENCE
-from nbd_servers import nbdkit, node_of, until
+from nbd_servers import bytes_of, empty, nbdkit, node_of, qemu_nbd, until, view
 from orders import failing, on_call
 from tests_support import need
 
@@ -203,3 +203,23 @@ def test_a_server_below_a_filter_is_far(tmp_path: Path) -> None:
         disk = Disk(Throttle(Raw(node_of(tmp_path / "s"), 0, None), "g"), "vm")
         assert disk.may_wait(0, 512), "a guest's reader would wait for the server itself"
         disk.root.close()
+
+
+# N2: what was durable is not undone by what is sent again ----------------------------------------
+
+
+def test_N2_an_older_write_that_is_sent_again_does_not_lie_over_one_with_FUA(
+    tmp_path: Path,
+) -> None:
+    need("qemu-nbd")
+    image = empty(tmp_path / "t.raw")
+    with qemu_nbd(tmp_path / "s", image):
+        node = node_of(tmp_path / "s", reconnect_delay=60)
+        node.pwrite(view(b"older"), 0)
+        node.pwrite(view(b"newer"), 0, fua=True)
+    (tmp_path / "s").unlink(missing_ok=True)
+    with qemu_nbd(tmp_path / "s", image):
+        node.pwrite(view(b"other"), 512)  # the connection is made anew
+        node.flush()
+        assert bytes_of(node, 0, 5) == b"newer"
+        node.close()

@@ -239,7 +239,8 @@ class Nbd(Node):
     def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
         """Write. A block that is written in part is read, changed and written back."""
         self._check(offset, len(buf))
-        able = fua and self._flags() & nbd.SEND_FUA and self._failed is None
+        # With a delay an older write that is kept could be sent again over it: then by a flush.
+        able = fua and not self.delay and self._flags() & nbd.SEND_FUA and self._failed is None
         flags = nbd.CMD_FUA if able else 0
         for at, n in self._blocks(offset, len(buf)):
             data = buf[at - offset : at - offset + n]
