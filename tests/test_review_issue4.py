@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cowferry.block import keeper
 from cowferry.block.bitmap import Bitmap
+from cowferry.block.copy import Copier
 from cowferry.block.disk import Disk
 from cowferry.block.limits import Group, Limits
-from cowferry.block.node import Node
+from cowferry.block.node import Node, chain
 from cowferry.block.throttle import WRITE
 from cowferry.drivers import opening
 from cowferry.drivers.raw import Raw
@@ -22,9 +26,9 @@ from cowferry.jobs import job as jobs
 from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import Job, Jobs, finish
 from cowferry.jobs.mirror import Mirror
-from daemons import PATIENCE
+from daemons import PATIENCE, a_daemon
 from nbd_servers import bytes_of, empty, nbdkit, node_of, qemu_nbd, until, view
-from orders import failing, on_call
+from orders import Other, failing, held_back, on_call
 from tests_support import need
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -223,3 +227,45 @@ def test_N2_an_older_write_that_is_sent_again_does_not_lie_over_one_with_FUA(
         node.flush()
         assert bytes_of(node, 0, 5) == b"newer"
         node.close()
+
+
+# B2: a bitmap that changes while a job writes its node ------------------------------------------
+
+
+def test_B2_a_bitmap_of_a_base_is_not_cleared_between_a_commits_mark_and_its_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into places that the base has already the commit writes without holding up guests; who
+    clears a bitmap waits for it all the same."""
+    paths = [str(tmp_path / name) for name in ("base.raw", "mid.qcow2", "top.qcow2")]
+    Path(paths[0]).write_bytes(bytes([1]) * MIB)
+    for below, path in itertools.pairwise(paths):
+        spec = {"backing_file": below, "backing_fmt": below.rsplit(".")[-1]}
+        opening.create_image(path, "qcow2", MIB, spec)
+    mid = opening.open_image(paths[1])
+    mid.pwrite(memoryview(bytes([2]) * MIB), 0)
+    opening.close_chain(mid)
+    with a_daemon() as daemon:
+        disk = daemon.open_disk("vm", paths[2])
+        base = list(chain(disk.root))[2]
+        named = {"node": base.name, "name": "b0"}
+        daemon.execute("block-dirty-bitmap-add", named)
+        waits, orders = threading.Event(), []
+        held_back(monkeypatch, disk.gate, waits)
+        fill = Copier.fill
+
+        def filling(*given: Any) -> None:
+            other = Other(lambda: daemon.execute("block-dirty-bitmap-clear", named))
+            until(lambda: waits.is_set() or not other.is_alive())
+            orders.append((other, other.is_alive()))
+            fill(*given)
+
+        monkeypatch.setattr(Copier, "fill", filling)
+        daemon.execute(
+            "block-commit", {"device": "vm", "job-id": "j", "top": paths[1], "base": paths[0]}
+        )
+        until(lambda: daemon.jobs.get("j") is None)
+        assert orders and all(waited for _, waited in orders)
+        for other, _ in orders:
+            other.end()
+        assert not any(base.bitmaps["b0"].runs())

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
 from cowferry.block import moves
 from cowferry.block.copy import Copier, Kind, spans
 from cowferry.block.disk import Disk
+from cowferry.block.gate import END
 from cowferry.block.node import Node
 from cowferry.jobs.job import Job, Progress
 from cowferry.jobs.mirror import MIN_CHUNK, STEP, Mirror
@@ -113,6 +114,12 @@ class Commit(Job):
             self.into.begin()
         return 0
 
+    def _afloat(self) -> AbstractContextManager[None]:
+        """In the way of drains, and of nobody else: who changes the base's bitmaps is not to come
+        between their marks and the write."""
+        disks = self.disks()
+        return disks[0].shared(END - 1, 1) if disks else nullcontext()
+
     def _exclusive(self, offset: int, length: int | None) -> ExitStack:
         held = ExitStack()
         try:
@@ -131,7 +138,8 @@ class Commit(Job):
                 continue
             runs = into.base.extents(span.offset, span.length)
             if span.kind is Kind.COPY and all(e.writable and e.fd >= 0 for e in runs):
-                self.copier.place(into.top, into.base, span)
+                with self._afloat():
+                    self.copier.place(into.top, into.base, span)
             else:
                 for at in range(span.offset, span.offset + span.length, MIN_CHUNK):
                     n = min(MIN_CHUNK, span.offset + span.length - at)
