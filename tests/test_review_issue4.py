@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cowferry.block import keeper
+from cowferry.block import keeper, unfinished
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.copy import Copier
 from cowferry.block.disk import Disk
@@ -22,6 +22,7 @@ from cowferry.block.throttle import WRITE
 from cowferry.drivers import opening
 from cowferry.drivers.raw import Raw
 from cowferry.drivers.throttle import Throttle
+from cowferry.errors import CowferryError
 from cowferry.jobs import job as jobs
 from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import Job, Jobs, finish
@@ -269,3 +270,21 @@ def test_B2_a_bitmap_of_a_base_is_not_cleared_between_a_commits_mark_and_its_wri
         for other, _ in orders:
             other.end()
         assert not any(base.bitmaps["b0"].runs())
+
+
+# An unfinished copy is gone on with in the file that it was, and in no other ----------------------
+
+
+def test_a_new_file_with_the_inode_of_an_unfinished_copy_is_not_taken_for_it(
+    disk: Disk, tmp_path: Path
+) -> None:
+    """ext4 gives the number of a file that was removed to the next one that is made, most often."""
+    target = tmp_path / "target.raw"
+    empty(target, SIZE)
+    unfinished.begin(disk, str(target))
+    found = unfinished.find(disk, str(target))
+    assert found is not None and found.resumed
+    target.unlink()
+    empty(target, SIZE)
+    with pytest.raises(CowferryError, match="another image"):
+        unfinished.find(disk, str(target))

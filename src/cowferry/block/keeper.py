@@ -72,11 +72,16 @@ def stamp(node: Node) -> Stamp:
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode):
         return Stamp(_identity(st.st_rdev))
-    try:  # inode numbers are used again at once
-        version = fcntl.ioctl(fd, FS_IOC_GETVERSION, bytes(8))
+    return Stamp(st.st_ino, st.st_mtime_ns, version(fd))
+
+
+def version(fd: int) -> int:
+    """What tells a file from older ones of the same inode number, which is used again at once; 0
+    where a file system has no such thing."""
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, FS_IOC_GETVERSION, bytes(8))[:4], "little")
     except OSError:
-        version = bytes(8)
-    return Stamp(st.st_ino, st.st_mtime_ns, int.from_bytes(version[:4], "little"))
+        return 0
 
 
 class Keeper:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 
 from cowferry.block import keeper, moves
 from cowferry.block.bitmap import Bitmap
@@ -68,8 +69,16 @@ def name_of(target: str) -> str:
 
 
 def inode(target: str) -> int:
-    """What tells it from another image that was put in its place."""
-    return os.stat(target).st_ino
+    """What tells it from another image that was put in its place: its number, which another file
+    may have at once, and what tells those two apart."""
+    st = os.stat(target)
+    if not stat.S_ISREG(st.st_mode):
+        return st.st_ino
+    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return keeper.version(fd) << 64 | st.st_ino
+    finally:
+        os.close(fd)
 
 
 def forget(source: Node, name: str) -> None:
