@@ -43,6 +43,7 @@ class Want:
     recording: bool
     bits: set[int] = field(default_factory=set)
     exact: bool = True
+    stored: bool | None = None  # what its image says of `recording`, if it could not be told
 
     def mark(self, offset: int, length: int) -> None:
         if self.recording:
@@ -159,6 +160,8 @@ class Bitmaps(RuleBasedStateMachine):
             elif found is not None and verb == "clear":
                 found.bits, found.exact = set(), True
             elif found is not None:
+                if fixed and found.stored is None:
+                    found.stored = found.recording
                 found.recording = verb == "enable"
             right &= not (fixed and verb in ("merge", "clear", "remove"))
             actions.append(action(verb, node.name, name, **more))
@@ -212,6 +215,9 @@ class Bitmaps(RuleBasedStateMachine):
         top = rnd.randrange(len(nodes) - 1)
         base = nodes[rnd.randrange(top + 1, len(nodes))]
         before = bytes(contents(base))
+        for node in (base, *nodes[max(top - 1, 0) : top]):  # they are writable for a while
+            for want in self.of(node).values():
+                want.stored = None
         given = {"top_node": nodes[top].name, "base_node": base.name}
         self.ask("block-commit", job_id="j", device="vm", **given)
         if top == 0:
@@ -258,6 +264,9 @@ class Bitmaps(RuleBasedStateMachine):
     def closed(self, file: str) -> None:
         kept = self.want[file].items()
         self.want[file] = {name: want for name, want in kept if want.persistent}
+        for want in self.want[file].values():
+            if want.stored is not None:
+                want.recording, want.stored = want.stored, None
 
     @invariant()
     def right(self) -> None:
