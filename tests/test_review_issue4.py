@@ -288,3 +288,51 @@ def test_a_new_file_with_the_inode_of_an_unfinished_copy_is_not_taken_for_it(
     empty(target, SIZE)
     with pytest.raises(CowferryError, match="another image"):
         unfinished.find(disk, str(target))
+
+
+# D2: who drains both disks of a backup, and a guest that is on its way from one to the other ------
+
+
+class Both:
+    """What changes something of a backup's source and its target, at one moment."""
+
+    def __init__(self, *disks: Disk) -> None:
+        self.disks = disks
+
+    def drains(self) -> list[Disk]:
+        return [*self.disks]
+
+    def moves(self) -> list[Any]:
+        return []
+
+    def nothing(self) -> None:
+        pass
+
+    approach = settle = unsettle = switch = parted = nothing
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_D2_a_drain_of_source_and_target_does_not_meet_a_guest_between_them(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everything: bool
+) -> None:
+    """The guest is inside its range of the source, and is about to enter the target's."""
+    root = new(tmp_path, "qcow2")
+    root.backing = None if everything else disk.root
+    job = Backup(disk, Disk(root, "t"), everything=everything)
+    with disk.exclusive():
+        job.attach()
+    monkeypatch.setattr(job.spill, "put", lambda *_: failing(errno.ENOSPC)())
+    waits, drains = threading.Event(), []
+    for one in (disk, job.target):
+        held_back(monkeypatch, one.gate, waits, whole=True)
+
+    def drain() -> None:
+        drains.append(Other(lambda: finish([Both(job.target, disk)])))
+        assert waits.wait(PATIENCE)
+
+    on_call(monkeypatch, job, "_put", drain)
+    Other(lambda: disk.pwrite(memoryview(b"new"), 0)).end()
+    drains[0].end()
+    job.clean()
+    root.backing = None
+    root.close()

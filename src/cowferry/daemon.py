@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cowferry.block import moves
-from cowferry.block.disk import Disk
+from cowferry.block.disk import Disk, in_order
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse
 from cowferry.exports import Export
@@ -341,7 +341,7 @@ class Daemon:
             try:
                 node.flush()  # most of what is flushed inside the drain
                 with contextlib.ExitStack() as drained:
-                    for disk in sorted(self.graph.disks_above(node), key=id):
+                    for disk in in_order(self.graph.disks_above(node)):
                         drained.enter_context(disk.exclusive())
                     keeper.checkpoint()
             except OSError as error:

@@ -17,7 +17,7 @@ import errno
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
@@ -80,6 +80,7 @@ class Disk:
         self.leases = Leases(root.granule)
         self.bitmaps: dict[str, Bitmap] = {}  # of jobs, beside the root's. Changed inside a drain
         self.taps: tuple[Tap, ...] = ()  # changed only inside a drain
+        self.rank = 0  # one more than that of the disk whose tap writes this one: see `in_order`
         # What a request passes before it enters the gate, in this order: none, on most disks.
         self.turnstiles: tuple[Turnstile, ...] = ()
         self.limits: Member | None = None  # the first of them. Set by `limit`
@@ -416,6 +417,12 @@ class Disk:
                     read(self.root.backing, part, at)
                     self.root.pwrite(part, at)
                 at += e.length
+
+
+def in_order(disks: Iterable[Disk]) -> list[Disk]:
+    """Each once, in the order in which whoever drains several of them has to do it (D2): a guest
+    who is inside a disk may have to enter the one that a tap of it writes, never the reverse."""
+    return sorted({id(d): d for d in disks}.values(), key=lambda d: (d.rank, id(d)))
 
 
 def os_error(code: int, text: str) -> OSError:

@@ -109,6 +109,7 @@ class Backup(Job):
         self.disk = disk
         self.source = disk.root
         self.target = target
+        target.rank = disk.rank + 1
         self.base = base
         self.everything = self.paced = everything
         check_speed(self.throttle.speed, self.paced)

@@ -26,7 +26,7 @@ from typing import Any
 
 from cowferry.block import moves
 from cowferry.block.copy import Copier, Kind, spans
-from cowferry.block.disk import Disk
+from cowferry.block.disk import Disk, in_order
 from cowferry.block.gate import END
 from cowferry.block.node import Node
 from cowferry.jobs.job import Job, Progress
@@ -123,7 +123,7 @@ class Commit(Job):
     def _exclusive(self, offset: int, length: int | None) -> ExitStack:
         held = ExitStack()
         try:
-            for disk in sorted(self.disks(), key=id):
+            for disk in in_order(self.disks()):
                 held.enter_context(disk.exclusive(offset, length))
         except BaseException:
             held.close()

@@ -35,7 +35,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from cowferry.block import moves
-from cowferry.block.disk import Disk
+from cowferry.block.disk import Disk, in_order
 from cowferry.block.moves import Move
 from cowferry.block.node import Node
 from cowferry.block.throttle import TIMER, Throttle
@@ -537,10 +537,10 @@ def finish(endings: Sequence[Ending], each: bool = False) -> dict[Ending, Except
 
     for ending in endings:
         step(ending, ending.approach)
-    disks = {id(d): d for e in endings if e not in failed for d in e.drains()}
+    disks = in_order(d for e in endings if e not in failed for d in e.drains())
     with ExitStack() as drained:
-        for key in sorted(disks):
-            drained.enter_context(disks[key].exclusive())
+        for disk in disks:
+            drained.enter_context(disk.exclusive())
         begun: list[Ending] = []
         try:
             for ending in [e for e in endings if e not in failed]:

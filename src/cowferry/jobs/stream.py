@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from cowferry.block.copy import Copier, Kind, Span, spans
-from cowferry.block.disk import Disk
+from cowferry.block.disk import Disk, in_order
 from cowferry.block.node import ZEROES, Extent, Node, State, chain, read
 from cowferry.errors import NotSupported
 from cowferry.jobs.job import Job, Progress
@@ -274,7 +274,7 @@ class Stream(Job):
 
     def _reopen(self, read_only: bool) -> int:
         with ExitStack() as drained:
-            for disk in sorted(self._above(), key=id):
+            for disk in in_order(self._above()):
                 drained.enter_context(disk.exclusive())
             self.top.reopen(read_only)
         return 0

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from cowferry.block import keeper, moves
+from cowferry.block.disk import in_order
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, State, chain, read
 from cowferry.drivers import opening
@@ -31,10 +32,10 @@ def reopen(daemon: Daemon, options: list[dict[str, Any]]) -> None:
     graph.claim(nodes, why)
     undo: list[Callable[[], None]] = []
     try:
-        disks = {id(d): d for node in nodes for d in graph.disks_above(node)}
+        disks = in_order(d for node in nodes for d in graph.disks_above(node))
         with ExitStack() as drained:
-            for key in sorted(disks):
-                drained.enter_context(disks[key].exclusive())
+            for disk in disks:
+                drained.enter_context(disk.exclusive())
             try:
                 for _, steps in plans:
                     for do, back in steps:
@@ -43,7 +44,7 @@ def reopen(daemon: Daemon, options: list[dict[str, Any]]) -> None:
                 moving = [
                     Move(d.name, left[id(n)], n.filename, n.driver)
                     for n in nodes
-                    for d in disks.values()
+                    for d in disks
                     if d.root is n and n.filename != left[id(n)]
                 ]
                 if moving:
@@ -223,7 +224,7 @@ def change_backing_file(
         if not unsafe:
             _check_same(node, backing_file, format)
         with ExitStack() as drained:
-            for d in sorted(graph.disks_above(node), key=id):
+            for d in in_order(graph.disks_above(node)):
                 drained.enter_context(d.exclusive())
             if was_read_only:
                 node.reopen(False)
