@@ -19,6 +19,7 @@ from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceNotActive
 from cowferry.jobs.job import Job
 from cowferry.jobs.states import Status
+from daemons import Told
 
 SIZE = 8 << 20
 SPEED = 2 << 20
@@ -216,3 +217,39 @@ def test_a_speed_that_cannot_take_effect_is_an_error(paced: Paced) -> None:
     with pytest.raises(DeviceNotActive, match="Block job 'c' not found"):  # it has no speed
         paced.daemon.execute(change, {"device": "c", "speed": 5})
     assert len(list(chain(paced.disk.root))) == 3
+
+
+def test_a_backup_keeps_to_the_limits_of_its_target(tmp_path: Path) -> None:
+    """By the filter over it; what the job writes passes the turnstiles of the disk over that."""
+    source, target = tmp_path / "source.raw", tmp_path / "target.raw"
+    source.write_bytes(bytes(range(256)) * (SIZE // 256))
+    target.write_bytes(bytes(SIZE))
+    passed: list[int] = []
+    daemon = Daemon()
+    try:
+        daemon.open_disk("vm", str(source))
+        limits = {"bps-total": 1 << 40}
+        daemon.execute("object-add", {"qom-type": "throttle-group", "id": "g", "limits": limits})
+        file = {"driver": "raw", "file": {"driver": "file", "filename": str(target)}}
+        daemon.execute(
+            "blockdev-add",
+            {"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": file},
+        )
+        disk = daemon.graph.disk("t")
+        assert disk.limits is not None
+        wait = disk.wait
+
+        def counted(way: int, length: int, *more: Any) -> None:
+            passed.append(length)
+            wait(way, length, *more)
+
+        setattr(disk, "wait", counted)  # noqa: B010
+        told = Told(daemon)
+        daemon.execute("blockdev-backup", {"device": "vm", "target": "t", "sync": "full"})
+        assert "error" not in told.wait("BLOCK_JOB_COMPLETED")
+        assert sum(passed) == SIZE, "all of it"
+        with pytest.raises(CowferryError, match="limit"):
+            daemon.execute("blockdev-backup", {"device": "vm", "target": "t", "sync": "none"})
+    finally:
+        daemon.close()
+    assert target.read_bytes() == source.read_bytes()

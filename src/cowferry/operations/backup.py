@@ -223,7 +223,8 @@ def into_node(
 ) -> Start:
     """blockdev-backup. Raises `CowferryError`."""
     graph = daemon.graph
-    source, node = _node(daemon, device), _node(daemon, target)
+    source, _ = _node(daemon, device), _node(daemon, target)
+    node = graph.disk(target).root  # with its filter: the job keeps to that
     disk = graph.disk(device)
     bitmap, mode = _bitmap(daemon, so_far, source, what)
     if what.sync == "none":  # else the job keeps to the limits of its target
