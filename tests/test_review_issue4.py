@@ -336,3 +336,23 @@ def test_D2_a_drain_of_source_and_target_does_not_meet_a_guest_between_them(
     job.clean()
     root.backing = None
     root.close()
+
+
+def test_a_backup_and_a_bitmap_of_its_target_begin_in_one_transaction(tmp_path: Path) -> None:
+    """Both need the target to stand still."""
+    (tmp_path / "vm.raw").write_bytes(bytes(SIZE))
+    new(tmp_path, "qcow2").close()
+    with a_daemon() as daemon:
+        disk = daemon.open_disk("vm", str(tmp_path / "vm.raw"))
+        file = {"driver": "file", "filename": str(tmp_path / "target.qcow2")}
+        daemon.execute("blockdev-add", {"driver": "qcow2", "node-name": "t", "file": file})
+        backup = {"device": "vm", "job-id": "j", "target": "t", "sync": "none"}
+        actions = [
+            {"type": "blockdev-backup", "data": backup},
+            {"type": "block-dirty-bitmap-add", "data": {"node": "t", "name": "b0"}},
+        ]
+        daemon.execute("transaction", {"actions": actions})
+        disk.pwrite(memoryview(b"x"), 0)
+        assert list(daemon.graph.nodes["t"].bitmaps["b0"].runs()) == [(0, 64 * KIB)]
+        daemon.execute("block-job-cancel", {"device": "j"})
+        until(lambda: daemon.jobs.get("j") is None)

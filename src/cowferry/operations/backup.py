@@ -150,15 +150,17 @@ class Start(Part):
     # The steps ---------------------------------------------------------------------------
 
     def drains(self) -> list[Disk]:
-        return [self.disk]
+        return [self.disk, self.target]
 
     def settle(self) -> None:
-        self._lend()
+        if self.lent is not None:
+            self.target.root.backing = self.lent
+            self.lending = True
         self.job.attach()
 
     def unsettle(self) -> None:
         self.job.detach()
-        self._take_back()
+        self._unlend()
 
     def parted(self) -> None:
         self.job.start()
@@ -170,18 +172,16 @@ class Start(Part):
 
     # -------------------------------------------------------------------------------------
 
-    def _lend(self) -> None:
-        if self.lent is not None:
-            with self.target.exclusive():
-                self.target.root.backing = self.lent
-            self.lending = True
+    def _unlend(self) -> None:
+        """Inside a drain of the target."""
+        if self.lending and self.target.root.backing is self.lent:
+            self.target.root.backing = None  # else the view is lost, and stays so
+        self.lending = False
 
     def _take_back(self) -> None:
         if self.lending:
             with self.target.exclusive():
-                if self.target.root.backing is self.lent:  # else the view is lost, and stays so
-                    self.target.root.backing = None
-            self.lending = False
+                self._unlend()
 
     def _released(self, failed: bool) -> None:
         """The job is over."""
