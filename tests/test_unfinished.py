@@ -159,6 +159,16 @@ def test_another_image_in_its_place_is_not_taken_for_it(world: World) -> None:
         world.copy()
 
 
+def test_a_target_that_another_program_has_written_is_not_gone_on_with(world: World) -> None:
+    world.interrupted()
+    (bitmap,) = world.disk.root.bitmaps.values()
+    assert 0 < bitmap.count() < SIZE, "some of it is there"
+    with open(world.target, "r+b") as f:
+        f.write(bytes(SIZE))
+    with world.refused("which part is not known", "another program has written there"):
+        world.copy()
+
+
 @pytest.mark.parametrize("whose", ["disk", "target"])
 def test_another_size_is_refused(world: World, whose: str) -> None:
     world.interrupted()

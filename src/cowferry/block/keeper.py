@@ -528,7 +528,7 @@ def carry(old: Node, new: Node) -> dict[str, Bitmap]:
     """The disk in `old` is about to go on in `new`, and its bitmaps with it; those that `old` keeps
     tell no more than what was changed there. Inside a drain. Returns what `new` had, to put back.
 
-    One of the same name that `new` has told of older bytes of it. Raises `OSError`,
+    One of the same name that `new` has may go further back: both count. Raises `OSError`,
     `CowferryError`; then `new` is as it was."""
     before = new.bitmaps
     going: dict[str, Bitmap] = {}
@@ -536,6 +536,9 @@ def carry(old: Node, new: Node) -> dict[str, Bitmap]:
         if not bitmap.inconsistent and not bitmap.name.startswith(COPY):
             copy = going[bitmap.name] = bitmap.copy()
             copy.recording, copy.persistent = bitmap.recording, bitmap.persistent
+            own = before.get(bitmap.name)
+            if own is not None and not own.inconsistent:
+                copy.merge(own)
     if not going:
         return before
     new.bitmaps = {**before, **going}

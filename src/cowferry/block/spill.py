@@ -134,6 +134,13 @@ class Spill:
             self._fd = -1
 
 
+def beside(image: str) -> str:
+    """The folder for scratch files of a disk in `image`: its own, where files can be made there."""
+    folder = os.path.dirname(os.path.abspath(image))
+    plain = os.path.isfile(image) and not image.startswith(("/dev/", "/proc/"))
+    return folder if plain and os.access(folder, os.W_OK | os.X_OK) else tempfile.gettempdir()
+
+
 def _unnamed(folder: str | None) -> int:
     folder = folder or tempfile.gettempdir()
     flags = os.O_RDWR | os.O_CLOEXEC

@@ -24,14 +24,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import stat
 
 from cowferry.block import keeper, moves
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
-from cowferry.block.node import Node
+from cowferry.block.node import Node, read, read_fully
 from cowferry.errors import CowferryError
 
+PROBES = 256  # places that are looked at before a copy is gone on with
 GRANULARITY = 64 << 10  # bytes: what is copied again is worth no more bits
 
 
@@ -77,6 +79,30 @@ def inode(target: str) -> int:
     fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return keeper.version(fd) << 64 | st.st_ino
+    finally:
+        os.close(fd)
+
+
+def _as_left(disk: Disk, target: str, bitmap: Bitmap) -> bool:
+    """Whether some of what the target has, here and there, is what the disk has.
+
+    A raw image has no mark of its own that would go when somebody else writes it (a logical volume
+    that was used for something else, say). Raises `OSError`."""
+    count, size = len(bitmap.bits), bitmap.granularity
+    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for number in random.sample(range(count), min(count, PROBES)):
+            at = number * size
+            n = min(size, bitmap.size - at)
+            ours, theirs = bytearray(n), bytearray(n)
+            with disk.exclusive(at, n):
+                if bitmap.any(at, n):
+                    continue
+                read(disk.root, memoryview(ours), at)
+                read_fully(fd, memoryview(theirs), at)
+            if ours != theirs:
+                return False
+        return True
     finally:
         os.close(fd)
 
@@ -147,5 +173,7 @@ def find(disk: Disk, target: str) -> Unfinished | None:
     if bitmap.inconsistent:
         why = bitmap.reason or "inconsistent"
         raise refused(f"bitmap '{bitmap.name}' of '{source.filename}': {why}")
+    if not _as_left(disk, target, bitmap):
+        raise refused("another program has written there since")
     bitmap.busy = "copy"
     return Unfinished(source, target, bitmap, resumed=True)

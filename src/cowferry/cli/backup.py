@@ -58,7 +58,7 @@ PULL = "pull"  # what a pull backup is called unless it is given a name
 )  # fmt: skip
 @click.option(
     "--scratch", metavar="DIR",
-    help="Where old data waits: for a slow DEST [/tmp], or for whoever pulls [beside the image].",
+    help="Where old data waits, for a slow DEST or for whoever pulls [beside DISK's image].",
 )  # fmt: skip
 @click.option(
     "--on-cbw-error", type=click.Choice(["break-guest-write", "break-snapshot"]),

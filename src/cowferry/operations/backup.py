@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowferry.block import names
+from cowferry.block import names, spill
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Extent, Node, State, chain, clear
@@ -96,6 +96,7 @@ class Start(Part):
         bitmap_mode: str = "on-success",
         made: list[str] | None = None,
         adopted: bool = False,
+        scratch: str | None = None,
         **more: Any,
     ) -> None:
         self.daemon = daemon
@@ -116,6 +117,7 @@ class Start(Part):
             bitmap=bitmap,
             by_bitmap=sync in BY_BITMAP,
             bitmap_mode=bitmap_mode,
+            scratch=scratch or spill.beside(disk.root.filename),
             released=self._released,
             **more,
         )

@@ -19,7 +19,7 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
-from cowferry.block import sysio
+from cowferry.block import spill, sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node
@@ -236,10 +236,7 @@ def _withdraw(daemon: Daemon, part: Kept) -> None:
 
 def _scratch(daemon: Daemon, disk: Disk, folder: str | None) -> Node:
     """An empty image that has no name. Raises `CowferryError`."""
-    image = disk.root.filename
-    if folder is None:
-        plain = os.path.isfile(image) and not image.startswith(("/dev/", "/proc/"))
-        folder = os.path.dirname(os.path.abspath(image)) if plain else tempfile.gettempdir()
+    folder = folder or spill.beside(disk.root.filename)
     try:
         fd, path = tempfile.mkstemp(".qcow2", ".cowferry-scratch-", folder)
     except OSError as error:
