@@ -18,6 +18,7 @@ no exclusive section ended meanwhile. `epoch` counts those ends.
 
 from __future__ import annotations
 
+import sys
 import threading
 from array import array
 from collections.abc import Iterator
@@ -35,6 +36,29 @@ NONE, DATA, ZERO, WRITABLE = 0, 1, 2, 4
 EMPTY = array("q", bytes(8 * SPAN))
 MAX_FDS = 1 << 16
 MAX_HOST = 1 << 48
+
+
+# A whole array as one integer, an entry in each 64 bits of it: what is done to all entries of a run
+# is then one step of the interpreter, not one for each. No entry carries over into the next.
+ALL = (1 << 64 * SPAN) - 1
+ONES = ALL // ((1 << 64) - 1)
+READ_ONLY = ALL - WRITABLE * ONES
+COUNTING = sum(i << 64 * i for i in range(SPAN))
+
+
+def _whole(entries: array[int]) -> int:
+    if sys.byteorder == "big":
+        entries.byteswap()
+    return int.from_bytes(entries.tobytes(), "little")
+
+
+def _entries(whole: int, count: int) -> array[int]:
+    """The lowest `count` entries of it."""
+    out = array("q")
+    out.frombytes(whole.to_bytes(8 * count, "little"))
+    if sys.byteorder == "big":
+        out.byteswap()
+    return out
 
 
 class Leases:
@@ -155,8 +179,9 @@ class Leases:
         entry = (host >> 9) << 24 | index << 8 | DATA
         if e.writable and self.holds is not None:
             entry |= WRITABLE
-        step = (granule >> 9) << 24
-        table[first:stop] = array("q", range(entry, entry + step * (stop - first), step))
+        count = stop - first
+        steps = (granule >> 9 << 24) * COUNTING  # entry, entry + step, entry + 2 * step, ...
+        table[first:stop] = _entries((steps + entry * ONES) & ALL >> 64 * (SPAN - count), count)
 
     def _withhold(self, part: array[int], start: int) -> None:
         """Make what lies in a held range read-only; `part` begins with the granule at `start`."""
@@ -164,8 +189,8 @@ class Leases:
             for offset, length in hold.runs(start, len(part) << self.shift):
                 first = max((offset - start) >> self.shift, 0)
                 stop = min(-(-(offset + length - start) >> self.shift), len(part))
-                for i in range(first, stop):
-                    part[i] &= ~WRITABLE
+                if first < stop:
+                    part[first:stop] = _entries(_whole(part[first:stop]) & READ_ONLY, stop - first)
 
 
 def _joined(runs: list[Extent]) -> Iterator[Extent]:
