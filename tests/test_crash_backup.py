@@ -17,7 +17,7 @@ from cowferry.block.bitmap_file import Stamp
 from cowferry.drivers import opening
 from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import finish
-from crashes import SIZE, SPEED, Judge, World, a_disk, sound, the_job
+from crashes import SIZE, SPEED, Judge, World, Wrong, a_disk, sound, the_job
 from writelog import State
 
 GRANULARITY = 4096
@@ -51,6 +51,35 @@ def covered(source: Path, then: bytes | bytearray, now: bytes | bytearray) -> bo
 def test_J3_B2_a_backup_that_was_told_done_is_whole_and_the_bitmap_missed_nothing(
     tmp_path: Path, format: str, sync: str
 ) -> None:
+    backed_up_and_judged(tmp_path, format, sync)
+
+
+def test_these_tests_notice_a_target_that_is_not_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backup, "_flush", lambda job: 0)
+    monkeypatch.setattr(Backup, "approach", lambda job: None)
+    with pytest.raises(Wrong):
+        backed_up_and_judged(tmp_path, "raw", "full")
+
+
+def test_these_tests_notice_a_bitmap_that_lets_go_too_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Backup.attach
+
+    def attach(job: Backup) -> None:
+        whole(job)
+        assert job.bitmap is not None and job.source.keeper is not None
+        job.bitmap.clear(0, job.disk.size)
+        job.source.keeper.checkpoint()
+
+    monkeypatch.setattr(Backup, "attach", attach)
+    with pytest.raises(Wrong):
+        backed_up_and_judged(tmp_path, "raw", "full")
+
+
+def backed_up_and_judged(tmp_path: Path, format: str, sync: str) -> None:
     world = World(tmp_path, seed=11)
     source, target = a_disk(world, format), world.there / "backup.qcow2"
     world.open("vm", source)

@@ -20,7 +20,7 @@ from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
 from cowferry.jobs import mirror
-from crashes import SPEED, Judge, World, a_disk, the_job
+from crashes import SPEED, Judge, World, Wrong, a_disk, the_job
 from daemons import Told
 
 
@@ -87,6 +87,26 @@ def look(source: Path, target: Path) -> int:
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 @pytest.mark.parametrize("mode", ["background", "write-blocking"])
 def test_B2_a_copy_to_raw_goes_on_after_a_crash(tmp_path: Path, format: str, mode: str) -> None:
+    copied_and_judged(tmp_path, format, mode)
+
+
+def test_these_tests_notice_a_flush_of_the_target_that_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its bits go: the one flush that is this copy's own."""
+    whole = mirror.Mirror.checkpoint
+
+    def broken(job: mirror.Mirror) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(job.target, "flush", lambda: None)
+            return whole(job)
+
+    monkeypatch.setattr(mirror.Mirror, "checkpoint", broken)
+    with pytest.raises(Wrong):
+        copied_and_judged(tmp_path, "raw", "background")
+
+
+def copied_and_judged(tmp_path: Path, format: str, mode: str) -> None:
     world = World(tmp_path)
     target = world.there / "copy.raw"
     source = a_disk(world, format)
