@@ -25,7 +25,7 @@ from cowferry.drivers.throttle import Throttle
 from cowferry.errors import CowferryError
 from cowferry.jobs import job as jobs
 from cowferry.jobs.backup import Backup
-from cowferry.jobs.job import Job, Jobs, finish
+from cowferry.jobs.job import Ending, Job, Jobs, finish
 from cowferry.jobs.mirror import Mirror
 from daemons import PATIENCE, a_daemon
 from nbd_servers import bytes_of, empty, nbdkit, node_of, qemu_nbd, until, view
@@ -293,7 +293,7 @@ def test_a_new_file_with_the_inode_of_an_unfinished_copy_is_not_taken_for_it(
 # D2: who drains both disks of a backup, and a guest that is on its way from one to the other ------
 
 
-class Both:
+class Both(Ending):
     """What changes something of a backup's source and its target, at one moment."""
 
     def __init__(self, *disks: Disk) -> None:
@@ -301,14 +301,6 @@ class Both:
 
     def drains(self) -> list[Disk]:
         return [*self.disks]
-
-    def moves(self) -> list[Any]:
-        return []
-
-    def nothing(self) -> None:
-        pass
-
-    approach = settle = unsettle = switch = parted = nothing
 
 
 @pytest.mark.parametrize("everything", [True, False])

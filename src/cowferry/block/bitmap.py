@@ -16,6 +16,17 @@ from typing import Any
 
 from bitarray import bitarray
 
+MOST_BITS = 1 << 28  # of a bitmap that follows a guest: 32 MiB
+
+
+def finest(size: int) -> int:
+    """Bytes in which what a guest writes to a disk of `size` bytes is told apart: few, for that is
+    saved or copied again; more where the bitmap would be too large."""
+    granularity = 4096
+    while size // granularity > MOST_BITS:
+        granularity *= 2
+    return granularity
+
 
 class Bitmap:
     """Bits over `size` bytes at `granularity` bytes each (a power of two). Thread-safe."""

@@ -14,7 +14,7 @@ What is pending at T0 is the kind of backup: everything (full), what the top lay
 a dirty bitmap says (incremental, bitmap), or everything that will be overwritten and nothing else
 (none): then the target is an overlay of the disk that shows the disk as it was at T0, and is
 exported while the job runs (a pull backup, "fleecing"). There old bytes go to the target at once,
-inside the gate of the disk over it, so that its readers see one version or the other never half.
+inside the gate of the disk over it, so that its readers see one version or the other, never half.
 
 If old bytes can be saved nowhere, `on_cbw_error` says who loses: the guest its write, or the backup
 its point in time.
@@ -32,14 +32,14 @@ from functools import partial
 from typing import Any
 
 from cowferry.block import sysio
-from cowferry.block.bitmap import Bitmap
-from cowferry.block.copy import Copier, Kind, spans
+from cowferry.block.bitmap import Bitmap, finest
+from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
 from cowferry.block.node import Extent, Node, far, read
 from cowferry.block.spill import UNIT, Spill
 from cowferry.block.throttle import WRITE
-from cowferry.jobs.job import Job, Progress, ReadFailed, check_speed
+from cowferry.jobs.job import Job, Progress, blame, check_speed
 from cowferry.jobs.states import Status
 
 MIN_CHUNK = 1 << 20
@@ -49,7 +49,6 @@ STEP = 0.02  # seconds a chunk should take: a guest's write to it waits for as l
 IDLE = 0.25  # seconds between looks while there is nothing to do
 CROWDED = 256 << 20  # bytes in the scratch file: moving those on comes first
 WRITEBACK = 1 << 20  # runs of this size are handed to the disk at once
-MOST_BITS = 1 << 28  # of a bitmap: 32 MiB
 BITMAP_MODES = ("on-success", "never", "always")
 CBW_POLICIES = ("break-guest-write", "break-snapshot")
 
@@ -65,14 +64,6 @@ class Lost(Node):
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         raise OSError(errno.EIO, f"{self.filename}: the backup that kept this moment is over")
-
-
-def _piece(size: int) -> int:
-    """Bytes in which a guest's writes are told apart: few, but not too many bits."""
-    piece = 4096
-    while size // piece > MOST_BITS:
-        piece *= 2
-    return min(piece, UNIT)
 
 
 class Backup(Job):
@@ -121,7 +112,7 @@ class Backup(Job):
         self.max_chunk = max_chunk or MAX_CHUNK
         self.lasting = lasting
         # What the disk still has as it was, and nobody has saved. In pieces, for a guest waits.
-        self.pending = Bitmap("", disk.size, _piece(disk.size) if everything else UNIT)
+        self.pending = Bitmap("", disk.size, min(finest(disk.size), UNIT) if everything else UNIT)
         self.todo = Bitmap("", disk.size, UNIT)  # what is to be copied and is not in hand yet
         self.missing = Bitmap("", disk.size, UNIT)  # what the target does not have, of all that
         self.since: Bitmap | None = None  # what was written since T0, for the bitmap
@@ -358,23 +349,13 @@ class Backup(Job):
             self.clones = bool(self.copier.cloned)
         return moved
 
-    def _place(self, span: Any) -> int:
+    def _place(self, span: Span) -> int:
         try:
             with self.target.exclusive(span.offset, span.length):
                 self.copier.place(self.source, self.target.root, span)
         except OSError as error:
-            raise self._blame(error, span.offset, span.length) from error
-        return int(span.length) if span.kind is Kind.COPY else 0
-
-    def _blame(self, error: OSError, offset: int, length: int) -> OSError:
-        """Whose error it was: the source's, if it cannot be read now."""
-        scratch = memoryview(bytearray(min(length, MIN_CHUNK)))
-        try:
-            for at in range(offset, offset + length, len(scratch)):
-                read(self.source, scratch[: min(len(scratch), offset + length - at)], at)
-        except OSError as cause:
-            return ReadFailed(cause.errno, cause.strerror or str(cause))
-        return error
+            raise blame(error, self.source, span.offset, span.length) from error
+        return span.length if span.kind is Kind.COPY else 0
 
     def _flush(self) -> int:
         self.target.flush()

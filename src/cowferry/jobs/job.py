@@ -32,12 +32,12 @@ import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from cowferry.block import moves
 from cowferry.block.disk import Disk, in_order
 from cowferry.block.moves import Move
-from cowferry.block.node import Node
+from cowferry.block.node import Node, read
 from cowferry.block.throttle import TIMER, Throttle
 from cowferry.errors import CowferryError
 from cowferry.jobs.states import TRANSITIONS, Status, allow
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+SCRATCH = 1 << 20  # bytes read at once to see whose error it was
 POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 GRACE = 5.0  # seconds after which a job that was called off gives up I/O that hangs
 Emit = Callable[[str, dict[str, Any]], None]
@@ -63,7 +64,35 @@ class Progress(NamedTuple):
     idle: float = 0.0  # seconds to wait, for there is nothing to do
 
 
-class Job:
+class Ending:
+    """Something that ends in the steps of a job: a job, a snapshot, a change of medium. `finish`
+    takes any number of them through these, together."""
+
+    def approach(self) -> None:
+        """Before the drain: whatever makes it short. May raise."""
+
+    def drains(self) -> list[Disk]:
+        """The disks that have to stand still while the result is made true."""
+        return []
+
+    def settle(self) -> None:
+        """Inside the drain: the last work that may fail. Raising leaves everything as it was."""
+
+    def unsettle(self) -> None:
+        """Inside the drain, after a `settle` that failed or stays without effect: as it was."""
+
+    def moves(self) -> list[Move]:
+        """Which disks are about to leave which image, to be recorded."""
+        return []
+
+    def switch(self) -> None:
+        """Inside the drain: change the graph in memory. Must not fail."""
+
+    def parted(self) -> None:
+        """After the drain: let go of what is not needed any more. Errors are only logged."""
+
+
+class Job(Ending):
     """One job. Verbs may be called from any thread; the generator runs in the job's own."""
 
     type: ClassVar[str] = ""
@@ -111,29 +140,6 @@ class Job:
     def run(self) -> Iterator[Progress]:
         """The work. Raise `OSError` or `CowferryError` to fail."""
         raise NotImplementedError
-
-    def approach(self) -> None:
-        """Before the drain: whatever makes it short. May raise."""
-
-    def drains(self) -> list[Disk]:
-        """The disks that have to stand still while the result is made true."""
-        return []
-
-    def settle(self) -> None:
-        """Inside the drain: the last work that may fail. Raising leaves everything as it was."""
-
-    def unsettle(self) -> None:
-        """Inside the drain, after a `settle` that failed or stays without effect: as it was."""
-
-    def moves(self) -> list[Move]:
-        """Which disks are about to leave which image, to be recorded."""
-        return []
-
-    def switch(self) -> None:
-        """Inside the drain: change the graph in memory. Must not fail."""
-
-    def parted(self) -> None:
-        """After the drain: let go of what is not needed any more. Errors are only logged."""
 
     def clean(self) -> None:
         """Let go of everything; runs exactly once, before the job says that it is over."""
@@ -502,20 +508,20 @@ class ReadFailed(OSError):
     """Of work that reads and writes, the reading failed."""
 
 
+def blame(error: OSError, source: Node, offset: int, length: int) -> OSError:
+    """Of work that read a range of `source` and wrote it elsewhere: whose error it was. It was the
+    source's, if that cannot be read now."""
+    scratch = memoryview(bytearray(min(length, SCRATCH)))
+    try:
+        for at in range(offset, offset + length, len(scratch)):
+            read(source, scratch[: min(len(scratch), offset + length - at)], at)
+    except OSError as cause:
+        return ReadFailed(cause.errno, cause.strerror or str(cause))
+    return OSError(error.errno, error.strerror or str(error))
+
+
 class Cancelled(Exception):
     """Raised at a yield of a job that is to stop."""
-
-
-class Ending(Protocol):
-    """Something that ends in the steps of a job: a job, a snapshot, a change of medium."""
-
-    def approach(self) -> None: ...
-    def drains(self) -> list[Disk]: ...
-    def settle(self) -> None: ...
-    def unsettle(self) -> None: ...
-    def moves(self) -> list[Move]: ...
-    def switch(self) -> None: ...
-    def parted(self) -> None: ...
 
 
 def finish(endings: Sequence[Ending], each: bool = False) -> dict[Ending, Exception]:

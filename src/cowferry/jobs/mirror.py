@@ -37,17 +37,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from cowferry.block import keeper, moves
-from cowferry.block.bitmap import Bitmap
+from cowferry.block.bitmap import Bitmap, finest
 from cowferry.block.copy import Copier, Kind, spans
 from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
 from cowferry.block.moves import Move
-from cowferry.block.node import Node, chain, read
+from cowferry.block.node import Node, chain
 from cowferry.block.rates import WINDOW, Rates
 from cowferry.block.throttle import Brake
 from cowferry.block.unfinished import Unfinished
 from cowferry.errors import CowferryError
-from cowferry.jobs.job import Job, Progress, ReadFailed
+from cowferry.jobs.job import Job, Progress, blame
 from cowferry.jobs.states import Status, allow
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,6 @@ SLOWEST = 1 << 20  # bytes per second that a braked guest may write at least
 SAFE = 0.8  # of the time that is left is what a prediction may take
 EVEN = 0.9  # of the copy rate is what a guest may undo before the copy gets nowhere
 TRIAL = 3 * WINDOW  # seconds that a gentler measure costs if it does not help
-MOST_BITS = 1 << 28  # of a bitmap, by default: 32 MiB
 PIECE = 128 << 10  # bytes of a small piece moved through memory at once
 FEW = 4  # dirty granules that are not worth chasing
 MANY = 32  # dirty runs copied between yields
@@ -117,7 +116,7 @@ class Mirror(Job):
         self.copy_mode = copy_mode
         self.on_target_error = on_target_error
         self.converge_by = converge_by
-        self.granularity = granularity or default_granularity(disk)
+        self.granularity = granularity or finest(disk.size)
         self.buf_size = buf_size or MAX_CHUNK  # bytes that one chunk has at most
         self.inside = any(n is target for n in chain(disk.root))
         self.pivot = True  # False: a soft cancel; the target is left as a copy of that moment
@@ -365,7 +364,7 @@ class Mirror(Job):
                     if span.kind is Kind.COPY:
                         moved += span.length
         except OSError as error:
-            raise self._blame(error, offset, length) from error
+            raise blame(error, self.source, offset, length) from error
         return moved
 
     def _patch(self, offset: int, length: int) -> int:
@@ -401,17 +400,6 @@ class Mirror(Job):
 
         Only a commit's: a copy must hold the bytes of a granule that was written and discarded."""
         return self.target if self.inside else None
-
-    def _blame(self, error: OSError, offset: int, length: int) -> OSError:
-        """Whose error it was: the source's, if it cannot be read now."""
-        try:
-            scratch = memoryview(bytearray(min(length, MIN_CHUNK)))
-            for at in range(offset, offset + length, len(scratch)):
-                part = scratch[: min(len(scratch), offset + length - at)]
-                read(self.source, part, at)
-        except OSError as cause:
-            return ReadFailed(cause.errno, cause.strerror or str(cause))
-        return OSError(error.errno, error.strerror or str(error))
 
     def policy(self, operation: str) -> str:
         return self.on_error if operation == "read" else self.on_target_error
@@ -732,14 +720,6 @@ class Mirror(Job):
         finally:
             if self._released is not None:
                 self._released()
-
-
-def default_granularity(disk: Disk) -> int:
-    """Fine, for what a guest dirties is copied again; coarser where the bitmap would be large."""
-    granularity = 4096
-    while disk.size // granularity > MOST_BITS:
-        granularity *= 2
-    return granularity
 
 
 def _flushed(node: Node) -> int:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cowferry.block import names, unfinished
+from cowferry.block.bitmap import MOST_BITS, finest
 from cowferry.block.node import Node, chain
 from cowferry.block.unfinished import Unfinished
 from cowferry.drivers import OVERLAYS, format_of
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.job import POLICIES, Job
-from cowferry.jobs.mirror import MODES, MOST_BITS, Layer, Mirror, default_granularity
+from cowferry.jobs.mirror import MODES, Layer, Mirror
 from cowferry.jobs.states import Status
 from cowferry.operations import (
     Claim,
@@ -52,7 +53,7 @@ def _check(disk: Disk, sync: str, granularity: int | None, more: dict[str, Any])
         if disk.size // granularity > MOST_BITS:
             raise CowferryError(
                 f"granularity {granularity} is too fine for the {disk.size} bytes of '{disk.name}'",
-                f"leave it out, or give {default_granularity(disk)} or more",
+                f"leave it out, or give {finest(disk.size)} or more",
             )
     check_mode("copy-mode", more.get("copy_mode", MODES[0]), MODES)
     for key in ("on_source_error", "on_target_error"):

@@ -28,9 +28,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from cowferry.block.disk import Disk
-from cowferry.block.moves import Move
 from cowferry.errors import CowferryError
+from cowferry.jobs.job import Ending
 from cowferry.wire import qga
 
 log = logging.getLogger(__name__)
@@ -244,7 +243,7 @@ class Agent:
             self.close()
 
 
-class Guests:
+class Guests(Ending):
     """The guests of one snapshot, none or many. Enter it, `greet`, and use `frozen`.
 
     It is one more ending for `finish`, after those of the disks: its part is to say, once no guest
@@ -371,12 +370,6 @@ class Guests:
 
     # As an ending of `finish` --------------------------------------------------------------
 
-    def approach(self) -> None:
-        """Nothing."""
-
-    def drains(self) -> list[Disk]:
-        return []
-
     def settle(self) -> None:
         """All disks are drained, and nothing has been switched: is every guest frozen still?
 
@@ -386,15 +379,3 @@ class Guests:
                 f"the disks could not be switched within {self.until.seconds:g} s",
                 "something kept them busy; raise quiesce-timeout",
             )
-
-    def unsettle(self) -> None:
-        """Nothing: whoever froze them thaws them."""
-
-    def moves(self) -> list[Move]:
-        return []
-
-    def switch(self) -> None:
-        """Nothing."""
-
-    def parted(self) -> None:
-        """Nothing."""

@@ -212,7 +212,7 @@ class Snapshot(Part):
         self.made = None
 
 
-class Change:
+class Change(Part):
     """Another image for a disk: `change`. With `quietly` it holds the same bytes, and the disk
     has moved there; without, it is another medium."""
 

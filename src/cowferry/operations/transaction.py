@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from cowferry.block.disk import Disk
-from cowferry.block.moves import Move
 from cowferry.block.node import Node
 from cowferry.errors import CowferryError
 from cowferry.jobs.job import Ending, finish
@@ -30,33 +29,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Part:
-    """One part: an ending (the steps of `jobs/job.py`) that can be called off before it has begun.
+class Part(Ending):
+    """One part: an ending that can be called off before it has begun.
 
-    Made in the turn of its command; making it raises `CowferryError`, with nothing changed."""
-
-    def approach(self) -> None:
-        """Before the drain: whatever makes it short. May raise."""
-
-    def drains(self) -> list[Disk]:
-        """The disks that have to stand still."""
-        return []
-
-    def settle(self) -> None:
-        """Inside the drain: take effect, so far as it may fail. Sees what parts before it did."""
-
-    def unsettle(self) -> None:
-        """Inside the drain: as it was, exactly. Also after a `settle` that failed half-way."""
-
-    def moves(self) -> list[Move]:
-        """Which disks are about to leave which image, to be recorded."""
-        return []
-
-    def switch(self) -> None:
-        """Inside the drain, once nothing can fail any more."""
-
-    def parted(self) -> None:
-        """After the drain. Errors are only logged."""
+    Made in the turn of its command; making it raises `CowferryError`, with nothing changed. Its
+    `settle` sees what the parts before it did, and its `unsettle` is also called after a `settle`
+    that failed half-way."""
 
     def abort(self) -> None:
         """It will not be: let go of whatever was made and claimed for it."""
