@@ -21,6 +21,7 @@ from cowferry.block.lease import WRITABLE
 from cowferry.block.node import Node
 from cowferry.drivers import opening
 from cowferry.drivers.qcow2.image import Qcow2
+from cowferry.jobs import job as jobs
 from cowferry.jobs import mirror
 from cowferry.jobs.commit import ActiveCommit, Into
 from cowferry.jobs.job import Jobs
@@ -558,7 +559,7 @@ def test_the_source_is_blamed_for_what_cannot_be_read(
     told: list[dict[str, Any]] = []
     one.job._emit = lambda name, data: told.append(data)
     monkeypatch.setattr(Copier, "place", lambda *_: failing(errno.EIO)())
-    monkeypatch.setattr(mirror, "read", lambda *_: failing(errno.EBADMSG)())
+    monkeypatch.setattr(jobs, "read", lambda *_: failing(errno.EBADMSG)())
     with pytest.raises(OSError, match="Bad message"):
         next(one.steps)
     assert told == [{"device": "", "operation": "read", "action": "report"}]
