@@ -225,7 +225,8 @@ def into_node(
 ) -> Start:
     """blockdev-backup. Raises `CowferryError`."""
     graph = daemon.graph
-    source, _ = _node(daemon, device), _node(daemon, target)
+    source = node_named(daemon, device)
+    node_named(daemon, target)  # or it is refused in these words
     node = graph.disk(target).root  # with its filter: the job keeps to that
     disk = graph.disk(device)
     bitmap, mode = _bitmap(daemon, so_far, source, what)
@@ -242,7 +243,7 @@ def into_node(
             f"'{device}' has {source.size} bytes and '{target}' {node.size}",
         )
     _check_target(daemon, node, target)
-    _check_source(daemon, disk, device, node)
+    check_source(daemon, disk, device, node)
     _check_sync(source, node, what.sync)
     return Start(
         daemon, so_far, disk, node, job_name(daemon, device, job_id), sync=what.sync,
@@ -250,7 +251,8 @@ def into_node(
     )  # fmt: skip
 
 
-def _node(daemon: Daemon, name: str) -> Node:
+def node_named(daemon: Daemon, name: str) -> Node:
+    """The node of that name, or a disk's root, below its filters. Raises `CowferryError`."""
     node = bitmaps.node_of(daemon, name)
     if node is None:
         raise CowferryError(
@@ -348,7 +350,7 @@ def _check_target(daemon: Daemon, node: Node, name: str) -> None:
         )
 
 
-def _check_source(daemon: Daemon, disk: Disk, device: str, target: Node | None) -> None:
+def check_source(daemon: Daemon, disk: Disk, device: str, target: Node | None) -> None:
     """Raise unless all who may write the disk come by its gate."""
     root = disk.root
     over = daemon.graph.stranger(root, [] if target is None else [target])
@@ -392,13 +394,13 @@ def into_file(
     """drive-backup: into a file that is made here, or exists. Raises `CowferryError`.
 
     What was made here goes again if the backup fails or is called off."""
-    source = _node(daemon, device)
+    source = node_named(daemon, device)
     disk = daemon.graph.disk(device)
     check_mode("mode", mode, ("absolute-paths", "existing"))
     sync = what.sync
     bitmap, bitmap_mode = _bitmap(daemon, so_far, source, what)
     chunk = _check(source, what, perf or Perf(), more)
-    _check_source(daemon, disk, device, None)
+    check_source(daemon, disk, device, None)
     job_id = job_name(daemon, device, job_id)
     if any(targets.is_file(n, target) for n in chain(source)):
         raise CowferryError("Source and target cannot be the same", f"'{target}' is in its chain")
@@ -484,7 +486,7 @@ def into_new(
     it count anew from this moment on, if the backup succeeds; if it fails, all is dirty."""
     device, target = wanted.device, wanted.target
     check_mode("mode", mode, MODES)
-    source = _node(daemon, device)
+    source = node_named(daemon, device)
     disk = daemon.graph.disk(device)
     if (wanted.base is None) == (mode == "incremental"):
         raise CowferryError(
@@ -504,7 +506,7 @@ def into_new(
             so_far.parts.append(all_dirty(so_far, device, bitmap))
     found, _ = _bitmap(daemon, so_far, source, what)
     _check(source, what, Perf(), more)
-    _check_source(daemon, disk, device, None)
+    check_source(daemon, disk, device, None)
     base = wanted.base
     for path in (target, base) if base is not None else (target,):
         if any(targets.is_file(n, path) for n in chain(source)):

@@ -29,7 +29,7 @@ from cowferry.exports.nbd import NbdExport
 from cowferry.jobs.job import valid_id
 from cowferry.jobs.states import Status
 from cowferry.operations import bitmaps
-from cowferry.operations.backup import Start, _check_source, _node, all_dirty
+from cowferry.operations.backup import Start, all_dirty, check_source, node_named
 from cowferry.operations.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def begin(
                 raise CowferryError(f"Block export id '{job_id}' is already in use")
             if daemon.nbd.find(wanted.name) is not None:
                 raise CowferryError(f"NBD server already has export named '{wanted.name}'")
-            source = _node(daemon, wanted.device)
-            _check_source(daemon, daemon.graph.disk(wanted.device), wanted.device, None)
+            source = node_named(daemon, wanted.device)
+            check_source(daemon, daemon.graph.disk(wanted.device), wanted.device, None)
             found, first = _bitmap(daemon, so_far, source, wanted.device, bitmap, anew)
             part = Kept(
                 daemon, so_far, wanted, job_id, bitmap=found, first=first, anew=anew,
