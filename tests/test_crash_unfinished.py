@@ -7,14 +7,13 @@ the copy goes on or begins anew, and ends equal to the disk.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chains import contents
-from cowferry.block import keeper, moves, unfinished
+from cowferry.block import keeper, moves, sysio, unfinished
 from cowferry.block.bitmap_file import Stamp
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
@@ -53,7 +52,7 @@ class Again:
         except CowferryError as error:
             assert "exists" in error.desc, error.desc  # made, and not yet on record
             self.anew += 1
-            os.unlink(self.target)
+            sysio.unlink(str(self.target))  # a log may be listening
             daemon.execute("x-disk-copy", arguments)
         told.wait("BLOCK_JOB_READY", device="vm")
         daemon.execute("block-job-cancel", {"device": "vm"})

@@ -118,7 +118,13 @@ class Log:
     # sysio.Recorder
     def created(self, path: str) -> None:
         name = self._ours(path)
-        if name is not None and name not in self.names:
+        if name is None:
+            return
+        if name in self.names:  # opened once more; a test that removed it has told us
+            st = os.stat(name)
+            known = self._files.get((st.st_dev, st.st_ino))
+            assert known == self.names[name], f"'{name}' was removed behind our back"
+        else:
             file = self._new(name)
             self.entries.append(Entry("create", os.path.dirname(name), file=file, name=name))
 
