@@ -24,7 +24,7 @@ bench: setup-test
 	$(PY) tools/bench.py
 
 soak: setup-test
-	COWFERRY_SOAK=1 $(PY) -m pytest
+	COWFERRY_SOAK=1 $(PY) -m pytest --timeout 0
 
 clean:
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build src/*.egg-info
