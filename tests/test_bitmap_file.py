@@ -143,13 +143,13 @@ def test_marks_that_wait_together_are_one_flush(
     first = Other(marks.flush)
     assert inside.wait(30)
     waiting = threading.Semaphore(0)
-    plain_wait = marks._grouped.wait
+    plain_wait = marks._barrier._changed.wait
 
     def wait(timeout: float | None = None) -> bool:
         waiting.release()
         return plain_wait(timeout)
 
-    monkeypatch.setattr(marks._grouped, "wait", wait)
+    monkeypatch.setattr(marks._barrier._changed, "wait", wait)
     more = [Other(marks.flush) for _ in range(5)]
     for _ in more:
         assert waiting.acquire(timeout=30)
@@ -158,6 +158,41 @@ def test_marks_that_wait_together_are_one_flush(
         other.end()
     assert len(calls) == 2  # the one that ran already covers nobody who came later
     marks.close()
+
+
+def test_a_file_is_closed_after_the_flush_that_runs_and_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number may be another file's a moment later."""
+    marks = Marks(str(tmp_path / "f"), contents(in_use=True))
+    inside, go, closing = threading.Event(), threading.Event(), threading.Event()
+    calls: list[int] = []
+    plain = sysio.fdatasync
+    plain_wait = marks._barrier._changed.wait
+
+    def slow(fd: int) -> None:
+        calls.append(fd)
+        inside.set()
+        assert go.wait(30)
+        plain(fd)
+
+    def wait(timeout: float | None = None) -> bool:
+        closing.set()
+        return plain_wait(timeout)
+
+    monkeypatch.setattr(sysio, "fdatasync", slow)
+    monkeypatch.setattr(marks._barrier._changed, "wait", wait)
+    flush = Other(marks.flush)
+    assert inside.wait(30)
+    close = Other(marks.close)
+    assert closing.wait(30)
+    go.set()
+    flush.end()
+    close.end()
+    with pytest.raises(OSError, match="it was closed") as error:
+        marks.flush()
+    assert error.value.errno == errno.EBADF
+    assert len(calls) == 1
 
 
 def test_N6_a_failed_flush_of_marks_is_sticky(

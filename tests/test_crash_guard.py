@@ -50,7 +50,8 @@ WAY_DOWN = {
     "Raw.flush", "Raw.reopen", "Raw.close", "Raw.resize", "Raw.pwrite", "File.flush", "File.pwrite",
     "Disk.pwrite", "Disk.zero", "Disk.discard", "Disk.flush", "Disk.resize",
     "_flushed", "Job.attempt", "_remove", "settled", "committed", "fresh",
-    "Marks.flush", "Node.change_size", "Partial.pwrite", "Partial.reopen", "Partial.set_backing",
+    "Barrier.flush", "Barrier._sync", "Marks.flush", "Node.change_size",
+    "Partial.pwrite", "Partial.reopen", "Partial.set_backing",
 }  # fmt: skip
 
 # Flushes whose loss no crash can show, and why.

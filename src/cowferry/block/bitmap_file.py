@@ -20,7 +20,6 @@ Nothing that a file says is believed before it is checked, and no more is alloca
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 import struct
@@ -32,6 +31,7 @@ from typing import NamedTuple
 from bitarray import bitarray
 
 from cowferry.block import moves, sysio
+from cowferry.block.barrier import Barrier
 from cowferry.errors import ImageError
 
 MAGIC = b"CFBITMAP"
@@ -273,11 +273,6 @@ class Marks:
         self._offsets = {id(e): offset for e, offset in zip(contents.entries, places, strict=True)}
         # Duty: what is written of a sector is the picture, and no older one is written after it.
         self._writing = threading.Lock()
-        self._grouped = threading.Condition(threading.Lock())  # guards the next four
-        self._started = 0  # fdatasyncs begun
-        self._finished = 0
-        self._running = False
-        self._failed: OSError | None = None  # what one fdatasync did not do, no later one does
         folder = os.path.dirname(os.path.abspath(path))
         if folder == moves.state_folder():
             moves.make_folder(folder)
@@ -285,6 +280,7 @@ class Marks:
         with contextlib.suppress(FileNotFoundError):
             sysio.unlink(new)  # of somebody who crashed
         self._fd = sysio.create(new, os.O_RDWR | os.O_EXCL | os.O_NOFOLLOW)
+        self._barrier = Barrier(self._fd)
         renamed = False
         try:
             sysio.pwrite(self._fd, directory, SECTOR)
@@ -343,38 +339,18 @@ class Marks:
             try:
                 sysio.pwrite(self._fd, part, self._offsets[id(entry)] + at * SECTOR)
             except OSError as error:
-                self._failed = self._failed or error  # the picture is not what the file holds
+                self._barrier.fail(error)  # the picture is not what the file holds
                 raise
 
     def flush(self) -> None:
         """All that was set before the call is durable on return; those who wait together wait for
         one fdatasync. Raises `OSError`, and goes on doing so once it has: write a new file then."""
-        with self._grouped:
-            mine = self._started + 1  # the next one to start covers us
-            while self._failed is None and self._finished < mine:
-                if self._running:
-                    self._grouped.wait()
-                    continue
-                self._running = True
-                self._started += 1
-                number = self._started
-                self._grouped.release()
-                failure: OSError | None = None
-                try:
-                    sysio.fdatasync(self._fd)
-                except OSError as error:
-                    failure = error
-                finally:
-                    self._grouped.acquire()
-                    self._running = False
-                    self._finished = number
-                    self._failed = self._failed or failure
-                    self._grouped.notify_all()
-            if self._failed is not None:
-                raise OSError(
-                    self._failed.errno,
-                    f"the bitmap file '{self.path}' cannot be flushed: {self._failed.strerror}",
-                )
+        try:
+            self._barrier.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"the bitmap file '{self.path}' cannot be flushed: {error.strerror}"
+            ) from None
 
     @property
     def named(self) -> bool:
@@ -386,13 +362,10 @@ class Marks:
 
     def close(self) -> None:
         """Let the file go. Idempotent; does not flush."""
-        with self._grouped:
-            while self._running:
-                self._grouped.wait()
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
-                self._failed = self._failed or OSError(errno.EBADF, "it was closed")
+        if self._fd >= 0:
+            self._barrier.close()
+            os.close(self._fd)
+            self._fd = -1
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:

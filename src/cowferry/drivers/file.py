@@ -12,10 +12,9 @@ What every driver has, in the order in which you will want to write it:
 5. `pread`/`pwrite`/`zero`/`discard`/`flush`, raising `OSError`;
 6. `create`, if there is something to create.
 
-Two duties are this driver's alone. A failed fdatasync is *sticky* (N6): Linux marks the
-pages clean after reporting the error once, so a later success would be a lie; every flush
-fails from then on until the file is opened again. And flushes that arrive together are one
-system call: a flush is answered by any fdatasync that *started* after the flush arrived.
+One duty is this driver's alone: its flush is the one that counts. A failed fdatasync is *sticky*
+(N6) until the file is opened again, and flushes that arrive together are one system call
+(`block/barrier.py`).
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ import errno
 import fcntl
 import os
 import stat
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from cowferry.block import sysio
+from cowferry.block.barrier import Barrier
 from cowferry.block.node import ZEROES, Extent, Node, State, read_fully
 from cowferry.drivers import Common, fdsets, register
 from cowferry.drivers.locks import Lock
@@ -61,11 +60,7 @@ class File(Node):
         self.lock = lock
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.size = os.lseek(fd, 0, os.SEEK_END)
-        self._grouped = threading.Condition(threading.Lock())  # guards the next four
-        self._started = 0  # fdatasyncs begun
-        self._finished = 0
-        self._running = False
-        self._failed: OSError | None = None  # N6: sticky
+        self._barrier = Barrier(fd)
         self._closed = False
 
     @classmethod
@@ -225,33 +220,14 @@ class File(Node):
 
     def flush(self) -> None:
         """One fdatasync for all flushes that wait together. Fails for good once it failed (N6)."""
-        with self._grouped:
-            mine = self._started + 1  # the next one to start covers us
-            while self._failed is None and self._finished < mine:
-                if not self._running:
-                    self._running = True
-                    self._started += 1
-                    number = self._started
-                    self._grouped.release()
-                    failure: OSError | None = None
-                    try:
-                        sysio.fdatasync(self.fd)
-                    except OSError as error:
-                        failure = error
-                    finally:
-                        self._grouped.acquire()
-                        self._running = False
-                        self._finished = number
-                        self._failed = self._failed or failure
-                        self._grouped.notify_all()
-                else:
-                    self._grouped.wait()
-            if self._failed is not None:
-                raise OSError(
-                    self._failed.errno or errno.EIO,
-                    f"{self.filename}: a flush has failed ({self._failed.strerror}); "
-                    "no later one counts until the file is opened again",
-                )
+        try:
+            self._barrier.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.filename}: a flush has failed ({error.strerror}); "
+                "no later one counts until the file is opened again",
+            ) from None
 
     def resize(self, size: int) -> None:
         """Truncate or extend; a device keeps its size."""
@@ -323,5 +299,6 @@ class File(Node):
             if self.lock is not None:
                 self.lock.drop()  # a descriptor that was handed over is still open in its set
             # Whoever comes too late is refused: the number may be another file's a moment later.
+            self._barrier.close()
             fd, self.fd = self.fd, -1
             os.close(fd)
