@@ -27,7 +27,10 @@ from cowferry.drivers import opening
 from cowferry.drivers.partial import ATTRIBUTE, FILLING, Partial
 from cowferry.errors import CowferryError, NotSupported
 from cowferry.jobs.stream import Fill, Stream
+from cowferry.wire import nbd
 from daemons import PATIENCE, Told, a_daemon
+from nbd_servers import Forgetful
+from nbd_servers import node_of as node_of_server
 from test_devices import Make, device
 
 __all__ = ["device"]  # a fixture
@@ -282,6 +285,39 @@ def test_ST1_a_stream_leaves_the_place_to_a_guest_that_is_writing_there(tmp_path
         del node.file.pwrite
         stream(disk)
         assert not differs(contents(disk), oracle)
+
+
+def test_D2_ST1_a_guest_writes_where_a_stream_waits_for_a_server_that_hangs(
+    tmp_path: Path,
+) -> None:
+    with a_disk(tmp_path) as (disk, oracle):
+        server = Forgetful(tmp_path / "s", len(oracle))
+        server.volatile[:] = oracle
+        hangs, goes_on = threading.Event(), threading.Event()
+
+        def before(kind: int) -> None:
+            if kind == nbd.READ:
+                hangs.set()
+                assert goes_on.wait(PATIENCE)
+
+        server.before = before
+        local, disk.root.backing = disk.root.backing, node_of_server(tmp_path / "s")
+        opening.close_chain(local)
+        job = threading.Thread(target=stream, args=(disk,))
+        guest = threading.Thread(
+            target=put, args=(disk, oracle, 64 << 10, b"guest" * 39_321 + b"...")
+        )
+        try:
+            job.start()
+            assert hangs.wait(PATIENCE)
+            guest.start()  # whole granules, of which no byte is the server's
+            guest.join(PATIENCE)
+            assert not guest.is_alive() and job.is_alive(), "the guest waits for the server"
+        finally:
+            goes_on.set()
+            job.join(PATIENCE)
+        assert disk.root.backing is None and not differs(contents(disk), oracle)
+        server.crash()
 
 
 def test_an_error_of_the_base_gives_the_room_back(

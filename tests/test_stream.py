@@ -94,6 +94,33 @@ def test_ST3_a_stream_cancelled_half_way_goes_on_where_it_stopped(tmp_path: Path
     disk.root.close()
 
 
+@pytest.mark.parametrize("name", ["vm.raw", "vm.qcow2", "vm.qed"])
+def test_ST3_a_kill_costs_a_second_of_work(tmp_path: Path, name: str) -> None:
+    """What the files say at each step is what somebody finds who is killed there."""
+    chunk, now = 256 << 10, 0.0
+    make_base(tmp_path, SIZE)
+    path = tmp_path / name
+    options = {"backing_file": "base.raw", "backing_fmt": "raw"}
+    opening.create_image(str(path), path.suffix[1:], SIZE, options)
+    disk = Disk(opening.open_image(str(path)), "vm")
+    job = Stream(disk, chunk=chunk, clock=lambda: now)
+    found = tmp_path / "found"
+    done, lost = 0, []
+    for step in job.run():
+        done += step.moved
+        now += 0.4
+        found.mkdir()
+        (found / "base.raw").symlink_to(tmp_path / "base.raw")
+        for file in tmp_path.glob("vm.*"):
+            shutil.copy2(file, found)
+        node = opening.open_image(str(found / name), read_only=True)
+        lost.append(done - sum(e.length for e in node.extents(0, SIZE) if e.state is State.DATA))
+        opening.close_chain(node)
+        shutil.rmtree(found)
+    assert max(lost) == 3 * chunk, "no more than a second, and no flush for each chunk"
+    opening.close_chain(disk.root)
+
+
 def _data(node: Any, start: int) -> Iterator[Any]:
     return (e for e in node.extents(start, SIZE - start) if e.state is State.DATA)
 

@@ -170,6 +170,16 @@ class Copier:
                     self._through(place.fd, host, n, partial(_read, source, offset), far(source))
                 done, used, offset = done + n, used + n, offset + n
 
+    def fetch(self, source: Node | None, offset: int, length: int) -> memoryview:
+        """The source's bytes, which a server holds, in memory. Raises `OSError`."""
+        whole = memoryview(bytearray(length))
+
+        def get(buf: memoryview, done: int) -> None:
+            read(source, whole[done : done + len(buf)], offset + done)
+
+        self._piecewise(length, get, far(source))
+        return whole
+
     def place(self, source: Node | None, target: Node, span: Span) -> None:
         """Make `span` of `target`, which nobody else uses, read as `source` does there."""
         offset, length = span.offset, span.length

@@ -85,6 +85,8 @@ class Node:
     #: Whether what is a hole reads as zero once there is no backing node.
     holes_read_zero: bool = True
     room: int = 1 << 62  # bytes of room that a job takes at once, fills, and says so (`filled`)
+    #: Whether room is where a guest's write into the same hole has to go, too, and so waits for it.
+    room_is_place: bool = False
     fd: int = -1  # of the host file, if this is one
     from_start: bool = True  # its first byte is the first of what its file name means
     #: Whether the format has room for dirty bitmaps of its own (`read_bitmaps`, `write_bitmaps`).
@@ -202,6 +204,20 @@ class Node:
     def unreserve(self, room: Extent) -> None:
         """Give reserved room back."""
         raise NotImplementedError
+
+    def check_compression(self) -> None:
+        """Raise `NotSupported` unless this node can hold compressed data."""
+        raise NotSupported(
+            f"format {self.driver} cannot hold compressed data", "qcow2 can; or do not compress"
+        )
+
+    def compress(self, buf: memoryview) -> list[Extent | None]:
+        """Room for each granule of `buf` with its bytes in it, compressed; where they would not
+        shrink None, and they are to be written as they are.
+
+        `buf` is whole granules, but for the disk's last. `link` makes room the granule at an offset;
+        its `length` is that of what lies in it. Needs no gate, and takes its time."""
+        raise OSError(errno.EOPNOTSUPP, f"format {self.driver} cannot hold compressed data")
 
     # The image as a whole ----------------------------------------------------------------
 

@@ -17,8 +17,9 @@ miniature:
 same hole has to go. So a granule without a bit is somebody's alone: the stream's from `reserve` to
 `filled`, a guest's while it writes. A guest waits until the stream has filled the piece, of `ROOM`
 bytes, for which nobody needs the gate; the stream leaves what a guest is writing to its second
-look, inside the gate. To copy inside the gate instead would keep guests waiting for the backing
-image, which may be on the other side of a network.
+look, inside the gate. From a backing image on the other side of a network it takes no room: it
+fetches the bytes into memory, and places them inside the gate where there still are holes. So
+no guest waits for what the stream asked of a server.
 
 **The end.** When there is to be no backing image any more (ST2), what still is a hole is made zero
 in the file; everything is durable; then `IMAGE.filling` says that there is no backing image, and
@@ -136,6 +137,7 @@ class Partial(Raw):
     `have` is None once it is complete."""
 
     holes_read_zero = False
+    room_is_place = True
     file: File
 
     def __init__(self, file: File, filling: Filling) -> None:

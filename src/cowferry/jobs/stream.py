@@ -15,8 +15,9 @@ hole without backing reads as zero (but for a raw image that is being filled: th
 what its file has there). With a base they become explicit zeroes, or the base would shine through.
 
 The record of progress is the overlay's own allocation. After a crash the image is valid, and
-streaming again goes on where it stopped (ST3). The end is in this order (ST2): flush the data;
-under a drain write the header without the old backing, and flush that; then let go.
+streaming again goes on where it stopped (ST3): the job flushes now and then, outside the gate, so
+a crash costs about a second of its work. The end is in this order (ST2): flush the data; under a
+drain write the header without the old backing, and flush that; then let go.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from typing import Any
 
 from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.disk import Disk, in_order
-from cowferry.block.node import ZEROES, Extent, Node, State, chain, read
+from cowferry.block.node import ZEROES, Extent, Node, State, chain, far, read
 from cowferry.errors import NotSupported
 from cowferry.jobs.job import Job, Progress
 
 MIN_CHUNK = 1 << 20
 MAX_CHUNK = 64 << 20
 STEP = 0.05  # seconds a chunk should take: pause, cancel and speed act between chunks
+CHECKPOINT = 1.0  # seconds of work that a crash costs, if a flush takes less than a
+SHARE = 4  # fourth of that; else so many times what it takes
 
 
 class Fill:
@@ -49,6 +52,7 @@ class Fill:
         self.top = top
         self.base = base
         self.copier = Copier()
+        self.brought = 0  # bytes that `prepare` has placed already
         self.holes_stay = base is None and top.holes_read_zero
 
     def chunk(self, offset: int, length: int) -> int:
@@ -57,8 +61,10 @@ class Fill:
         `offset` is a multiple of the top's granule; `length` too, or it ends the disk. Raises
         `OSError`; then the chunk is as it was, but for what is already filled, and may be
         tried again."""
+        before = self.brought
         room, rest = self.prepare(offset, length)
         copied = sum(r.length for _, r in room) + sum(s.length for s in rest)
+        copied += self.brought - before
         self.settle(offset, length, room, rest)
         return copied
 
@@ -92,6 +98,9 @@ class Fill:
     def _fill(self, span: Span, room: list[tuple[int, Extent]], rest: list[Span]) -> None:
         for start in range(span.offset, span.offset + span.length, self.top.room):
             part = Span(start, min(self.top.room, span.offset + span.length - start), span.kind)
+            if self.top.room_is_place and far(self.top.backing):
+                self._bring(part)
+                continue
             got = self.top.reserve(*part[:2])
             if got is None:
                 rest.append(part)
@@ -104,6 +113,18 @@ class Fill:
                 self.copier.fill(self.top.backing, start, got)
             finally:
                 self.top.filled(got)
+
+    def _bring(self, part: Span) -> None:
+        """A server's bytes, into memory first: else a guest's write into the same place, which
+        needs none of them, would wait for the server, too, and for one that hangs."""
+        data = self.copier.fetch(self.top.backing, *part[:2])
+        step = max(MIN_CHUNK, self.top.granule)
+        for at in range(0, part.length, step):
+            begin, n = part.offset + at, min(step, part.length - at)
+            with self.disk.exclusive(begin, n):
+                for start, end in self.holes(begin, n):
+                    self.top.pwrite(data[start - part.offset : end - part.offset], start)
+        self.brought += part.length
 
     def settle(
         self, offset: int, length: int, room: list[tuple[int, Extent]], rest: list[Span]
@@ -201,6 +222,7 @@ class Stream(Job):
         detached: Callable[[Node, Node | None], None] | None = None,
         released: Callable[[], None] | None = None,
         chunk: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
         **common: Any,
     ) -> None:
         super().__init__(length=disk.size, **common)
@@ -219,6 +241,8 @@ class Stream(Job):
         self._above = above or (lambda: [disk])
         self._detached = detached
         self._released = released
+        self._clock = clock
+        self._due = 0.0  # when the next checkpoint is
 
     def run(self) -> Iterator[Progress]:
         top, granule = self.top, self.top.granule
@@ -229,8 +253,9 @@ class Stream(Job):
             yield from self.attempt("write", partial(self._reopen, False))
         offset = 0
         size = self.fixed or max(MIN_CHUNK, granule)
+        self._due = self._clock() + CHECKPOINT
         while offset < self.disk.size:
-            begin = time.monotonic()
+            begin = self._clock()
             limit = size
             if self.throttle.speed:
                 limit = min(size, max(self.throttle.speed // 10 // granule, 1) * granule)
@@ -239,11 +264,20 @@ class Stream(Job):
             yield Progress(done=length, moved=copied or 0)
             offset += length
             if self.fixed is None:
-                took = time.monotonic() - begin
+                took = self._clock() - begin
                 if took < STEP / 2:
                     size = min(size * 2, max(MAX_CHUNK, granule))
                 elif took > STEP * 2:
                     size = max(size // 2, max(MIN_CHUNK, granule))
+            if top.unflushed and self._clock() >= self._due:
+                yield from self.attempt("write", self._checkpoint)
+
+    def _checkpoint(self) -> None:
+        """What is filled so far is there after a crash, too."""
+        begin = self._clock()
+        self.top.flush()
+        end = self._clock()
+        self._due = end + max(CHECKPOINT, SHARE * (end - begin))
 
     # ST2: the data is durable, then the header says so, durably; then the old chain goes.
 
