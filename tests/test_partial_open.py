@@ -9,6 +9,8 @@ import contextlib
 import errno
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from cowferry.block import bitmap_file, sysio
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node
 from cowferry.drivers import opening, partial
-from cowferry.drivers.partial import ATTRIBUTE, GRANULE, Partial
+from cowferry.drivers.partial import ATTRIBUTE, FILLING, GRANULE, Partial
 from cowferry.drivers.raw import Raw
 from cowferry.errors import CowferryError, ImageError
 from daemons import a_daemon
@@ -294,6 +296,30 @@ def test_a_copy_without_attributes_is_put_right_as_the_hint_says(tmp_path: Path)
     os.setxattr(path, ATTRIBUTE, token.encode())
     with opened(path) as node:
         assert not differs(contents(node), oracle)
+
+
+def test_what_another_program_has_changed_at_rest_is_refused_until_somebody_answers_for_it(
+    tmp_path: Path,
+) -> None:
+    path, oracle = a_partial(tmp_path)
+    with opened(path) as node:
+        put(Disk(node), oracle, 70_000, b"guest")
+    copied = path.with_name("copied.raw")
+    for suffix in ("", FILLING):
+        shutil.copy2(f"{path}{suffix}", f"{copied}{suffix}")
+    with open(path, "r+b") as f:  # into a hole, say, where nobody would ever see it
+        f.seek(SIZE - 512)
+        f.write(b"x" * 512)
+    for read_only in (True, False):
+        with pytest.raises(ImageError, match="another program has changed it since") as refused:
+            opening.open_image(str(path), read_only=read_only)
+    hint = refused.value.hint
+    assert f"cowferry rebase --complete '{path}'" in hint
+    subprocess.run(hint[hint.index("touch ") : hint.index("'. ") + 1], shell=True, check=True)
+    for found in (path, copied):  # of the copy nobody knows when it was written
+        os.utime(copied)
+        with opened(found) as node:
+            assert not differs(contents(node), oracle)
 
 
 def test_a_name_that_is_no_plain_path_is_not_followed(tmp_path: Path) -> None:

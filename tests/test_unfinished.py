@@ -159,12 +159,23 @@ def test_another_image_in_its_place_is_not_taken_for_it(world: World) -> None:
         world.copy()
 
 
-def test_a_target_that_another_program_has_written_is_not_gone_on_with(world: World) -> None:
+@pytest.mark.parametrize("ended", ["well", "in a crash"])
+def test_a_target_that_another_program_has_written_is_not_gone_on_with(
+    world: World, ended: str
+) -> None:
+    """Its time of change says so; who crashed could not say that, but then the bytes may."""
     world.interrupted()
     (bitmap,) = world.disk.root.bitmaps.values()
     assert 0 < bitmap.count() < SIZE, "some of it is there"
-    with open(world.target, "r+b") as f:
-        f.write(bytes(SIZE))
+    if ended == "well":
+        with open(world.target, "r+b") as f:
+            f.seek(next(bitmap.runs())[0])  # where nothing was copied
+            f.write(b"x")
+    else:
+        body = moves.half_copied(str(world.target))
+        assert body is not None and body.pop("mtime_ns")
+        moves.copying(str(world.target), *(body[k] for k in ("source", "bitmap", "size", "inode")))
+        world.target.write_bytes(bytes(SIZE))
     with world.refused("which part is not known", "another program has written there"):
         world.copy()
 

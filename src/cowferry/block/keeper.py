@@ -68,7 +68,11 @@ HOLD = 64 << 10  # bytes for which `holds` has a bit, at least
 
 def stamp(node: Node) -> Stamp:
     """What ties a file to the image under `node` as it is now."""
-    fd = _file(node).fd
+    return stamp_of(_file(node).fd)
+
+
+def stamp_of(fd: int) -> Stamp:
+    """What ties a file to the image in `fd` as it is now."""
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode):
         return Stamp(_identity(st.st_rdev))

@@ -246,9 +246,12 @@ def half_committed(image: str) -> str | None:
     return None if _named(follow(top).path) == _named(image) else top
 
 
-def copying(image: str, source: str, bitmap: str, size: int, inode: int) -> None:
-    """From now on `image`, of `size` bytes, lacks what `bitmap` of the image `source` says."""
+def copying(image: str, source: str, bitmap: str, size: int, inode: int, mtime_ns: int = 0) -> None:
+    """From now on `image`, of `size` bytes, lacks what `bitmap` of the image `source` says.
+
+    `mtime_ns` is its time of change, if nobody is writing it any more; 0 for a device."""
     body = {"source": _named(source), "bitmap": bitmap, "size": size, "inode": inode}
+    body |= {"mtime_ns": mtime_ns} if mtime_ns else {}
     _store(place(image, COPYING), {**body, "generation": 1}, undo=False)
 
 

@@ -16,6 +16,9 @@ checkpoint, no more.
 The order of things, at each of which the power may fail:
 
     begin     the target, empty; the bitmap, durable; the record. Without the record nobody goes on
+    rest      the target, with its time of change; the record says that: who writes the target
+              then is noticed. Who crashed could not say the time: then a part is looked at
+    go on     the record without the time
     end       the record of a pivot, if there is one, after which the target is the disk; then our
               record goes, then the bitmap. A bitmap without a record costs its upkeep, no more
 """
@@ -23,15 +26,18 @@ The order of things, at each of which the power may fail:
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import random
 import stat
 
-from cowferry.block import keeper, moves
+from cowferry.block import keeper, moves, sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, read, read_fully
 from cowferry.errors import CowferryError
+
+log = logging.getLogger(__name__)
 
 PROBES = 256  # places that are looked at before a copy is gone on with
 GRANULARITY = 64 << 10  # bytes: what is copied again is worth no more bits
@@ -56,6 +62,21 @@ class Unfinished:
         if self.source.keeper is not None:
             self.source.keeper.checkpoint()
 
+    def record(self, mtime_ns: int = 0) -> None:
+        """Have it on record that there is this copy; see `moves.copying`. Raises `OSError`."""
+        target, bitmap = self.target, self.bitmap
+        moves.copying(
+            target, self.source.filename, bitmap.name, bitmap.size, inode(target), mtime_ns
+        )
+
+    def rest(self) -> None:
+        """Nobody writes the target any more, and the copy is not finished."""
+        self.bitmap.busy = ""
+        try:
+            self.record(_changed(self.target))
+        except OSError as error:  # it may go on saying that the target is being written
+            log.warning("'%s': when it was written last is not on record: %s", self.target, error)
+
     def over(self) -> None:
         """The copy is finished, or nobody wants it. The source is not written just now.
 
@@ -79,6 +100,18 @@ def inode(target: str) -> int:
     fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return keeper.version(fd) << 64 | st.st_ino
+    finally:
+        os.close(fd)
+
+
+def _changed(target: str) -> int:
+    """The time of change of a file that nobody writes, durably; 0 of a device."""
+    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            sysio.fsync(fd)
+            return os.fstat(fd).st_mtime_ns
+        return 0
     finally:
         os.close(fd)
 
@@ -130,7 +163,7 @@ def begin(disk: Disk, target: str) -> Unfinished:
         keeper.keep(source, bitmap)
     made = Unfinished(source, target, bitmap, resumed=False)
     try:
-        moves.copying(target, source.filename, name, disk.size, inode(target))
+        made.record()
     except BaseException:
         with disk.exclusive():
             made.over()
@@ -173,7 +206,10 @@ def find(disk: Disk, target: str) -> Unfinished | None:
     if bitmap.inconsistent:
         why = bitmap.reason or "inconsistent"
         raise refused(f"bitmap '{bitmap.name}' of '{source.filename}': {why}")
-    if not _as_left(disk, target, bitmap):
+    if body.get("mtime_ns", 0) not in (0, _changed(target)) or not _as_left(disk, target, bitmap):
         raise refused("another program has written there since")
+    found = Unfinished(source, target, bitmap, resumed=True)
+    if "mtime_ns" in body:
+        found.record()
     bitmap.busy = "copy"
-    return Unfinished(source, target, bitmap, resumed=True)
+    return found

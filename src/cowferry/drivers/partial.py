@@ -30,6 +30,10 @@ file has a mark, an extended attribute with the token that `IMAGE.filling` has, 
 system knows such. An image with the mark and without the file, or with one that is damaged or
 another image's, is refused to whoever opens it. What is written first, and removed last, is such
 that no crash leaves an image that is taken for a complete one.
+
+**When another program has written the image** what it wrote into holes is not seen. At rest
+`IMAGE.filling` says the image's time of change, and an image that was changed since is refused. Who
+crashed could not say the time, and a copy of both is another file: there it is believed.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ from typing import Any
 
 from bitarray import bitarray
 
-from cowferry.block import bitmap_file, moves, sysio
+from cowferry.block import bitmap_file, keeper, moves, sysio
 from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Unknown
 from cowferry.block.node import ZEROES, Extent, Node, State, read, resolve
 from cowferry.drivers.file import File
@@ -115,11 +119,13 @@ class Filling:
         self.marks.replace(self.entry, bits)
         self.marks.flush()
 
-    def rest(self) -> None:
-        """Nobody writes the image any more. The file says the same as before, with checksums."""
+    def rest(self, file: File) -> None:
+        """Nobody writes the image any more. The file says the same as before, with checksums, and
+        the image's time of change."""
         if self.marks is not None:
             with suppress(OSError, ImageError):  # it may go on saying that it is in use
-                self.store(in_use=False)
+                sysio.fsync(file.fd)  # or the image might lose its time of change
+                self.store(in_use=False, stamp=keeper.stamp_of(file.fd))
             self.marks.close()
             self.marks = None
 
@@ -432,7 +438,7 @@ class Partial(Raw):
             self.flush()
         super().reopen(read_only)
         if read_only:
-            self.filling.rest()
+            self.filling.rest(self.file)
         elif self.have is not None:
             try:
                 self.filling.store(in_use=True)
@@ -449,7 +455,7 @@ class Partial(Raw):
             if not self.read_only:
                 self.flush()
         finally:
-            self.filling.rest()
+            self.filling.rest(self.file)
             super().close()
 
 
@@ -534,7 +540,33 @@ def find(file: File) -> Filling | None:
             "copy without extended attributes does not show: "
             f"setfattr -n {ATTRIBUTE} -v {contents.token.hex()} '{image}'",
         )
-    return Filling(found, _fitting(image, found, contents, file.size))
+    fitting = _fitting(image, found, contents, file.size)
+    _check_stamp(file, found, contents)
+    return Filling(found, fitting)
+
+
+def _check_stamp(file: File, path: str, contents: Contents) -> None:
+    """Raise `ImageError` for an image that another program has written, as far as that shows."""
+    image, was, now = file.filename, contents.stamp, keeper.stamp_of(file.fd)
+    if file.is_device:
+        if was.inode and now.inode and was.inode != now.inode:
+            raise ImageError(
+                f"'{path}' is of another device than the one that is '{image}' now",
+                f"nothing was changed; if '{image}' is complete, remove that file",
+            )
+    elif (
+        not contents.in_use
+        and was.mtime_ns
+        and was.mtime_ns != now.mtime_ns
+        and (was.inode, was.version) == (now.inode, now.version)
+    ):
+        seconds, rest = divmod(was.mtime_ns, 10**9)
+        raise ImageError(
+            f"'{image}' holds a part only, and another program has changed it since",
+            "what that wrote where nothing is yet would not be seen: make the image anew. If it "
+            f"wrote nothing: touch -d @{seconds}.{rest:09} '{image}'. If it wrote all that was "
+            f"missing: cowferry rebase --complete '{image}'",
+        )
 
 
 def _fitting(image: str, path: str, contents: Contents, size: int) -> Contents:
@@ -610,7 +642,8 @@ def create(path: str, size: int, options: Mapping[str, Any]) -> None:
             bits = bitarray(-(-total // granule), endian="little")
             bits.setall(False)
             entry = Entry(NAME, "allocated", granule, bits)
-            contents = Contents(total, token=token, backing=spec, entries=[entry])
+            stamp = keeper.stamp_of(fd)._replace(mtime_ns=0)  # it is about to change
+            contents = Contents(total, token=token, stamp=stamp, backing=spec, entries=[entry])
             bitmap_file.write(moves.place(image, FILLING), contents)
             mark(fd, token)
 

@@ -243,6 +243,7 @@ class Mirror(Job):
         """Have it on record how far the copy is: what was copied is on the target's disk first."""
         assert self.unfinished is not None
         self.target.flush()
+        self.source.flush()  # most of what is flushed inside the drain
         with self.disk.exclusive():
             if self._blocking:  # guests' writes have gone there meanwhile
                 self.target.flush()

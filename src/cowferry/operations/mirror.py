@@ -304,7 +304,7 @@ def copy(
             for n in reversed(nodes):
                 graph.let_go(n)
             if failed and half is not None and (job.error is not None or daemon.ending):
-                half.bitmap.busy = ""  # it can be gone on with
+                half.rest()  # it can be gone on with
             elif failed:
                 if half is not None:
                     with disk.exclusive():
@@ -325,7 +325,7 @@ def copy(
             with disk.exclusive():
                 half.over()
         elif half is not None:
-            half.bitmap.busy = ""
+            half.rest()
         targets.unmake(made)
         raise
 
