@@ -465,7 +465,7 @@ def test_K1_a_compressed_cluster_that_is_given_back_while_the_overlay_reads_it(
     assert isinstance(source, Qcow2)
     bench = Bench(tmp_path, source)
     benches.append(bench)
-    source._inflated = (0, b"")
+    source.pieces._last = (0, b"")
     node = make(tmp_path, "t", 64 * KIB)
     node.backing = source
     job = bench.backup(node, everything=False)

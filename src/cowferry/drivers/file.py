@@ -23,6 +23,7 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class File(Node):
         self.lock = lock
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._growing = threading.Lock()  # guards `size` when it grows by itself
         self._barrier = Barrier(fd)
         self._closed = False
 
@@ -179,10 +181,14 @@ class File(Node):
     def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
         """Write; a regular file grows as needed."""
         sysio.pwrite(self.fd, buf, offset)
-        if offset + len(buf) > self.size:
-            self.size = offset + len(buf)
+        self._reaches(offset + len(buf))
         if fua:
             self.flush()
+
+    def _reaches(self, end: int) -> None:
+        if end > self.size and not self.is_device:
+            with self._growing:  # or of two who write behind its end the nearer one would tell
+                self.size = max(self.size, end)
 
     def zero(self, offset: int, length: int, unmap: bool = False, fast: bool = False) -> None:
         """By a hole, else by the file system's own zeroing, else (unless `fast`) by writing."""
@@ -197,7 +203,7 @@ class File(Node):
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS):
                     raise
             else:
-                self.size = max(self.size, offset + length) if not self.is_device else self.size
+                self._reaches(offset + length)
                 return
         if fast:
             raise OSError(errno.EOPNOTSUPP, f"{self.filename}: no fast way to write zeroes")

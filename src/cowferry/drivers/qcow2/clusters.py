@@ -40,6 +40,7 @@ class Map:
         self.bits = h.cluster_bits
         self.words = 2 if h.extended_l2 else 1  # per cluster
         self.per_table = h.l2_entries
+        self.compressed_shift = 62 - (self.bits - 8)  # below it the offset, above it the sectors
         data = bytearray(h.l1_size * 8)
         image.file.pread(memoryview(data), h.l1_offset)
         self.l1 = big_endian("Q", data)
@@ -220,9 +221,8 @@ class Map:
 
     def compressed_place(self, entry: int) -> tuple[int, int]:
         """(host offset, bytes at most) of a compressed cluster."""
-        shift = 62 - (self.bits - 8)
-        offset = entry & ((1 << shift) - 1)
-        sectors = (entry & (COMPRESSED - 1)) >> shift
+        offset = entry & ((1 << self.compressed_shift) - 1)
+        sectors = (entry & (COMPRESSED - 1)) >> self.compressed_shift
         return offset, (sectors + 1) * 512 - offset % 512
 
     def compressed_clusters(self, entry: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from cowferry.block.bitmap import Bitmap
-from cowferry.block.node import ZEROES, Extent, Node, State, part, read, read_runs, resolve
+from cowferry.block.node import ZEROES, Extent, Node, State, part, read_runs, resolve
 from cowferry.drivers import Common, register
 from cowferry.drivers.qcow2 import bitmaps as store
 from cowferry.drivers.qcow2 import changes, snapshots
@@ -42,7 +42,7 @@ from cowferry.drivers.qcow2.clusters import (
     ZERO_FLAG,
     Map,
 )
-from cowferry.drivers.qcow2.compressed import inflate
+from cowferry.drivers.qcow2.compressed import Pieces
 from cowferry.drivers.qcow2.refcounts import OFFSET, Refcounts, swapped
 from cowferry.errors import CowferryError, ImageError
 
@@ -92,9 +92,9 @@ class Qcow2(Node):
         self.stores_bitmaps = header.version >= 3
         self.broken = False  # found damaged: no more writes (Q4)
         self._closed = False
-        self._inflated: tuple[int, bytes] = (-1, b"")  # the last cluster decompressed
         self.map = Map(self)
         self.refcounts = Refcounts(self)
+        self.pieces = Pieces(self)
         self.snapshots = snapshots.read(self)
         self._note_metadata()
 
@@ -191,31 +191,7 @@ class Qcow2(Node):
         if not extent.compressed:
             self.data.pread(buf, extent.host)
             return
-        size = self.cluster_size
-        while len(buf):
-            cluster, within = divmod(offset, size)
-            n = min(len(buf), size - within)
-            with self.meta:
-                entry, _ = self.map.entry(cluster)
-                cached, plain = self._inflated
-            if not entry & COMPRESSED:  # written meanwhile, in another place
-                read(self, buf[:n], offset)
-            else:
-                if cached != entry:
-                    place, length = self.map.compressed_place(entry)
-                    length = min(length, max(self.file.size - place, 0))
-                    raw = bytearray(length)
-                    self.file.pread(memoryview(raw), place)
-                    with self.meta:  # through an overlay one comes by another gate
-                        if self.map.entry(cluster)[0] != entry:
-                            continue  # written meanwhile, and the place given back, perhaps
-                    plain = inflate(
-                        self.filename, self.header.compression_type, bytes(raw), size, offset
-                    )
-                    with self.meta:
-                        self._inflated = (entry, plain)
-                buf[:n] = plain[within : within + n]
-            buf, offset = buf[n:], offset + n
+        self.pieces.read(buf, offset)
 
     # Writing -----------------------------------------------------------------------------
 
@@ -452,6 +428,9 @@ class Qcow2(Node):
     def link(self, offset: int, room: Extent) -> None:
         """Point guest clusters at room whose bytes are written. Under `exclusive`."""
         size = self.cluster_size
+        if room.compressed:
+            self.pieces.link(offset // size, room)
+            return self._bound_dirty()
         if room.length % size:  # the disk's last cluster: beyond the end it holds zeroes, too
             tail = size - room.length % size
             at = room.host + room.length
@@ -461,12 +440,23 @@ class Qcow2(Node):
                 at, tail = at + n, tail - n
         with self.meta:
             self.map.link(offset // size, -(-room.length // size), room.host)
-        self._bound_dirty()
+        return self._bound_dirty()
 
     def unreserve(self, room: Extent) -> None:
         """Room that was not needed."""
+        if room.compressed:
+            return self.pieces.release(room)
         size = self.cluster_size
-        self._give_back(room.host // size, -(-room.length // size))
+        return self._give_back(room.host // size, -(-room.length // size))
+
+    def check_compression(self) -> None:
+        """See `Node` and `compressed`."""
+        self.pieces.check()
+
+    def compress(self, buf: memoryview) -> list[Extent | None]:
+        """See `Node` and `compressed`."""
+        self._change()
+        return self.pieces.write(buf)
 
     # Durability --------------------------------------------------------------------------
 
@@ -724,6 +714,7 @@ class Qcow2(Node):
                 with self.meta:
                     self.refcounts = Refcounts(self)
                     self.map = Map(self)
+                    self.pieces = Pieces(self)
                 self._prepare_for_writing()
                 if self.keeper is not None:
                     self.keeper.resume()

@@ -64,6 +64,7 @@ class Refcounts:
         self.moved = False  # the table itself has another place than on disk
         self.pending: list[tuple[int, int]] = []  # (cluster, count) to let go of, see `settle`
         self.hint = 0  # no cluster below it is free
+        self.packed = 0  # byte behind the last piece that was packed; its cluster is in use
         size = image.file.size
         self.end = max((size + h.cluster_size - 1) >> self.cluster_bits, 1)
         if image.on_device:  # its end says nothing of what is in use
@@ -240,6 +241,31 @@ class Refcounts:
         self.release(old, old_clusters)
         self.image.metadata.difference_update(range(old, old + old_clusters))
 
+    def pack(self, length: int) -> int:
+        """Take `length` bytes, at most a cluster, right behind what was packed last: their offset.
+
+        A cluster counts every piece that touches it. If it cannot count one more (1 bit wide, say),
+        or the piece does not fit and the next cluster is not to be had, another one is begun."""
+        size = 1 << self.cluster_bits
+        at, left = self.packed, -self.packed % size
+        if left and self.get(at >> self.cluster_bits) == self.max:
+            left = 0
+        if left < length:
+            first, _ = self.allocate(1)
+            if not left or first << self.cluster_bits != at + left:
+                at, left = first << self.cluster_bits, 0
+        if left:
+            self._share(at >> self.cluster_bits)
+        self.packed = at + length
+        return at
+
+    def _share(self, cluster: int) -> None:
+        """One more piece lies in a cluster that is in use."""
+        block = self.block(cluster // self.per_block)
+        assert block is not None
+        block[cluster % self.per_block] += 1
+        self.dirty.add(cluster // self.per_block)
+
     # Giving back -------------------------------------------------------------------------
 
     def release(self, first: int, count: int = 1) -> None:
@@ -262,6 +288,8 @@ class Refcounts:
                 self.dirty.add(cluster // self.per_block)
                 if not block[cluster % self.per_block]:
                     self.hint = min(self.hint, cluster)
+                    if self.packed >> self.cluster_bits == cluster:
+                        self.packed = 0  # it may be anybody's soon
                     if free and sum(free[-1]) == cluster:
                         free[-1] = (free[-1][0], free[-1][1] + 1)
                     else:
@@ -270,6 +298,7 @@ class Refcounts:
 
     def put(self, cluster: int, value: int) -> None:
         """Set a refcount outright (check -r)."""
+        self.packed = 0
         index = cluster // self.per_block
         if self.block(index) is None:
             if not value:
