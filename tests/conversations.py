@@ -303,7 +303,9 @@ class Scene:
     def hold(self, kind: str, state: str) -> None:
         """Begin one of `KINDS`, and have it in that state for as long as nobody asks for more."""
         if state in ("running", "paused"):
-            self.start(kind, speed=SLOW)
+            # By default QEMU's mirror takes 16 MiB at a time: all of it, before it looks at the
+            # speed, and whatever wakes it up then finds it ready.
+            self.start(kind, speed=SLOW, **({"buf_size": 64 << 10} if kind == "mirror" else {}))
         else:
             self.start(kind, auto_finalize=state != "pending", auto_dismiss=state != "concluded")
             if kind in READIED:

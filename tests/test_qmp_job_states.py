@@ -55,7 +55,7 @@ COMMANDS = (
     Command("pause", "block-job-pause", {"device": "j"}),
     Command("resume", "job-resume", {"id": "j"}),
     Command("resume", "block-job-resume", {"device": "j"}),
-    Command("set-speed", "block-job-set-speed", {"device": "j", "speed": 1 << 20}),
+    Command("set-speed", "block-job-set-speed", {"device": "j", "speed": SLOW // 2}),
     Command("complete", "job-complete", {"id": "j"}),
     Command("complete", "block-job-complete", {"device": "j"}),
     Command("finalize", "job-finalize", {"id": "j"}),
