@@ -148,17 +148,16 @@ class Backup(Job):
         if self.by_bitmap and bitmap is not None:
             # Whole granules of the target: what else of them is written is not a guest's, or older.
             granule = max(UNIT, self.target.root.granule)
-            for offset, length in bitmap.runs():
-                start = offset // granule * granule
-                length = -(-(offset + length) // granule) * granule - start
-                self.todo.set(start, length)
-                self.pending.set(start, length)
+            wanted = Bitmap("", self.disk.size, granule)
+            wanted.merge(bitmap)
+            for mine in (self.todo, self.pending):
+                mine.merge(wanted)
         else:
             self.todo.set(0, self.disk.size)
             self.pending.set(0, self.disk.size)
         if self.everything:
             self.missing.merge(self.todo)
-            self.length = sum(n for _, n in self.todo.runs())
+            self.length = self.todo.inside()
         if bitmap is not None:
             self.since = Bitmap("", self.disk.size, bitmap.granularity)
             self.since.recording = bitmap.recording
