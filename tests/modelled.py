@@ -24,6 +24,8 @@ from cowferry.block.node import Node, chain
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse
+from cowferry.graph import Held
+from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import Job
 from cowferry.jobs.mirror import Mirror
 from cowferry.jobs.states import Status
@@ -204,7 +206,7 @@ class Ground(RuleBasedStateMachine):
         sizes = [g.disk.size for g in self.guests.values()]
         files = sorted(str(p) for p in self.folder.rglob("*"))
         roots = [g.root.name for g in self.guests.values()]
-        held = sorted(h.node.name for h in graph.claims.values())
+        held = sorted(h.node.name for h in self.held())
         return nodes, sizes, files, roots, held, [j.id for j in self.daemon.jobs.all()]
 
     def ask(self, command: str, arguments: dict[str, Any], may: tuple[bool | None, bool]) -> bool:
@@ -227,19 +229,28 @@ class Ground(RuleBasedStateMachine):
         assert may[0] is not False, f"{command} {arguments} was to be refused"
         return True
 
-    def busy(self, *nodes: Node) -> bool:
-        return any(id(n) in self.daemon.graph.claims for n in nodes)
+    def held(self) -> list[Held]:
+        """Every claim."""
+        return [held for holders in self.daemon.graph.claims.values() for held in holders]
 
-    def may(self, g: str, *nodes: Node, bad: bool = False) -> tuple[bool | None, bool]:
+    def busy(self, *nodes: Node, sharing: bool = False) -> bool:
+        """Whether somebody holds one of the nodes, and does not share it if that is asked for."""
+        return any(h.node in nodes and not (sharing and h.shared) for h in self.held())
+
+    def may(
+        self, g: str, *nodes: Node, bad: bool = False, sharing: bool = False
+    ) -> tuple[bool | None, bool]:
         """Whether something may be done to nodes of a disk (None: whichever), and whether it is
-        only others who stand against it. `bad`: it is not to be done anyway."""
+        only others who stand against it. `bad`: it is not to be done anyway. `sharing`: it is a
+        backup, and goes on beside others."""
         if not self.stepped and self.running:
             return None, False  # whatever is so may be otherwise at any moment
         if bad:
             return False, False
-        if g in self.locked or self.busy(*nodes):
+        if g in self.locked or self.busy(*nodes, sharing=sharing):
             return False, True
-        return None if self.working(g) else True, False
+        others = [r for r in self.working(g) if not (sharing and isinstance(r.job, Backup))]
+        return None if others else True, False
 
     def working(self, g: str) -> list[Running]:
         return [r for r in self.running if r.guest is self.guests[g]]
@@ -294,8 +305,7 @@ class Ground(RuleBasedStateMachine):
 
     def used(self) -> set[int]:
         """The nodes that somebody has a use for."""
-        graph = self.daemon.graph
-        heads = [g.root for g in self.guests.values()] + [h.node for h in graph.claims.values()]
+        heads = [g.root for g in self.guests.values()] + [h.node for h in self.held()]
         return {id(n) for head in heads for n in chain(head)}
 
     def sweep(self) -> None:
@@ -388,7 +398,7 @@ class Ground(RuleBasedStateMachine):
             assert not any(disk.gate.claims for disk in graph.all_disks())
         if self.running:
             return
-        assert not graph.claims, [h.why for h in graph.claims.values()]
+        assert not graph.claims, [h.why for h in self.held()]
         for guest in self.guests.values():
             disk = guest.disk
             assert not disk.taps and not disk.bitmaps and disk.brake is None

@@ -284,7 +284,8 @@ class Model(Ground):
             wrong = [at for at in starts if got[at : at + 512] != then_bytes[at : at + 512]]
             assert not wrong, f"'{path}' at {wrong[:4]}"
 
-        if self.begin(g, command, given, self.may(g, old, bad=refused), done):
+        may = self.may(g, old, bad=refused, sharing=True)
+        if self.begin(g, command, given, may, done):
             job = self.running[-1].job
             assert isinstance(job, Backup)
             job.spill.memory = memory

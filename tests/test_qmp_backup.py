@@ -509,11 +509,14 @@ def nodes(talk: Talk) -> set[str]:
     return {n["node-name"] for n in talk.quietly("query-named-block-nodes")}
 
 
-def test_one_job_at_a_time_works_on_a_disk(scene: Scene) -> None:
+def test_backups_share_a_disk_and_nobody_else_does(scene: Scene) -> None:
     talk = scene.talk
     talk("blockdev-backup", **job(sync="none"))
-    refused = talk.refusal("blockdev-backup", **job(job_id="k", target="t"))
+    refused = talk.refusal("blockdev-backup", **job(job_id="k"))  # into the same target
     assert refused.klass == "DeviceInUse" and "backup 'j', which excludes backup" in refused.desc
+    talk("blockdev-backup", **job(job_id="k", target="t", auto_dismiss=False))
+    assert "error" not in talk.until("BLOCK_JOB_COMPLETED", device="k")
+    talk.until("concluded", id="k")
     others: dict[str, dict[str, Any]] = {
         "block-stream": {"device": "vm"},
         "blockdev-snapshot-sync": {"device": "vm", "snapshot_file": str(scene.folder / "s")},

@@ -3,8 +3,8 @@
 Commands are functions on this object, so it offers what several of them share and no more. It
 also keeps promises of its own: every few seconds disks with changes in memory are flushed, so that
 a killed process costs seconds of unflushed work; every minute what is on disk of persistent bitmaps
-is made precise, if it is not; and it ends in order: no new clients, jobs cancelled, exports closed,
-everything flushed.
+is made precise, if it is not, one disk not held up by another whose server hangs; and it ends in
+order: no new clients, jobs cancelled, exports closed, everything flushed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cowferry.block import moves
+from cowferry.block.chores import Chores
 from cowferry.block.disk import Disk, in_order
+from cowferry.block.keeper import Keeper
+from cowferry.block.node import Node
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse
 from cowferry.exports import Export
@@ -37,6 +41,8 @@ FLUSH_EVERY = 5.0  # seconds
 REFINE_EVERY = 60.0  # seconds
 COARSE = 64 << 20  # bytes that a bitmap file may say are dirty without need
 STOPPING = 60.0  # seconds that a cancelled job may take
+HUNG = 30.0  # seconds that a server may take to answer when the daemon ends
+LOOK = 0.5  # seconds between looks whether one takes longer
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -88,6 +94,7 @@ class Daemon:
         # The disk that a job runs on.
         self.works_on: weakref.WeakKeyDictionary[Job, Disk] = weakref.WeakKeyDictionary()
         self._closing = threading.Event()
+        self._chores = Chores()  # what the ticker asks for
         self._ticker = threading.Thread(target=self._tick, name="flush", daemon=True)
         self._ticker.start()
         self._closed = False
@@ -245,27 +252,29 @@ class Daemon:
         return disk.name if disk is not None else job.id
 
     def job_on(self, device: str) -> Job | None:
-        """The job with that id, or else the one that runs on that disk or node."""
-        found = self.jobs.get(device)
-        if found is not None:
-            return found
-        ended = None  # one that nobody has dismissed yet, if there is no other
+        """The first of `jobs_on`."""
+        return next(iter(self.jobs_on(device)), None)
+
+    def jobs_on(self, device: str) -> list[Job]:
+        """The job with that id, then those that run on that disk or node (several, if they are
+        backups), and last those that are over and that nobody has dismissed yet."""
+        named = self.jobs.get(device)
+        found = [] if named is None else [named]
         for job in self.jobs.all():
             disk = self.works_on.get(job)
-            if disk is not None and device in (disk.name, disk.root.name):
-                if job.status is not Status.CONCLUDED:
-                    return job
-                ended = ended or job
-        return ended
+            if disk is not None and job is not named and device in (disk.name, disk.root.name):
+                found.append(job)
+        return sorted(found, key=lambda j: j is not named and j.status is Status.CONCLUDED)
 
     def cancel_on(self, device: str) -> None:
-        """Call off the job on a disk, if there is one, and wait until it is over (`--force`).
+        """Call off the jobs on a disk and wait until they are over (`--force`).
 
         Not to be called in one's turn. Raises `DeviceInUse` for a job that does not stop."""
-        job = self.job_on(device)
-        if job is not None:
+        jobs = self.jobs_on(device)
+        for job in jobs:
             with contextlib.suppress(CowferryError):
                 job.cancel(force=True)
+        for job in jobs:
             if not job.wait(STOPPING):
                 raise DeviceInUse(
                     f"job '{job.id}' on '{device}' was cancelled and has not stopped yet",
@@ -324,10 +333,7 @@ class Daemon:
                 refined = time.monotonic()
             for disk in self.graph.all_disks():
                 if disk.root.unflushed:
-                    try:
-                        disk.flush()
-                    except OSError as error:
-                        log.error("disk '%s' cannot be flushed: %s", disk.name, error)
+                    self._chores.do(disk, partial(_flush, disk))
 
     def refine(self) -> None:
         """Bitmap files that say much more than the bitmaps do say the same again.
@@ -335,17 +341,20 @@ class Daemon:
         A node that a job fills is left alone: the job's writes are not held up by these drains."""
         for node in self.graph.every_node():
             keeper = None if node.filter else node.keeper
-            held = self.graph.claims.get(id(node))
-            if keeper is None or keeper.coarse < COARSE or not (held is None or held.served):
+            filled = not all(held.served for held in self.graph.holders(node))
+            if keeper is None or keeper.coarse < COARSE or filled:
                 continue
-            try:
-                node.flush()  # most of what is flushed inside the drain
-                with contextlib.ExitStack() as drained:
-                    for disk in in_order(self.graph.disks_above(node)):
-                        drained.enter_context(disk.exclusive())
-                    keeper.checkpoint()
-            except OSError as error:
-                log.error("the bitmaps of '%s' stay coarse: %s", node.filename, error)
+            self._chores.do(node, partial(self._refine, node, keeper))
+
+    def _refine(self, node: Node, keeper: Keeper) -> None:
+        try:
+            node.flush()  # most of what is flushed inside the drain
+            with contextlib.ExitStack() as drained:
+                for disk in in_order(self.graph.disks_above(node)):
+                    drained.enter_context(disk.exclusive())
+                keeper.checkpoint()
+        except OSError as error:
+            log.error("the bitmaps of '%s' stay coarse: %s", node.filename, error)
 
     @property
     def ending(self) -> bool:
@@ -365,11 +374,39 @@ class Daemon:
         self._closing.set()
         for let_go in list(self._letting_go):
             let_go()
-        self.jobs.shutdown()
-        self.stop_nbd()
-        self._ticker.join()
-        self.graph.close()
+        with self._given_up():
+            self.jobs.shutdown()
+            self.stop_nbd()
+            self._ticker.join()
+            self._chores.end()
+            self.graph.close()
         self.events.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """What a server does not answer for long is given up meanwhile, so that it ends."""
+        nodes = self.graph.every_node()
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(LOOK):
+                for node in nodes:
+                    node.abort(HUNG)
+
+        looking = threading.Thread(target=look, name="give up", daemon=True)
+        looking.start()
+        try:
+            yield
+        finally:
+            over.set()
+            looking.join()
+
+
+def _flush(disk: Disk) -> None:
+    try:
+        disk.flush()
+    except OSError as error:
+        log.error("disk '%s' cannot be flushed: %s", disk.name, error)
 
 
 def socket_address(addr: Mapping[str, Any]) -> tuple[str, dict[str, str]]:

@@ -30,13 +30,15 @@ class Held(NamedTuple):
     """A node that is not to be changed by anybody else: why, and the job's id if it is a job.
 
     `served`: exports may be added over it meanwhile, one of them for writing. `kept`: exports that
-    only read may; it lies over a node that is being written, and shows it as it was."""
+    only read may; it lies over a node that is being written, and shows it as it was. `shared`: its
+    holder only reads it, as a disk, and so may others that hold it in this way."""
 
     node: Node
     why: str
     holder: str
     served: bool
     kept: bool = False
+    shared: bool = False
 
 
 class Graph:
@@ -48,7 +50,7 @@ class Graph:
         self.disks: dict[str, Disk] = {}  # named by somebody
         self.bare: dict[str, Disk] = {}  # over a node that was added by itself, by node-name
         self.explicit: set[str] = set()  # added by blockdev-add, gone by blockdev-del only
-        self.claims: dict[int, Held] = {}  # by id(node)
+        self.claims: dict[int, list[Held]] = {}  # by id(node): one, or several that share it
         self.locks: dict[int, str] = {}  # id(disk) -> why an administrator locked it
         self.users: dict[int, list[bool]] = {}  # id(disk) -> of each export, whether it writes
         self.groups: dict[str, Group] = {}  # of limits, by name
@@ -167,10 +169,19 @@ class Graph:
         Such an overlay is there to become a backup's view of one moment. Until then it shows no
         moment at all, so nobody may use it."""
         with self.lock:
-            held = self.claims.get(id(node))
-            if node.backing is None or (held is not None and held.kept):
+            if node.backing is None or self.keeps(node):
                 return False
             return self._written(node.backing)
+
+    def keeps(self, node: Node) -> bool:
+        """Whether it shows what the node that it lies over was like at one moment."""
+        with self.lock:
+            return any(held.kept for held in self.holders(node))
+
+    def holders(self, node: Node) -> list[Held]:
+        """Who holds it: one, or several that share it."""
+        with self.lock:
+            return list(self.claims.get(id(node), ()))
 
     def _check_groups(self, options: Mapping[str, Any]) -> None:
         group = options.get("throttle-group")
@@ -368,24 +379,29 @@ class Graph:
         wanted: str = "",
         served: Node | None = None,
         kept: Node | None = None,
+        shared: Node | None = None,
     ) -> None:
         """Hold nodes for a job (or for a moment); all or none. Only `served` may be exported then,
-        and `kept`, an overlay over it that goes on showing this moment, for reading.
+        and `kept`, an overlay over it that goes on showing this moment, for reading. Others may
+        hold `shared` as well, if it is what they share, too.
 
         Raises `DeviceInUse` naming who has one, and what is `wanted`, or the lock that an
         administrator set."""
         with self.lock:
             for node in nodes:
-                self.check_free(node, wanted or why, afloat=node is kept)
+                self.check_free(node, wanted or why, node is kept, node is shared)
             for node in nodes:
-                self.claims[id(node)] = Held(node, why, holder, node is served, node is kept)
+                held = Held(node, why, holder, node is served, node is kept, node is shared)
+                self.claims.setdefault(id(node), []).append(held)
 
-    def check_free(self, node: Node, wanted: str, afloat: bool = False) -> None:
+    def check_free(
+        self, node: Node, wanted: str, afloat: bool = False, sharing: bool = False
+    ) -> None:
         """Raise `DeviceInUse` if the node is held, floats, or belongs to a locked disk."""
         with self.lock:
-            held = self.claims.get(id(node))
-            if held is not None:
-                raise _busy(held, wanted)
+            for held in self.holders(node):
+                if not (sharing and held.shared):
+                    raise _busy(held, wanted)
             if not afloat and self.floats(node):
                 raise _afloat(node, wanted)
             for disk in self.all_disks():
@@ -418,15 +434,16 @@ class Graph:
         """Undo `claim`. Nodes that somebody else holds by now are left alone."""
         with self.lock:
             for node in nodes:
-                held = self.claims.get(id(node))
-                if held is not None and (held.why, held.holder) == (why, holder):
-                    del self.claims[id(node)]
+                left = [h for h in self.holders(node) if (h.why, h.holder) != (why, holder)]
+                if left:
+                    self.claims[id(node)] = left
+                else:
+                    self.claims.pop(id(node), None)
 
     def hold(self, disk: Disk, writable: bool) -> None:
         """An export begins to use a disk. Raises `CowferryError` if it must not, or not write."""
         with self.lock:
-            held = self.claims.get(id(disk.root))
-            if held is not None:
+            for held in self.holders(disk.root):
                 # What a job fills has no gate of ours around it; and no second writer comes in
                 # while one works on the disk.
                 if not held.served and (writable or not held.kept):
@@ -439,9 +456,8 @@ class Graph:
             if writable:
                 keeper.check_bypass(disk.root)
                 for other in self.nodes.values():
-                    over = self.claims.get(id(other))
                     for role, child in children(other):
-                        if child is disk.root and not (over is not None and over.kept):
+                        if child is disk.root and not self.keeps(other):
                             raise CowferryError(
                                 f"Conflicts with use by '{other.name}' as '{role}', which does not "
                                 f"allow 'write' on '{child.name}'",

@@ -61,15 +61,16 @@ def root_disk(daemon: Daemon, device: str) -> Disk:
     return disk
 
 
-def free(daemon: Daemon, device: str, wanted: str) -> None:
-    """Raise `DeviceInUse` if a job runs on the disk, naming it and what was `wanted`."""
-    running = daemon.job_on(device)
-    if running is not None and running.status.value not in ("concluded", "null"):
-        raise DeviceInUse(
-            f"Device '{device}' is in use: job '{running.id}' ({running.type}) is active on it, "
-            f"which excludes {wanted}",
-            f"wait for job '{running.id}', or cancel it",
-        )
+def free(daemon: Daemon, device: str, wanted: str, beside: str = "") -> None:
+    """Raise `DeviceInUse` if a job runs on the disk, naming it and what was `wanted`, unless it is
+    of the type that may run `beside` what is wanted."""
+    for running in daemon.jobs_on(device):
+        if running.type != beside and running.status.value not in ("concluded", "null"):
+            raise DeviceInUse(
+                f"Device '{device}' is in use: job '{running.id}' ({running.type}) is active on "
+                f"it, which excludes {wanted}",
+                f"wait for job '{running.id}', or cancel it",
+            )
 
 
 class Claim:

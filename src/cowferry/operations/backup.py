@@ -123,8 +123,8 @@ class Start(Part):
         )
         kept = target if sync == "none" else None
         daemon.graph.claim(
-            self.nodes, WHY, job_id, wanted="backup", served=disk.root, kept=kept
-        )  # fmt: skip
+            self.nodes, WHY, job_id, wanted="backup", served=disk.root, kept=kept, shared=disk.root
+        )
         try:
             if so_far.group is not None:
                 so_far.group.add(self.job)
@@ -236,7 +236,8 @@ def into_node(
         raise CowferryError("Source and target cannot be the same")
     if targets.same_image(source, node):
         raise CowferryError("Source and target cannot be the same", "both are over one file")
-    chunk = _check(node, what, perf or Perf(), more)
+    _check_compression(what, node, target)
+    chunk = _check(perf or Perf(), more)
     if node.size != source.size:
         raise CowferryError(
             "Source and target image have different sizes",
@@ -247,7 +248,7 @@ def into_node(
     _check_sync(source, node, what.sync)
     return Start(
         daemon, so_far, disk, node, job_name(daemon, device, job_id), sync=what.sync,
-        bitmap=bitmap, bitmap_mode=mode, max_chunk=chunk, **more,
+        bitmap=bitmap, bitmap_mode=mode, max_chunk=chunk, compress=what.compress, **more,
     )  # fmt: skip
 
 
@@ -301,13 +302,19 @@ def _bitmap(
     return bitmap, mode
 
 
-def _check(target: Node, what: What, perf: Perf, more: dict[str, Any]) -> int:
-    """The options that have nothing to do with the disk; the largest chunk, 0 if it is ours."""
+def _check_compression(what: What, target: Node, name: str) -> None:
+    """Raise if that is wanted and the target cannot hold it."""
     if what.compress:
-        raise NotSupported(
-            f"Compression is not supported for this drive {target.name}",
-            "a live backup is not compressed: cowferry convert -c does that afterwards",
-        )
+        try:
+            target.check_compression()
+        except NotSupported as error:
+            raise NotSupported(
+                f"Compression is not supported for this drive {name}: {error.desc}", error.hint
+            ) from None
+
+
+def _check(perf: Perf, more: dict[str, Any]) -> int:
+    """The options that have nothing to do with the disk; the largest chunk, 0 if it is ours."""
     for key in ("on_source_error", "on_target_error"):
         check_mode(key.replace("_", "-"), more.get(key, "report"), POLICIES)
     check_mode("on-cbw-error", more.get("on_cbw_error", CBW_POLICIES[0]), CBW_POLICIES)
@@ -353,11 +360,12 @@ def _check_target(daemon: Daemon, node: Node, name: str) -> None:
 def check_source(daemon: Daemon, disk: Disk, device: str, target: Node | None) -> None:
     """Raise unless all who may write the disk come by its gate."""
     root = disk.root
-    over = daemon.graph.stranger(root, [] if target is None else [target])
+    ours = [n for n in daemon.graph.every_node() if n.backing is root]  # an overlay only reads it
+    over = daemon.graph.stranger(root, ours if target is None else [*ours, target])
     if over is not None and not root.read_only:
         daemon.graph.check_free(root, "backup")
         raise CowferryError("Need a root block node", f"'{device}' lies below '{over.name}'")
-    free(daemon, device, "backup")
+    free(daemon, device, "backup", beside="backup")
 
 
 def _check_sync(source: Node, target: Node, sync: str) -> None:
@@ -399,7 +407,7 @@ def into_file(
     check_mode("mode", mode, ("absolute-paths", "existing"))
     sync = what.sync
     bitmap, bitmap_mode = _bitmap(daemon, so_far, source, what)
-    chunk = _check(source, what, perf or Perf(), more)
+    chunk = _check(perf or Perf(), more)
     check_source(daemon, disk, device, None)
     job_id = job_name(daemon, device, job_id)
     if any(targets.is_file(n, target) for n in chain(source)):
@@ -425,10 +433,12 @@ def into_file(
                 "Source and target image have different sizes",
                 f"'{device}' has {source.size} bytes and '{target}' {node.size}",
             )
+        _check_compression(what, node, target)
         _check_sync(source, node, sync)
         return Start(
             daemon, so_far, disk, node, job_id, sync=sync, bitmap=bitmap,
-            bitmap_mode=bitmap_mode, made=made, adopted=True, max_chunk=chunk, **more,
+            bitmap_mode=bitmap_mode, made=made, adopted=True, max_chunk=chunk,
+            compress=what.compress, **more,
         )  # fmt: skip
     except BaseException:
         daemon.graph.let_go(node)
@@ -477,6 +487,7 @@ def into_new(
     *,
     bitmap: str | None = None,
     bitmap_mode: str = "on-success",
+    compress: bool = False,
     **more: Any,
 ) -> Start:
     """A backup into a file that is not there yet. Raises `CowferryError`.
@@ -494,18 +505,18 @@ def into_new(
             "name it as its base",
         )
     if mode == "incremental":
-        what = What("bitmap", bitmap, bitmap_mode)
+        what = What("bitmap", bitmap, bitmap_mode, compress)
         if bitmap is None:
             raise CowferryError(
                 "an increment needs the bitmap that the backup before it began",
                 "name it; a full backup that names one begins it",
             )
     else:
-        what = What(mode, bitmap, bitmap_mode if bitmap is not None else None)
+        what = What(mode, bitmap, bitmap_mode if bitmap is not None else None, compress)
         if bitmap is not None and bitmaps.find(source, bitmap, so_far) is None:
             so_far.parts.append(all_dirty(so_far, device, bitmap))
     found, _ = _bitmap(daemon, so_far, source, what)
-    _check(source, what, Perf(), more)
+    _check(Perf(), more)
     check_source(daemon, disk, device, None)
     base = wanted.base
     for path in (target, base) if base is not None else (target,):
@@ -537,9 +548,11 @@ def into_new(
             daemon.graph.let_go(previous)
         raise
     try:
+        _check_compression(what, node, target)
         return Start(
             daemon, so_far, disk, node, job_id, sync=what.sync, bitmap=found,
-            bitmap_mode=what.bitmap_mode or "on-success", made=made, adopted=True, **more,
+            bitmap_mode=what.bitmap_mode or "on-success", made=made, adopted=True,
+            compress=compress, **more,
         )  # fmt: skip
     except BaseException:
         daemon.graph.let_go(node)

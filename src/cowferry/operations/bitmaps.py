@@ -139,11 +139,10 @@ class _Change(Part):
         are, for the job writes only while it is inside the gate of that one."""
         daemon = self.so_far.daemon
         # In this order: a job that lets go of the node meanwhile has moved its disk there before.
-        held = daemon.graph.claims.get(id(self.node))
-        job = daemon.jobs.get(held.holder) if held is not None and held.holder else None
-        source = daemon.works_on.get(job) if job is not None else None
+        jobs = [daemon.jobs.get(held.holder) for held in daemon.graph.holders(self.node)]
+        sources = [daemon.works_on.get(job) for job in jobs if job is not None]
         disks = daemon.graph.disks_above(self.node)
-        return disks if source is None or source in disks else [*disks, source]
+        return [*disks, *(d for d in sources if d is not None and d not in disks)]
 
     @property
     def stored(self) -> bool:
