@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 import cowferry.daemon
+import nbd_servers
 from chains import contents, differs, make_base, overlay
+from cowferry.block import chores
 from cowferry.cli.client import Client
 from cowferry.drivers import opening
 from cowferry.drivers.nbd_client import NbdClient
@@ -271,6 +273,44 @@ def test_what_waits_in_memory_is_flushed_by_itself(
         after = tmp_path / "after.qcow2"
         after.write_bytes((tmp_path / "a.qcow2").read_bytes())
     assert image_bytes(after)[:512] == b"x" * 512
+
+
+def test_a_hung_server_holds_up_no_other_disk_and_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("qemu-nbd")
+    for name in ("far", "near"):
+        opening.create_image(str(tmp_path / name), "qcow2", SIZE, {})
+    os.truncate(tmp_path / "far", 2 * SIZE)  # an export does not grow
+    monkeypatch.setattr(cowferry.daemon, "FLUSH_EVERY", 0.02)
+    monkeypatch.setattr(cowferry.daemon, "HUNG", 0.2)
+    monkeypatch.setattr(chores, "MOMENT", 0.02)
+    address = {"type": "unix", "path": str(tmp_path / "s")}
+    over = {"driver": "qcow2", "file": {"driver": "nbd", "server": address}}
+    with nbd_servers.qemu_nbd(tmp_path / "s", tmp_path / "far") as server, a_daemon() as daemon:
+        far = daemon.graph.open_disk("far", over)
+        near = daemon.open_disk("near", str(tmp_path / "near"), "qcow2")
+        really, asked = far.root.flush, threading.Semaphore(0)
+
+        def flush() -> None:
+            asked.release()
+            really()
+
+        with far.exclusive():  # the ticker waits for us
+            far.root.pwrite(memoryview(b"x" * 512), 0)
+            server.send_signal(signal.SIGSTOP)
+            monkeypatch.setattr(far.root, "flush", flush)
+        try:
+            assert asked.acquire(timeout=PATIENCE)
+            for letter in b"ab":
+                near.pwrite(memoryview(bytes([letter]) * 512), letter << 12)
+                nbd_servers.until(lambda: not near.root.unflushed)
+            assert not asked.acquire(blocking=False), "it was asked again while it hung"
+            with pytest.raises(OSError, match="nbd"):
+                daemon.close()
+        finally:
+            server.send_signal(signal.SIGCONT)
+    assert image_bytes(tmp_path / "near", format="qcow2")[ord("b") << 12] == ord("b")
 
 
 def test_close_calls_off_a_running_stream_and_leaves_a_clean_image(tmp_path: Path) -> None:

@@ -257,12 +257,13 @@ class Node:
     def close(self) -> None:
         """Flush, mark clean, let the file go. Idempotent; closes an owned `file`, not `backing`."""
 
-    def abort(self) -> None:
+    def abort(self, patience: float = 0.0) -> None:
         """Fail blocked I/O now, where it can be blocked for long: on a server. By any thread.
 
-        What is begun later is tried again: to be rid of a worker, repeat until it has ended."""
+        With `patience` only if some of it has been waiting for so many seconds. What is begun later
+        is tried again: to be rid of a worker, repeat until it has ended."""
         if self.file is not None:
-            self.file.abort()
+            self.file.abort(patience)
 
 
 def resolve(

@@ -94,6 +94,7 @@ class Nbd(Node):
         self.filename = address.uri(export)
         self.minimum, self.maximum = 1, nbd.MAX_REQUEST  # bytes of a request
         self._patching = threading.Lock()  # blocks that are written in part take turns
+        self._since: dict[int, float] = {}  # thread -> when its request began; each sets its own
         # Duty: guards everything below; notified when any of it changes. Never held over I/O.
         self._changed = threading.Condition()
         self._link: Link | None = None
@@ -393,23 +394,27 @@ class Nbd(Node):
 
         Raises `OSError`; EOPNOTSUPP for a question that the server has no way to answer."""
         aborts = self._aborts
-        until = time.monotonic() + self.delay  # of the first loss, if there is one
+        self._since[threading.get_ident()] = now = time.monotonic()
+        until = now + self.delay  # of the first loss, if there is one
         lost = False
-        while True:
-            link = self._link
-            if link is None or link.failure is not None:
-                link = self._current(aborts, until)
-            if kind == nbd.BLOCK_STATUS and not link.contexts:
-                raise OSError(errno.EOPNOTSUPP, f"{self.filename}: no block status")
-            try:
-                return link.wait(link.submit(kind, flags, offset, length, data, into))
-            except ConnectionError as error:  # ESHUTDOWN, which the server may send, is one
-                link.abort(str(error))
-                again = self._lost(link, error, aborts)
-                if not again:
-                    raise OSError(errno.EIO, f"{self.filename}: {error}") from error
-                if not lost:
-                    until, lost = time.monotonic() + self.delay, True
+        try:
+            while True:
+                link = self._link
+                if link is None or link.failure is not None:
+                    link = self._current(aborts, until)
+                if kind == nbd.BLOCK_STATUS and not link.contexts:
+                    raise OSError(errno.EOPNOTSUPP, f"{self.filename}: no block status")
+                try:
+                    return link.wait(link.submit(kind, flags, offset, length, data, into))
+                except ConnectionError as error:  # ESHUTDOWN, which the server may send, is one
+                    link.abort(str(error))
+                    again = self._lost(link, error, aborts)
+                    if not again:
+                        raise OSError(errno.EIO, f"{self.filename}: {error}") from error
+                    if not lost:
+                        until, lost = time.monotonic() + self.delay, True
+        finally:
+            del self._since[threading.get_ident()]
 
     def _lost(self, link: Link, error: ConnectionError, aborts: int) -> bool:
         """Take note. Whether it makes sense to send the request again."""
@@ -523,10 +528,13 @@ class Nbd(Node):
                     ) from error
             time.sleep(PAUSE)
 
-    def abort(self) -> None:
+    def abort(self, patience: float = 0.0) -> None:
         """Fail every request that waits, now. Later ones connect anew.
 
         Writes that were answered and not flushed are in doubt then, as after any loss."""
+        oldest = min(list(self._since.values()), default=math.inf)
+        if patience and time.monotonic() - oldest < patience:
+            return
         with self._changed:
             self._aborts += 1
             link, attempt = self._link, self._attempt

@@ -1,0 +1,53 @@
+"""Chores: what is done now and then for each of several things, any of which may hang.
+
+A disk whose server does not answer must not keep the others from being flushed. So each chore has a
+thread of its own, and whoever asks for it waits a moment: as long as nothing hangs, one runs after
+another, and a hundred disks are not flushed at once. One that takes longer is left behind, and what
+it is about is not asked again before it has ended. So there are at most as many threads as things.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable
+
+log = logging.getLogger(__name__)
+
+MOMENT = 1.0  # seconds
+
+
+class Chores:
+    """Those that run. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards `_running`; not held while a chore is waited for
+        self._running: dict[Hashable, threading.Thread] = {}
+
+    def do(self, about: Hashable, work: Callable[[], None]) -> None:
+        """Do it, unless the last one about this still runs; returns when it is done, or later.
+
+        `work` handles its own errors."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception:
+                log.exception("a chore failed: %s", about)
+            finally:
+                with self._lock:
+                    del self._running[about]
+
+        with self._lock:
+            if about in self._running:
+                return
+            thread = self._running[about] = threading.Thread(target=run, name="chore", daemon=True)
+            thread.start()
+        thread.join(MOMENT)
+
+    def end(self) -> None:
+        """Wait for all of them. Nobody may ask for another one meanwhile."""
+        with self._lock:
+            running = list(self._running.values())
+        for thread in running:
+            thread.join()
