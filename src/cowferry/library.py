@@ -147,7 +147,7 @@ def snapshot(
     is as it was."""
     chosen = dict(disks) if isinstance(disks, Mapping) else {disks: file}
     wanted = [
-        {"device": _name(d), **({"snapshot-file": os.path.abspath(f)} if f is not None else {})}
+        {"device": _name(d), **({"snapshot-file": names.absolute(f)} if f is not None else {})}
         for d, f in chosen.items()
     ]
     arguments: dict[str, Any] = {"disks": wanted}
@@ -224,7 +224,7 @@ def group(
     members = []
     for disk, value in pairs.items():
         if value is not None and role == "target":
-            value = os.path.abspath(value)
+            value = names.absolute(value)
         members.append({"device": _name(disk), **({role: value} if value is not None else {})})
     name = f"library-{next(_numbers)}"
     over = threading.Event()
@@ -267,6 +267,7 @@ def backup(
     bitmap_mode: str = "on-success",
     base: Mapping[Disk, str] | str | None = None,
     format: str | None = None,
+    compress: bool = False,
     scratch: str | None = None,
     speed: int = 0,
     progress: Watcher | None = None,
@@ -275,8 +276,9 @@ def backup(
 
     `mode` "full" with a `bitmap` begins to record what changes from this moment on; "incremental"
     copies what it says into an overlay of `base`, the backup before; "top" copies the disk's own
-    image into an overlay of its backing file. `scratch` is a folder for old data that waits for a
-    slow target. Raises `CowferryError`; then what was made is gone, and bitmaps keep every bit."""
+    image into an overlay of its backing file. `compress`: into compressed clusters of a qcow2
+    target. `scratch` is a folder for old data that waits for a slow target. Raises `CowferryError`;
+    then what was made is gone, and bitmaps keep every bit."""
     daemon = _daemon()
     chosen = dict(disks) if isinstance(disks, Mapping) else {disks: target}
     before = base if isinstance(base, Mapping) else dict.fromkeys(chosen, base)
@@ -287,13 +289,13 @@ def backup(
         under = before.get(disk)
         one = {
             "device": _name(disk), "target": names.absolute(path), "format": format,
-            "base": os.path.abspath(under) if under is not None else None,
+            "base": names.absolute(under) if under is not None else None,
         }  # fmt: skip
         wanted.append({k: v for k, v in one.items() if v is not None})
     name = f"library-{next(_numbers)}"
     arguments = {
         "id": name, "disks": wanted, "mode": mode, "bitmap": bitmap, "bitmap-mode": bitmap_mode,
-        "speed": speed, "auto-dismiss": False,
+        "compress": compress, "speed": speed, "auto-dismiss": False,
         "scratch": os.path.abspath(scratch) if scratch is not None else None,
     }  # fmt: skip
     daemon.execute("x-disk-backup", {k: v for k, v in arguments.items() if v is not None})

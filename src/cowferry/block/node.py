@@ -215,8 +215,8 @@ class Node:
         """Room for each granule of `buf` with its bytes in it, compressed; where they would not
         shrink None, and they are to be written as they are.
 
-        `buf` is whole granules, but for the disk's last. `link` makes room the granule at an offset;
-        its `length` is that of what lies in it. Needs no gate, and takes its time."""
+        `buf` is whole granules, but for the disk's last. `link` makes such room the granule at an
+        offset; its `length` is that of what lies in it. Needs no gate, and takes its time."""
         raise OSError(errno.EOPNOTSUPP, f"format {self.driver} cannot hold compressed data")
 
     # The image as a whole ----------------------------------------------------------------

@@ -52,6 +52,7 @@ PULL = "pull"  # what a pull backup is called unless it is given a name
     help="Of an increment: the backup before it.",
 )  # fmt: skip
 @click.option("--format", metavar="FORMAT", help="Of DEST [by its name, else DISK's].")
+@click.option("--compress", is_flag=True, help="Into compressed clusters; DEST is qcow2.")
 @click.option(
     "--bitmap-mode", type=click.Choice(["on-success", "never", "always"]), default="on-success",
     show_default=True, help="When the bitmap counts anew from the moment of this backup.",
@@ -205,9 +206,9 @@ def _pull(
     client: Client, disks: tuple[str, ...], in_background: bool, as_json: bool, *,
     incremental: bool, top: bool, bases: tuple[str, ...], format: str | None, id: str | None,
     bitmap: str | None, bitmap_mode: str, scratch: str | None, on_cbw_error: str | None,
-    speed: int, **unused: Any,
+    speed: int, compress: bool, **unused: Any,
 ) -> int:  # fmt: skip
-    if incremental or top or bases or format or speed:
+    if incremental or top or bases or format or compress or speed:
         raise click.UsageError("--pull takes --bitmap, --bitmap-mode, --scratch and --id only")
     if bitmap_mode == "always":
         raise click.UsageError("--bitmap-mode always is for a push: who pulls says how it went")

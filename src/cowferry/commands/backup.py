@@ -135,6 +135,7 @@ class DiskBackup(Args):
     mode: Literal["full", "incremental", "top"] = "full"
     bitmap: str | None = None
     bitmap_mode: BitmapMode = "on-success"
+    compress: bool = False
     speed: int = 0
     auto_dismiss: bool = True
     on_source_error: OnError = "report"
@@ -161,10 +162,11 @@ def disk_backup(daemon: Daemon, args: DiskBackup) -> None:
             part = backup.into_new(
                 daemon, so_far, wanted, args.mode,
                 args.id if group is None else f"{args.id}-{d.device}",
-                bitmap=args.bitmap, bitmap_mode=args.bitmap_mode, speed=args.speed,
-                auto_dismiss=args.auto_dismiss, on_source_error=args.on_source_error,
-                on_target_error=args.on_target_error, on_cbw_error=args.on_cbw_error,
-                scratch=args.scratch, scratch_limit=args.scratch_limit,
+                bitmap=args.bitmap, bitmap_mode=args.bitmap_mode, compress=args.compress,
+                speed=args.speed, auto_dismiss=args.auto_dismiss,
+                on_source_error=args.on_source_error, on_target_error=args.on_target_error,
+                on_cbw_error=args.on_cbw_error, scratch=args.scratch,
+                scratch_limit=args.scratch_limit,
             )  # fmt: skip
             so_far.parts.append(part)
         if group is not None:

@@ -33,6 +33,7 @@ from typing import Any
 
 from cowferry.block import sysio
 from cowferry.block.bitmap import Bitmap, finest
+from cowferry.block.compress import Compressed
 from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
@@ -72,7 +73,8 @@ class Backup(Job):
     `base`: what only it, or a layer below, could answer is not copied (sync top). `bitmap`: what is
     pending at T0 is what it says if `by_bitmap`, and `bitmap_mode` says what becomes of it.
     `everything` False: only what is about to be overwritten (sync none). `lasting` False: nobody
-    wants the target once the job is over."""
+    wants the target once the job is over. `compress`: the target can, and is to hold whole granules
+    compressed."""
 
     type = "backup"
 
@@ -93,6 +95,7 @@ class Backup(Job):
         on_cbw_error: str = "break-guest-write",
         max_chunk: int = 0,
         lasting: bool = True,
+        compress: bool = False,
         released: Callable[[bool], None] | None = None,
         **common: Any,
     ) -> None:
@@ -111,6 +114,8 @@ class Backup(Job):
         self.on_cbw_error = on_cbw_error
         self.max_chunk = max_chunk or MAX_CHUNK
         self.lasting = lasting
+        self.compress = compress
+        self.unit = max(UNIT, target.root.granule) if compress else UNIT  # bytes copied as one
         # What the disk still has as it was, and nobody has saved. In pieces, for a guest waits.
         self.pending = Bitmap("", disk.size, min(finest(disk.size), UNIT) if everything else UNIT)
         self.todo = Bitmap("", disk.size, UNIT)  # what is to be copied and is not in hand yet
@@ -165,7 +170,7 @@ class Backup(Job):
             self.disk.bitmaps[self._key] = self.since
         self.disk.taps = (*self.disk.taps, self)
         self._attached = True
-        if far(self.source) or far(self.target.root):
+        if self.compress or far(self.source) or far(self.target.root):
             self.clones = False  # nothing is shared with a server, nor waited for inside the gate
 
     def detach(self) -> None:
@@ -213,10 +218,10 @@ class Backup(Job):
         """The next range to be copied: in order, or out of the scratch file if that is large."""
         limit = self._limit()
         if self.spill.filed > CROWDED and self.spill.oldest >= 0:
-            self.cursor = self.spill.oldest
+            self.cursor = self.spill.oldest // self.unit * self.unit
         for _ in range(2):
             for offset, length in self.todo.runs(self.cursor):
-                length = min(length, limit)
+                length = min(length, limit - offset % self.unit)
                 self.cursor = offset + length
                 return offset, length
             self.cursor = 0
@@ -233,7 +238,7 @@ class Backup(Job):
             limit = min(limit, self.max_chunk)
         if self.throttle.speed:
             limit = min(limit, self.throttle.speed // 10)
-        return max(limit // UNIT, 1) * UNIT
+        return max(limit // self.unit, 1) * self.unit
 
     def _adapt(self, took: float, length: int) -> None:
         if length < self.chunk // 2:
@@ -258,7 +263,9 @@ class Backup(Job):
             self._buffer = memoryview(bytearray(length))
         with self.disk.shared(offset, length):
             for at, n in self._left(offset, length):
-                for span in spans(self.source, at, n, UNIT, self.base):
+                whole = at % self.unit == 0 and (n % self.unit == 0 or at + n == self.disk.size)
+                grain = self.unit if whole else UNIT
+                for span in spans(self.source, at, n, grain, self.base):
                     saved = self.spill.pieces(span.offset, span.length)
                     if span.kind is Kind.KEEP and not saved:
                         self.missing.clear(span.offset, span.length)
@@ -309,6 +316,12 @@ class Backup(Job):
     def _put(self, offset: int, length: int, data: memoryview | None) -> None:
         """Old bytes (None: zeroes) reach the target."""
         root = self.target.root
+        if self.compress and data is not None:
+            with Compressed(root, offset, data) as packed, self.target.exclusive(offset, length):
+                root.changing(offset, length)
+                packed.put()
+            self.missing.clear(offset, length)
+            return
         with self.target.exclusive(offset, length):
             root.changing(offset, length)
             if data is None:
