@@ -10,14 +10,16 @@ from types import FrameType
 import click
 
 from cowferry.block.bitmap import Bitmap
+from cowferry.block.compress import Compressed
 from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.keeper import keep
-from cowferry.block.node import Node, chain
+from cowferry.block.node import Node, chain, read
 from cowferry.cli.offline import creation_options, image
 from cowferry.drivers import opening
-from cowferry.errors import CowferryError, ImageError, NotSupported
+from cowferry.errors import CowferryError, ImageError
 
 STEP = 64 << 20  # bytes between two looks at the progress
+TOGETHER = 4 << 20  # bytes compressed together; a multiple of every granule
 
 
 @click.command("convert")
@@ -28,7 +30,7 @@ STEP = 64 << 20  # bytes between two looks at the progress
 @click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file.")
 @click.option("-n", "no_create", is_flag=True, help="TARGET exists: write into it.")
 @click.option("-p", "show_progress", is_flag=True, help="Show progress.")
-@click.option("-c", "compress", is_flag=True, help="Not supported yet.")
+@click.option("-c", "compress", is_flag=True, help="Into compressed clusters of TARGET.")
 @click.option("--bitmaps", is_flag=True, help="The persistent dirty bitmaps of SOURCE, too.")
 @click.option("--skip-broken-bitmaps", is_flag=True, help="Of those, not the inconsistent ones.")
 @click.option("-U", "--force-share", is_flag=True, help="SOURCE may be open elsewhere.")
@@ -49,8 +51,6 @@ def convert_command(
     cache: str | None, source_cache: str | None, image_opts: bool, source: str, target: str,
 ) -> int:  # fmt: skip
     """Copy SOURCE, with what its backing chain holds, into TARGET. Zeroes stay zeroes."""
-    if compress:
-        raise NotSupported("-c: writing compressed clusters is not supported yet")
     if skip_broken_bitmaps and not bitmaps:
         raise CowferryError("Use of --skip-broken-bitmaps requires --bitmaps")
     given = creation_options(options)
@@ -72,6 +72,8 @@ def convert_command(
                     f"'{target}' has {out.size} bytes, fewer than the {node.size} of '{source}'",
                     "nothing was written",
                 )
+            if compress:
+                out.check_compression()
             for bitmap in wanted:
                 if bitmap.name in out.bitmaps:
                     raise CowferryError(
@@ -79,7 +81,7 @@ def convert_command(
                         f"remove it: cowferry bitmap --remove '{target}' '{bitmap.name}'; nothing "
                         "was written",
                     )
-            _copy(node, out, fresh=not no_create, show=show_progress and not quiet)
+            _copy(node, out, not no_create, compress, show=show_progress and not quiet)
             out.flush()
             for bitmap in wanted:
                 bitmap.resize(out.size)
@@ -106,7 +108,7 @@ def _bitmaps(source: Node, skip_broken: bool) -> list[Bitmap]:
     return copies
 
 
-def _copy(source: Node, target: Node, fresh: bool, show: bool) -> None:
+def _copy(source: Node, target: Node, fresh: bool, compress: bool, show: bool) -> None:
     # Of a target on a backing file, what the source has from that same file may stay there.
     base = None
     if target.backing is not None:
@@ -123,12 +125,24 @@ def _copy(source: Node, target: Node, fresh: bool, show: bool) -> None:
         for span in spans(source, start, length, granule, base):
             if span.kind is Kind.ZERO and skip_zero:
                 continue
-            copier.place(source, target, span)
+            if compress and span.kind is Kind.COPY:
+                _compress(source, target, span)
+            else:
+                copier.place(source, target, span)
         report.at(start + length)
     if target.size > source.size and not skip_zero:
         rest = Span(source.size, target.size - source.size, Kind.ZERO)
         copier.place(source, target, rest)
     report.end()
+
+
+def _compress(source: Node, target: Node, span: Span) -> None:
+    target.changing(span.offset, span.length)
+    for at in range(span.offset, span.offset + span.length, TOGETHER):
+        data = memoryview(bytearray(min(TOGETHER, span.offset + span.length - at)))
+        read(source, data, at)
+        with Compressed(target, at, data) as packed:
+            packed.put()
 
 
 def _same(a: str, b: str) -> bool:
