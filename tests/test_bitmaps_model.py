@@ -18,9 +18,10 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from chains import contents
+from cowferry.block.disk import Disk
 from cowferry.block.node import Node, chain
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
@@ -57,12 +58,18 @@ Wants = dict[str, dict[str, Want]]  # by the file of the node, then by name
 class Bitmaps(RuleBasedStateMachine):
     """A disk `vm`, at first in one image."""
 
+    daemon: Daemon
+    disk: Disk
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="bitmaps"))
         self.numbers = iter(range(1000))
         self.want: Wants = {}
-        self.path = self.new(random.choice(["raw", "qcow2", "qed"]))
+
+    @initialize(format=st.sampled_from(["raw", "qcow2", "qed"]))
+    def begin(self, format: str) -> None:
+        self.path = self.new(format)
         self.open()
 
     def open(self) -> None:

@@ -87,8 +87,7 @@ class Served(NamedTuple):
                 return dirty(self.uri("bits"))
             finally:
                 client.call("block-export-del", id="bits", mode="hard")
-                gone = [e for e in client.wait_events(0.01) if e["event"] == "BLOCK_EXPORT_DELETED"]
-                assert gone
+                hear(client, "BLOCK_EXPORT_DELETED", id="bits")
 
     def clean(self) -> None:
         """Nothing is left behind in memory or on disk."""
