@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import random
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from cowferry.block import limits
 from cowferry.block.throttle import LONGEST, Brake
 from cowferry.drivers.nbd_client import NbdClient
 from cowferry.exports.nbd import WORKERS
-from cowferry.exports.nbd_lane import PENDING
+from cowferry.exports.nbd_lane import PENDING, Connection
 from cowferry.wire import nbd
 from daemons import PATIENCE
 from limited import BLOCK, LAYERS, SIZE, House, a_house, until
@@ -265,6 +267,38 @@ def test_a_client_that_is_gone_is_noticed_by_a_reader_that_waits(house: House) -
     house.waiting(PENDING)
     guest.close()
     until(lambda: house.export.users == 0, "it waits for requests of nobody")
+
+
+def test_an_answer_that_comes_while_the_client_hangs_up_is_waited_for_by_nobody(
+    house: House,
+) -> None:
+    """The reader finds out in the middle of sending. What a worker could not send meanwhile, for
+    the reader was sending, is dropped by the reader; or the connection would never end."""
+    workers, sending = ThreadPoolExecutor(1), threading.Event()
+    workers.submit(sending.wait)
+
+    class Leaving(socket.socket):
+        def sendall(self, *_: Any) -> None:
+            sending.set()
+            workers.submit(int).result(PATIENCE)  # so the flush has been answered
+            assert connection.queue
+            raise BrokenPipeError
+
+    ours, theirs = socket.socketpair()
+    leaving = Leaving(fileno=ours.detach())
+    connection = Connection(leaving, house.disk, True, False, [], workers)
+    house.disk.pread(memoryview(bytearray(BLOCK)), 0)  # leased now: the reader answers by itself
+    requests = [(nbd.READ, BLOCK), (nbd.FLUSH, 0)]
+    head = nbd.REQUEST.pack
+    theirs.sendall(b"".join(head(nbd.REQUEST_MAGIC, 0, kind, 1, 0, n) for kind, n in requests))
+    reader = threading.Thread(target=connection.run, daemon=True)
+    reader.start()
+    reader.join(PATIENCE)
+    assert not reader.is_alive() and not connection.pending
+    connection.close()
+    for s in (leaving, theirs):
+        s.close()
+    workers.shutdown()
 
 
 def test_after_a_goodbye_what_waits_is_served_at_once(house: House) -> None:

@@ -251,11 +251,13 @@ class Connection:
     def _flush_out(self) -> None:
         """The reader sends what it has answered. It may block: a client that does not read its
         answers gets no further requests read."""
-        with self.sending:
-            self._drain(0)
-            self.sock.sendall(self.out_view[: self.filled])
-        self.filled = 0
-        self._pump()
+        try:
+            with self.sending:
+                self._drain(0)
+                self.sock.sendall(self.out_view[: self.filled])
+            self.filled = 0
+        finally:  # also when the client is gone: a worker's answer may have been queued meanwhile
+            self._pump()
 
     def _pump(self) -> None:
         """Send the workers' answers as far as the socket takes them; never blocks.
