@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from chains import contents, differs, make_base
+from cowferry.block import moves
+from cowferry.block.moves import Move
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
 from cowferry.wire import nbd
@@ -190,6 +192,46 @@ def test_URIs_are_names_of_images_on_the_command_line(tmp_path: Path) -> None:
         assert not differs(far.read_bytes(), (tmp_path / "base.raw").read_bytes())
 
 
+def test_S3_a_disk_that_has_left_an_export_is_found_by_its_URI_and_records_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot, a copy and a backup over an export name it as what it is."""
+    need("qemu-nbd")
+    make_base(tmp_path, SIZE)
+    monkeypatch.setenv("COWFERRY_STATE", str(tmp_path / "state"))
+    with qemu_nbd(tmp_path / "s", tmp_path / "base.raw"), a_daemon() as daemon:
+        told = Told(daemon)
+        far = uri(tmp_path / "s")
+        spelled = far.replace("nbd+unix:///?", "nbd+unix://?")
+        disk = daemon.open_disk("vm", spelled)
+        daemon.execute(
+            "blockdev-snapshot-sync",
+            {"device": "vm", "snapshot-file": str(tmp_path / "snap.qcow2"), "format": "qcow2"},
+        )
+        assert disk.root.backing_spec == (far, "raw")
+        common = {"device": "vm", "job-id": "j", "sync": "top", "format": "qcow2"}
+        daemon.execute("drive-backup", {**common, "target": str(tmp_path / "backup.qcow2")})
+        assert "error" not in told.wait("BLOCK_JOB_COMPLETED", device="j")
+        daemon.execute("drive-mirror", {**common, "target": str(tmp_path / "copy.qcow2")})
+        told.wait("BLOCK_JOB_READY", device="j")
+        daemon.execute("job-complete", {"id": "j"})
+        assert "error" not in told.wait("BLOCK_JOB_COMPLETED", device="j")
+        assert disk.root.filename == str(tmp_path / "copy.qcow2")
+        for made in ("backup.qcow2", "copy.qcow2"):
+            node = opening.open_image(str(tmp_path / made), backing=False, force_share=True)
+            assert node.backing_spec == (far, "raw")
+            node.close()
+        assert opening.current_image(spelled) == (str(tmp_path / "copy.qcow2"), "qcow2")
+        assert cowferry("current", far).stdout == f"{tmp_path / 'copy.qcow2'}\n"
+        # And back: a circle, whose youngest record counts.
+        moves.record([Move("vm", str(tmp_path / "copy.qcow2"), far, "raw")])
+        assert opening.current_image(far)[0] == far
+        assert opening.current_image(str(tmp_path / "copy.qcow2"))[0] == far
+        moves.record([Move("vm", far, str(tmp_path / "snap.qcow2"), "qcow2")])
+        refused = cowferry("convert", "-n", "-O", "raw", far, far)
+        assert "cannot be converted into itself" in refused.stderr
+
+
 def test_D2_an_interrupt_ends_a_copy_to_a_server_that_hangs(tmp_path: Path) -> None:
     make_base(tmp_path, SIZE)
     server = Forgetful(tmp_path / "s", SIZE)
@@ -229,5 +271,5 @@ def test_an_image_from_a_server_names_no_files_of_ours(tmp_path: Path) -> None:
          image, str(SIZE)],
         check=True,
     )  # fmt: skip
-    with pytest.raises(CowferryError, match="not a plain path"):
+    with pytest.raises(CowferryError, match="an export, which is not followed"):
         opening.open_image(str(image), "qcow2", read_only=True)

@@ -113,6 +113,7 @@ class Daemon:
         """A named disk over the image at `path`, or the one it has moved to, and its chain.
 
         Raises `CowferryError`."""
+        path = opening.canonical(path)
         now, format = opening.current_image(path, format)
         window = moves.follow(path).size
         options = opening.image_options(now, format, read_only=read_only)

@@ -350,7 +350,7 @@ class Graph:
         """Whether `name` is what somebody may call the node."""
         if by_node:
             return node.name == name
-        return name in (node.filename, node.name) or _same_file(name, node.filename)
+        return name in (node.filename, node.name) or names.same(name, node.filename)
 
     def reroot(self, disk: Disk, node: Node) -> None:
         """`node` has become the root of `disk`: a bare disk is known by its root's name, and
@@ -514,7 +514,7 @@ class Graph:
         for n in list(chain(above)):
             if n.backing is below and n.backing_spec is not None:
                 recorded = n.backing_spec[0]
-                if _same_file(opening.backing_path(above.filename, recorded), below.filename):
+                if opening.leads_to(above.filename, recorded, below.filename):
                     return recorded, below.driver
         return names.absolute(below.filename), below.driver
 
@@ -610,13 +610,6 @@ def parents_first(nodes: list[Node]) -> list[Node]:
                 stack.append((node, True))
                 stack.extend((child, False) for _, child in children(node))
     return out[::-1]
-
-
-def _same_file(a: str, b: str) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return False
 
 
 def actual_size(path: str) -> int:

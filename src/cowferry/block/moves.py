@@ -44,7 +44,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from cowferry.block import sysio
+from cowferry.block import names, sysio
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def places(image: str, suffix: str) -> list[str]:
     if len(text) > MAX_NAME:
         text = hashlib.sha256(text.encode()).hexdigest()
     apart = os.path.join(state_folder(), text + suffix)
-    elsewhere = name.startswith(("/dev/", "/proc/")) or "://" in name
+    elsewhere = name.startswith(("/dev/", "/proc/")) or names.is_uri(name)
     # An image may have been handed over as a descriptor, out of a folder that is closed to us.
     elsewhere = elsewhere or not os.access(os.path.dirname(name), os.X_OK)
     return [apart] if elsewhere else [name + suffix, apart]
@@ -120,7 +120,8 @@ def place(image: str, suffix: str) -> str:
 
 def record(moves: list[Move]) -> None:
     """All of the disks move, or none of them: on an error no record says that they did."""
-    for folder in sorted({os.path.dirname(os.path.abspath(m.current)) for m in moves}):
+    files = [os.path.abspath(m.current) for m in moves if not names.is_uri(m.current)]
+    for folder in sorted({os.path.dirname(path) for path in files}):
         if os.access(folder, os.R_OK | os.X_OK):  # a name that may vanish is none to lead to
             sysio.flush_directory(folder)
     for m in moves:
@@ -218,7 +219,7 @@ def follow(image: str, format: str | None = None) -> Current:
     if not steps:
         return Current(image, format, 0)
     last = steps[-1]
-    started = [i for i, s in enumerate(steps) if os.path.realpath(s.left) == _named(last.current)]
+    started = [i for i, s in enumerate(steps) if names.real(s.left) == _named(last.current)]
     if started:  # a circle: its youngest record was the last move
         last = max(steps[started[0] :], key=lambda s: s.generation)
     return Current(last.current, last.format, last.generation, last.size)

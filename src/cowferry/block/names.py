@@ -20,3 +20,16 @@ def is_uri(name: str) -> bool:
 def absolute(name: str) -> str:
     """The absolute path, or the URI as it is."""
     return name if is_uri(name) else os.path.abspath(name)
+
+
+def real(name: str) -> str:
+    """The absolute path without symbolic links, or the URI as it is."""
+    return name if is_uri(name) else os.path.realpath(name)
+
+
+def same(a: str, b: str) -> bool:
+    """Whether both name one image, however a path is spelled. A file need not be there."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:  # one is not there, or in a folder that is closed to us, or no path
+        return real(a) == real(b)

@@ -31,7 +31,7 @@ import os
 import random
 import stat
 
-from cowferry.block import keeper, moves, sysio
+from cowferry.block import keeper, moves, names, sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, read, read_fully
@@ -193,7 +193,8 @@ def find(disk: Disk, target: str) -> Unfinished | None:
         )
 
     source = disk.root
-    if not os.path.exists(source.filename) or os.path.realpath(source.filename) != body["source"]:
+    there = names.is_uri(source.filename) or os.path.exists(source.filename)
+    if not there or names.real(source.filename) != body["source"]:
         raise refused(f"it is one of '{body['source']}', and '{disk.name}' is not there any more")
     if inode(target) != body["inode"]:
         raise refused("another image was put in its place")

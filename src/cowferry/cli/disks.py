@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from cowferry.block import names as image_names
 from cowferry.cli.client import Client, QmpError, connect
 from cowferry.cli.options import absolute, control, json_output, pair
 from cowferry.cli.serve import disk_name
@@ -217,8 +218,10 @@ def add_command(
             device=name, filename=absolute(file), format=format, read_only=read_only,
             copy_on_read=copy_on_read,
         )  # fmt: skip
+    from cowferry.drivers import opening
+
     where = opened["filename"]
-    if os.path.realpath(where) != os.path.realpath(file):
+    if not image_names.same(opening.canonical(file), where):
         click.echo(f"{name}: '{file}' has moved to '{where}'", err=True)
     for uri in opened["uris"]:
         click.echo(f"{name}: {uri}")

@@ -173,6 +173,8 @@ class Serving:
             if not port.isdigit():
                 raise CowferryError(f"--tcp expects HOST:PORT, not '{self.given['tcp']}'")
             daemon.nbd.listen_tcp(host or "127.0.0.1", int(port))
+        from cowferry.drivers import opening
+
         listed: list[dict[str, Any]] = []
         for argument in self.given["disks"]:
             name, path = disk_name(argument)
@@ -183,8 +185,7 @@ class Serving:
                 copy_on_read=self.given["copy_on_read"],
                 read_only=self.given["read_only"],
             )
-            moved = os.path.realpath(path) != os.path.realpath(disk.root.filename)
-            if moved and not names.is_uri(path):
+            if not names.same(opening.canonical(path), disk.root.filename):
                 click.echo(f"{name}: '{path}' has moved to '{disk.root.filename}'", err=True)
             self._limit(daemon, name)  # before the first guest comes
             daemon.add_export(disk, name, writable=not disk.read_only)

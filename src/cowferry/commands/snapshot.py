@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from cowferry.block import names
 from cowferry.commands import Args, command
 from cowferry.commands.transaction import action, alone
 from cowferry.drivers import EXTENSIONS, OVERLAYS, fdsets
@@ -128,7 +129,7 @@ def disk_snapshot(daemon: Daemon, args: DiskSnapshot) -> DiskSnapshotTaken:
     tops = [p.overlay for p in parts if p.overlay is not None]
     return DiskSnapshotTaken(
         [
-            NewTop(p.device, os.path.abspath(top.filename), top.name)
+            NewTop(p.device, names.absolute(top.filename), top.name)
             for p, top in zip(parts, tops, strict=True)
         ],
         guests.filesystems,

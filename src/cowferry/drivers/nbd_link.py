@@ -79,6 +79,12 @@ def parse_uri(uri: str) -> tuple[Address, str]:
     raise CowferryError(f"'{uri}' is not an NBD URI", "nbd://HOST/NAME, nbd+unix:///NAME?socket=P")
 
 
+def canonical(uri: str) -> str:
+    """The URI as we write it. Raises `CowferryError`."""
+    address, export = parse_uri(uri)
+    return address.uri(export)
+
+
 def connect(
     address: Address, timeout: float, begun: Callable[[socket.socket], None] | None = None
 ) -> socket.socket:

@@ -125,8 +125,7 @@ def current_image(path: str, format: str | None = None) -> tuple[str, str | None
 
     It follows the records of moves (`block/moves.py`). Raises `ImageError` if the image is no good
     by itself, because a commit into it, or a copy to it, was begun and not finished (C2)."""
-    if names.is_uri(path):
-        return path, format
+    path = canonical(path)
     try:
         now = moves.follow(path, format)
         top = moves.half_committed(now.path)
@@ -139,7 +138,8 @@ def current_image(path: str, format: str | None = None) -> tuple[str, str | None
     if now.path != path and not os.path.exists(now.path) and now.path.startswith("/"):
         raise ImageError(
             f"the disk in '{path}' has moved to '{now.path}', which is not there",
-            f"put it back; or, if '{path}' holds all of it again, remove '{path}{moves.MOVED}'",
+            f"put it back; or, if '{path}' holds all of it again, remove "
+            f"'{moves.place(path, moves.MOVED)}'",
         )
     if top is not None:
         raise ImageError(
@@ -151,9 +151,18 @@ def current_image(path: str, format: str | None = None) -> tuple[str, str | None
         raise ImageError(
             f"'{now.path}' holds a part of a copy of '{copied['source']}' that was not finished",
             f"open '{copied['source']}', and copy it to '{now.path}' again: it goes on from there; "
-            f"or remove both '{now.path}' and '{now.path}{moves.COPYING}'",
+            f"or remove both '{now.path}' and '{moves.place(now.path, moves.COPYING)}'",
         )
     return now.path, now.format
+
+
+def canonical(name: str) -> str:
+    """A URI as the node over its export is called; a path as it is. Raises `CowferryError`."""
+    if names.is_uri(name):
+        from cowferry.drivers import nbd_link
+
+        return nbd_link.canonical(name)
+    return name
 
 
 def file_options(path: str) -> dict[str, Any]:
@@ -247,6 +256,12 @@ def backing_path(image: str, recorded: str) -> str:
             "name the backing file with the option backing, or open the image without it "
             "(backing=null)",
         )
+    if names.is_uri(recorded):
+        raise ImageError(
+            f"'{image}': its backing file '{recorded[:200]}' is an export, which is not followed "
+            "because an image says so",
+            "blockdev-add opens the image with that export, or another image, as its backing",
+        )
     if PROTOCOL.match(recorded):
         raise ImageError(
             f"'{image}': its backing file '{recorded[:200]}' is not a plain path",
@@ -254,6 +269,18 @@ def backing_path(image: str, recorded: str) -> str:
             "name the backing file with rebase -u -b FILE -F FORMAT",
         )
     return os.path.join(os.path.dirname(image), recorded)
+
+
+def leads_to(image: str, recorded: str, filename: str) -> bool:
+    """Whether the backing name that `image` records means the image `filename`.
+
+    A URI is compared here, and never followed."""
+    try:
+        if names.is_uri(recorded):
+            return canonical(recorded) == filename
+        return names.same(backing_path(image, recorded), filename)
+    except CowferryError:
+        return False
 
 
 def _beside(image: str, recorded: str) -> str | None:

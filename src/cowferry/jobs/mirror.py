@@ -29,14 +29,13 @@ one that overwrites what the layers above cover is not.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from cowferry.block import keeper, moves
+from cowferry.block import keeper, moves, names
 from cowferry.block.bitmap import Bitmap, finest
 from cowferry.block.copy import Copier, Kind, spans
 from cowferry.block.disk import Disk
@@ -665,7 +664,7 @@ class Mirror(Job):
         self._copy_all()
         below = self._backing
         if self._lent and self._lasts and below is not None and self.target.backing_spec is None:
-            self.target.set_backing(os.path.abspath(below.filename), below.driver)
+            self.target.set_backing(names.absolute(below.filename), below.driver)
         elif not self.inside and self.target.backing is None and self.target.backing_spec:
             self.target.set_backing(None, None)  # a whole copy: what it was over must not show
         self.target.flush()

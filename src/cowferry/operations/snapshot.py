@@ -83,7 +83,7 @@ class Snapshot(Part):
             raise NotSupported(f"Format '{format}' does not support backing files", "use qcow2")
         if mode not in ("absolute-paths", "existing"):
             raise CowferryError(f"Parameter 'mode' does not accept value '{mode}'")
-        if any(os.path.exists(path) and _same(n.filename, path) for n in chain(self.old)):
+        if any(names.same(n.filename, path) for n in chain(self.old)):
             raise CowferryError(f"'{path}' is in the chain of '{self.device}' already")
         if mode == "absolute-paths":
             if os.path.exists(path) and os.path.getsize(path):
@@ -122,8 +122,8 @@ class Snapshot(Part):
                     "make it as large as the disk",
                 )
             spec = overlay.backing_spec
-            if spec is not None and not _same(
-                opening.backing_path(overlay.filename, spec[0]), self.old.filename
+            if spec is not None and not opening.leads_to(
+                overlay.filename, spec[0], self.old.filename
             ):
                 raise CowferryError(
                     f"the header of the overlay '{overlay.filename}' names '{spec[0]}', and "
@@ -258,12 +258,10 @@ class Change(Part):
         spec = new.backing_spec
         if spec is None:
             return new
-        try:
-            path = opening.backing_path(new.filename, spec[0])
-            self.under = next((n for n in chain(self.old) if _same(n.filename, path)), None)
-        except BaseException:
-            self.graph.let_go(new)
-            raise
+        self.under = next(
+            (n for n in chain(self.old) if opening.leads_to(new.filename, spec[0], n.filename)),
+            None,
+        )
         if self.under is not None:
             return new
         self.graph.let_go(new)
@@ -310,10 +308,3 @@ def beside(image: str) -> str:
     name, last = (counted[1], int(counted[2])) if counted else (stem, 0)
     numbers = itertools.count(last + 1)
     return next(p for n in numbers if not os.path.lexists(p := f"{name}.snap{n}.qcow2"))
-
-
-def _same(a: str, b: str) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except OSError:  # one is not there, or in a folder that is closed to us
-        return os.path.realpath(a) == os.path.realpath(b)

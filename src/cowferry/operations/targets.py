@@ -29,14 +29,10 @@ def create(
         if like.driver == format:
             options |= getattr(like, "geometry", {"cluster_size": like.granule})
         if backing is not None:
-            options |= {
-                "backing_file": os.path.abspath(backing.filename),
-                "backing_fmt": backing.driver,
-            }
-            if os.path.dirname(os.path.abspath(backing.filename)) == os.path.dirname(
-                os.path.abspath(path)
-            ):
-                options["backing_file"] = os.path.basename(backing.filename)
+            below = names.absolute(backing.filename)
+            options |= {"backing_file": below, "backing_fmt": backing.driver}
+            if os.path.dirname(below) == os.path.dirname(os.path.abspath(path)):
+                options["backing_file"] = os.path.basename(below)
     existed = os.path.exists(path)
     opening.create_image(path, format, size, options, goal=goal)
     if not existed:
@@ -86,15 +82,12 @@ def unmake(made: list[str]) -> None:
 
 def is_file(node: Node, path: str) -> bool:
     """Whether the node is over that file."""
-    try:
-        return os.path.samefile(node.filename, path)
-    except OSError:
-        return node.filename == path
+    return names.same(node.filename, path)
 
 
 def same_image(a: Node, b: Node) -> bool:
     """Whether both are over one file."""
-    return a.filename == b.filename or is_file(a, b.filename)
+    return names.same(a.filename, b.filename)
 
 
 def check_backing(target: Node, backing: Node | None) -> None:
@@ -108,11 +101,11 @@ def check_backing(target: Node, backing: Node | None) -> None:
             "use sync=full, or a qcow2 target",
         )
     if target.backing_spec is not None:
-        path = opening.backing_path(target.filename, target.backing_spec[0])
-        if not is_file(backing, path):
+        recorded = target.backing_spec[0]
+        if not opening.leads_to(target.filename, recorded, backing.filename):
             raise CowferryError(
-                f"'{target.filename}' names another backing file: '{path}'",
+                f"'{target.filename}' names another backing file: '{recorded}'",
                 f"make it over '{backing.filename}', which is not copied",
             )
     else:
-        target.check_backing(os.path.abspath(backing.filename), backing.driver)
+        target.check_backing(names.absolute(backing.filename), backing.driver)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from types import FrameType
 
 import click
 
+from cowferry.block import names
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.compress import Compressed
 from cowferry.block.copy import Copier, Kind, Span, spans
@@ -60,7 +60,7 @@ def convert_command(
         given |= {"backing_fmt": backing_format}
     if given.get("backing_file") and not given.get("backing_fmt"):
         raise CowferryError("backing file specified without backing format", "add -F FORMAT")
-    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
+    if names.same(source, target):
         raise CowferryError(f"'{source}' cannot be converted into itself")
     with image(source, source_format, force_share=force_share, image_opts=image_opts) as node:
         wanted = _bitmaps(node, skip_broken_bitmaps) if bitmaps else []
@@ -114,7 +114,7 @@ def _copy(source: Node, target: Node, fresh: bool, compress: bool, show: bool) -
     if target.backing is not None:
         below = target.backing.filename
         base = next(
-            (n for n in chain(source) if n is not source and _same(n.filename, below)), None
+            (n for n in chain(source) if n is not source and names.same(n.filename, below)), None
         )
     skip_zero = fresh and target.backing is None
     copier = Copier()
@@ -143,13 +143,6 @@ def _compress(source: Node, target: Node, span: Span) -> None:
         read(source, data, at)
         with Compressed(target, at, data) as packed:
             packed.put()
-
-
-def _same(a: str, b: str) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return False
 
 
 class Report:

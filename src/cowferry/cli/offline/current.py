@@ -7,7 +7,8 @@ import os
 
 import click
 
-from cowferry.block import moves
+from cowferry.block import moves, names
+from cowferry.drivers import opening
 from cowferry.errors import CowferryError, ImageError
 
 
@@ -26,11 +27,11 @@ def current_command(as_json: bool, filename: str) -> int:
         cowferry current /images/vm.qcow2
     """
     try:
-        found = moves.follow(os.path.abspath(filename))
+        found = moves.follow(names.absolute(opening.canonical(filename)))
         top = moves.half_committed(found.path)
     except OSError as error:
         raise CowferryError(str(error.strerror or error)) from error
-    if not os.path.exists(found.path):
+    if not (names.is_uri(found.path) or os.path.exists(found.path)):
         came = "" if found.generation == 0 else f", where the disk of '{filename}' has moved"
         raise ImageError(f"Could not open '{found.path}'{came}: No such file or directory")
     if as_json:
