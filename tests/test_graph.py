@@ -221,6 +221,34 @@ def test_one_writer_per_node(graph: Graph, tmp_path: Path) -> None:
     graph.hold(graph.disk("base"), False)
 
 
+def test_no_disk_is_read_past_a_node_that_writes_it(graph: Graph, tmp_path: Path) -> None:
+    """Its leases would say where the bytes were before."""
+    opening.create_image(str(tmp_path / "a.qcow2"), "qcow2", SIZE, {})
+    graph.add_node(qcow2(tmp_path / "a.qcow2", "a"))
+    above = {"driver": "raw", "file": "a", "node-name": "above"}
+    graph.hold(graph.disk("a"), False)
+    in_use = "Node 'a' is in use: it is a disk of its own, or exported"
+    assert refused(graph, above) == in_use
+    graph.unhold(graph.disk("a"), False)
+    data, found = b"new" * 1000, memoryview(bytearray(3000))
+    graph.disk("a").pread(found, 0)
+    graph.add_node(above)
+    with pytest.raises(CowferryError, match="use by 'above' as 'file', which writes 'a'"):
+        graph.hold(graph.disk("a"), False)
+    graph.disk("above").pwrite(memoryview(data), 0)
+    graph.disk("a").pread(found, 0)
+    assert found == data
+
+
+def test_what_a_job_holds_is_not_laid_below_another_node(graph: Graph, tmp_path: Path) -> None:
+    """Whoever wrote through that would be missed by the job."""
+    make_base(tmp_path, SIZE)
+    node = graph.add_node(raw(tmp_path / "base.raw", "n"))
+    graph.claim([node], "block device is in use by block job: mirror", "j", served=node)
+    text = refused(graph, {"driver": "raw", "file": "n", "node-name": "above"})
+    assert text.startswith("Node 'n' is busy: block device is in use by block job: mirror 'j'")
+
+
 def test_an_overlay_over_what_a_guest_writes_is_used_by_nobody_but_a_backup(
     graph: Graph, tmp_path: Path
 ) -> None:

@@ -100,6 +100,10 @@ class Graph:
         for n in made:
             n.name = n.name or self._generated()
             self.nodes[n.name] = n
+            for part in _parts(n):  # what a disk over it remembers is about to be wrong
+                disk = self.bare.get(part.name)
+                if disk is not None and not self.users.get(id(disk)):
+                    self.bare.pop(part.name).retire()
         return node
 
     def check_name(self, name: str | None) -> None:
@@ -137,7 +141,11 @@ class Graph:
             node = self.nodes.get(child) if isinstance(child, str) else None
             if node is not None and self.floats(node):
                 raise _afloat(node, f"its use as {key}")
-            if node is None or node.read_only:
+            if node is None:
+                continue
+            if key != "backing":
+                self._check_beneath(node, key, options)
+            if node.read_only:
                 continue
             mine = options.get("read-only") not in (True, "on") and key != "backing"
             if mine and node.bitmaps and not _is_filter(options):
@@ -158,6 +166,21 @@ class Graph:
                     f"Node '{child}' is in use by a writable export",
                     "what lies below another node must not change",
                 )
+
+    def _check_beneath(self, node: Node, key: str, options: Mapping[str, Any]) -> None:
+        """Raise `CowferryError` if somebody has a disk over a node that is to be another's file.
+
+        There would be two gates over one image, and what is written through one of them would be
+        hidden from the jobs, bitmaps and leases of the other."""
+        self.check_free(node, f"its use as {key}")
+        if node.file is None and not _is_filter(options):
+            return  # where the bytes of a host's file are never changes
+        disks = any(d.root is node for d in self.disks.values())
+        if (disks or self.exported(node)) and not self._written(node):
+            raise CowferryError(
+                f"Node '{node.name}' is in use: it is a disk of its own, or exported",
+                "lay it below the other node before it is exported",
+            )
 
     def _written(self, node: Node) -> bool:
         """Whether an export writes to a disk over the node."""
@@ -311,16 +334,24 @@ class Graph:
             return self.disk_over(node)
 
     def disk_over(self, node: Node) -> Disk:
-        """The one disk whose root is `node`, made if nobody has asked before.
+        """The one disk whose root is `node`, or a filter over it; made if nobody has asked before.
 
         Raises `ImageError` for a bare file that is no disk by itself."""
         with self.lock:
+            node = self._through_filters(node)
             for disk in (*self.disks.values(), *self.bare.values()):
                 if disk.root is node:
                     return disk
             partial.check_bare(node)
             disk = self.bare[node.name] = self._disk(node, node.name)
             return disk
+
+    def _through_filters(self, node: Node) -> Node:
+        """The topmost of the filters over a node, or itself: all are names of one disk."""
+        for other in self.nodes.values():
+            if other.filter and other.file is node:
+                return self._through_filters(other)
+        return node
 
     def names(self) -> list[str]:
         """What a person may call a disk."""
@@ -455,14 +486,22 @@ class Graph:
                 raise _afloat(floating, "an export")
             if writable:
                 keeper.check_bypass(disk.root)
-                for other in self.nodes.values():
-                    for role, child in children(other):
-                        if child is disk.root and not self.keeps(other):
-                            raise CowferryError(
-                                f"Conflicts with use by '{other.name}' as '{role}', which does not "
-                                f"allow 'write' on '{child.name}'",
-                                "export it read-only, or export the node above it",
-                            )
+            for other in self.nodes.values():
+                for role, child in children(other):
+                    if child is not disk.root or self.keeps(other):
+                        continue
+                    if writable:
+                        raise CowferryError(
+                            f"Conflicts with use by '{other.name}' as '{role}', which does not "
+                            f"allow 'write' on '{child.name}'",
+                            "export it read-only, or export the node above it",
+                        )
+                    if role != "backing" and child.file is not None and not other.read_only:
+                        raise CowferryError(
+                            f"Conflicts with use by '{other.name}' as '{role}', which writes "
+                            f"'{child.name}'",
+                            "export the node above it",
+                        )
             self.users.setdefault(id(disk), []).append(writable)
 
     def unhold(self, disk: Disk, writable: bool) -> None:
