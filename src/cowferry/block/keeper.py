@@ -240,7 +240,8 @@ class Keeper:
             try:
                 self._rest()
             except BaseException:
-                self._distrust()
+                if not self._counts_still():
+                    self._distrust()
                 raise
             self._marks.close()
             self._marks = None
@@ -376,11 +377,28 @@ class Keeper:
         self._epoch += 1
         if self.node.stores_bitmaps and not self._told:
             self._broken = True
-            self.node.write_bitmaps(self._persistent(), self._token)
-            self._told = True
+            self._tell()
         self._broken = False
         if precise:
             self._hold()
+
+    def _tell(self) -> None:
+        """Let an image with room for bitmaps say that they are in use, and in which file."""
+        self.node.write_bitmaps(self._persistent(), self._token)
+        self._told = True
+
+    def _counts_still(self) -> bool:
+        """After a `rest` that failed: whether the file in use is what counts, as before. Or every
+        write of a guest would need a new file, and fail with it where there is no room for one."""
+        assert self._marks is not None
+        if not self._marks.named:
+            return False
+        if self.node.stores_bitmaps and not self._told:
+            try:
+                self._tell()
+            except (OSError, CowferryError):
+                return False
+        return True
 
     def _distrust(self) -> None:
         """What is on disk is unclear: nobody writes before there is a new file. Inside a drain."""

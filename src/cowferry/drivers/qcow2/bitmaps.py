@@ -336,34 +336,61 @@ def give_up(image: Qcow2) -> None:
 
 def write(image: Qcow2, bitmaps: list[Bitmap], token: bytes = b"") -> None:
     """What `Node.write_bitmaps` says. Raises `CowferryError` if the format has no room for one."""
-    h = image.header
-    if h.version < 3:
+    if image.header.version < 3:
         raise NotSupported(f"'{image.filename}': a version 2 image has no room for bitmaps")
     if len(token) not in (0, TOKEN):
         raise ValueError(f"a token of {len(token)} bytes")
     with image.flushing:
         old = directory(image)
-        known = {text(e.name): e for e in old}
-        fresh = Fresh(image)
         try:
-            entries = [_entry(image, fresh, b, known.get(b.name), bool(token)) for b in bitmaps]
-            if _same_but_flags(entries, old):
-                assert not fresh.taken
-                return _flags(image, old, entries, token)
-            data = b"".join(e.encode() for e in entries)
-            if len(entries) > MAX_BITMAPS or len(data) > MAX_DIRECTORY:
-                raise CowferryError(f"'{image.filename}': too many bitmaps ({len(entries)})")
-            extension = fresh.directory(len(entries), data) if entries else None
-            extensions = _extensions(h, extension, token if entries else b"")
-            fits(h, extensions)
-            image._write_tables()
-        except BaseException:
-            fresh.undo()
-            raise
-        gone = image.bitmap_clusters
-        _switch(image, extensions)
-        note(image, entries, kept=bool(token))
-        give_back(image, gone - image.bitmap_clusters)
+            _store(image, old, bitmaps, token)
+        except (
+            OSError
+        ):  # no room, perhaps: those that are stored will do, where nobody looks at bits
+            entries = _stored(image, old, bitmaps) if token else None
+            if entries is None:
+                raise
+            _flags(image, old, entries, token)
+
+
+def _store(image: Qcow2, old: list[Entry], bitmaps: list[Bitmap], token: bytes) -> None:
+    """All of it. Under `flushing`."""
+    h = image.header
+    known = {text(e.name): e for e in old}
+    fresh = Fresh(image)
+    try:
+        entries = [_entry(image, fresh, b, known.get(b.name), bool(token)) for b in bitmaps]
+        if _same_but_flags(entries, old):
+            assert not fresh.taken
+            return _flags(image, old, entries, token)
+        data = b"".join(e.encode() for e in entries)
+        if len(entries) > MAX_BITMAPS or len(data) > MAX_DIRECTORY:
+            raise CowferryError(f"'{image.filename}': too many bitmaps ({len(entries)})")
+        extension = fresh.directory(len(entries), data) if entries else None
+        extensions = _extensions(h, extension, token if entries else b"")
+        fits(h, extensions)
+        image._write_tables()
+    except BaseException:
+        fresh.undo()
+        raise
+    gone = image.bitmap_clusters
+    _switch(image, extensions)
+    note(image, entries, kept=bool(token))
+    give_back(image, gone - image.bitmap_clusters)
+
+
+def _stored(image: Qcow2, old: list[Entry], bitmaps: list[Bitmap]) -> list[Entry] | None:
+    """The entries that are stored, in use, if they are those of the bitmaps but for the bits."""
+    if [text(e.name) for e in old] != [b.name for b in bitmaps]:
+        return None
+    out = []
+    for e, b in zip(old, bitmaps, strict=True):
+        need = clusters_for(image.size, e.granularity_bits, image.header.cluster_bits)
+        alike = 1 << e.granularity_bits == b.granularity and len(e.table) == need
+        if not (e.understood and alike):
+            return None
+        out.append(replace(e, flags=e.flags & EXTRA_COMPATIBLE | AUTO * b.recording | IN_USE))
+    return out
 
 
 def _entry(image: Qcow2, fresh: Fresh, bitmap: Bitmap, old: Entry | None, used: bool) -> Entry:
