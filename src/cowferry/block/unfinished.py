@@ -157,6 +157,7 @@ def begin(disk: Disk, target: str) -> Unfinished:
     bitmap = Bitmap(name, disk.size, GRANULARITY)
     bitmap.set(0, disk.size)
     bitmap.busy = "copy"
+    source.flush()  # most of what is flushed inside the drain
     with disk.exclusive():
         if name in source.bitmaps:
             forget(source, name)

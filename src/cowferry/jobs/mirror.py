@@ -705,6 +705,7 @@ class Mirror(Job):
             if self.pivot:
                 copy.over()
             else:
+                self.source.flush()  # most of what is flushed inside the drain
                 with self.disk.exclusive():
                     copy.over()
         except (OSError, CowferryError):
