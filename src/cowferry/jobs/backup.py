@@ -515,6 +515,7 @@ class Backup(Job):
         """What is on disk of the bitmap follows."""
         keeper = self.source.keeper
         if self.bitmap is not None and self.bitmap.persistent and keeper is not None:
+            self.source.flush()  # most of what is flushed inside the drain
             with self.disk.exclusive():
                 keeper.checkpoint()
 
