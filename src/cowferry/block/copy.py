@@ -29,6 +29,7 @@ from functools import partial
 from typing import NamedTuple
 
 from cowferry.block import sysio
+from cowferry.block.behind import Behind
 from cowferry.block.node import Extent, Node, State, far, part, read, read_runs, resolve
 
 BUFFER = 128 << 10  # bytes moved through memory at once: stays in the processor's cache
@@ -134,9 +135,12 @@ def _read(source: Node | None, offset: int, buf: memoryview, done: int) -> None:
 
 
 class Copier:
-    """Moves bytes, and knows what each pair of files can do. Used by one thread at a time."""
+    """Moves bytes, and knows what each pair of files can do. Used by one thread at a time.
 
-    def __init__(self) -> None:
+    `behind` is where what it has copied leaves memory, if nobody is about to read it."""
+
+    def __init__(self, behind: Behind | None = None) -> None:
+        self.behind = behind
         self._cannot_clone: set[tuple[int, int]] = set()
         self._cannot_copy: set[tuple[int, int]] = set()
         self._buffer: memoryview | None = None
@@ -281,7 +285,9 @@ class Copier:
 
         if length:
             self._through(fd, host, length, read_file, [])
-        if whole >= WRITEBACK:
+        if self.behind is not None:
+            self.behind.wrote(fd, begin, whole)
+        elif whole >= WRITEBACK:
             sysio.start_writeback(fd, begin, whole)
 
     def _zero(self, fd: int, host: int, length: int) -> None:

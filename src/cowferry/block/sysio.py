@@ -10,6 +10,7 @@ All take the descriptor first, offsets and lengths in bytes, and raise `OSError`
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -127,19 +128,32 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
     _sync_file_range(fd, offset, length, 2)  # SYNC_FILE_RANGE_WRITE; only a hint: no error matters
 
 
-def write_out(fd: int, offset: int, length: int) -> None:
-    """Wait until the dirty pages of a range are written. Promises nothing.
+def another(fd: int) -> int:
+    """A second descriptor of the same file, opened anew; -1 if there is no way to it.
 
-    By a descriptor of its own: to wait is to hear of a write that has failed, and what one
-    descriptor has heard its next fdatasync does not tell."""
+    Whoever waits for dirty pages hears of a write that has failed, and what one descriptor has
+    heard its next fdatasync does not tell: so waiting is done by another."""
     try:
-        own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return
-    try:
+        return -1
+
+
+def write_out(fd: int, offset: int, length: int) -> None:
+    """Wait until the dirty pages of a range are written. Promises nothing."""
+    own = another(fd)
+    if own >= 0:
         _sync_file_range(own, offset, length, 7)  # WAIT_BEFORE, WRITE, WAIT_AFTER
-    finally:
         os.close(own)
+
+
+def let_go(own: int, offset: int, length: int) -> None:
+    """Wait until a range is written, and have it leave the page cache. Promises nothing.
+
+    `own` is `another` descriptor than the one that is flushed."""
+    _sync_file_range(own, offset, length, 7)
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(own, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def rename(source: str, target: str) -> None:

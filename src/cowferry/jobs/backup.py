@@ -32,6 +32,7 @@ from functools import partial
 from typing import Any
 
 from cowferry.block import sysio
+from cowferry.block.behind import LEAST, Behind
 from cowferry.block.bitmap import Bitmap, finest
 from cowferry.block.compress import Compressed
 from cowferry.block.copy import Copier, Kind, Span, spans
@@ -49,7 +50,6 @@ MAX_CLONE = 64 << 20  # shared between files at once
 STEP = 0.02  # seconds a chunk should take: a guest's write to it waits for as long
 IDLE = 0.25  # seconds between looks while there is nothing to do
 CROWDED = 256 << 20  # bytes in the scratch file: moving those on comes first
-WRITEBACK = 1 << 20  # runs of this size are handed to the disk at once
 BITMAP_MODES = ("on-success", "never", "always")
 CBW_POLICIES = ("break-guest-write", "break-snapshot")
 
@@ -122,7 +122,8 @@ class Backup(Job):
         self.missing = Bitmap("", disk.size, UNIT)  # what the target does not have, of all that
         self.since: Bitmap | None = None  # what was written since T0, for the bitmap
         self.spill = Spill(scratch, scratch_limit)
-        self.copier = Copier()
+        self.behind = Behind()
+        self.copier = Copier(self.behind)
         self.clones: bool | None = None  # whether the two files can share bytes; None: not known
         self.chunk = MIN_CHUNK
         self.cursor = 0
@@ -199,7 +200,8 @@ class Backup(Job):
             if found is None:
                 if self.everything or self.enough:
                     break
-                yield Progress(idle=IDLE)
+                saved = self.disk.size - self.pending.inside()
+                yield Progress(done=saved - self.offset, idle=IDLE)
                 continue
             offset, length = found
             if self.clones is not False:
@@ -209,6 +211,7 @@ class Backup(Job):
                 if copied is not None:
                     copied = yield from self.attempt("write", self.store)
             self._done_with(offset, length)
+            self.behind.catch_up()
             self._adapt(time.monotonic() - begin, length)
             yield Progress(done=length, moved=copied or 0)
         if self.lasting:
@@ -328,10 +331,10 @@ class Backup(Job):
                 root.zero(offset, length, unmap=True)
             else:
                 root.pwrite(data, offset)
-                if length >= WRITEBACK:
+                if length >= LEAST:
                     for e in root.extents(offset, length):
                         if e.fd >= 0:
-                            sysio.start_writeback(e.fd, e.host, e.length)
+                            self.behind.wrote(e.fd, e.host, e.length)
         self.missing.clear(offset, length)
 
     def _share(self, offset: int, length: int) -> int:
@@ -532,6 +535,7 @@ class Backup(Job):
                     self._keep()
         finally:
             self.spill.close()
+            self.behind.close()
             if self._released is not None:
                 self._released(not self._ended)
 
