@@ -275,7 +275,7 @@ def test_absurd_headers_end_with_one_line_and_little_memory(tmp_path: Path) -> N
         "from cowferry.drivers import opening\n"
         "from cowferry.errors import CowferryError\n"
         "for path in sys.argv[1:]:\n"
-        "    begin = time.monotonic()\n"
+        "    begin = time.process_time()\n"
         "    try:\n"
         "        node = opening.open_image(path, read_only=True, backing=False)\n"
         "        buf = memoryview(bytearray(min(node.size, 1 << 16)))\n"
@@ -285,7 +285,7 @@ def test_absurd_headers_end_with_one_line_and_little_memory(tmp_path: Path) -> N
         "        node.close()\n"
         "    except CowferryError as error:\n"
         "        assert chr(10) not in error.desc and len(error.desc) < 400, error.desc\n"
-        "    assert time.process_time() < 60 and time.monotonic() - begin < 2, path\n"
+        "    assert time.process_time() - begin < 2, path\n"
     )
 
     def limit() -> None:

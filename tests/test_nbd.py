@@ -9,8 +9,9 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -24,6 +25,7 @@ from cowferry.wire import nbd
 
 SIZE = 4 << 20
 BOTH = ("base:allocation", "qemu:allocation-depth")
+Made = TypeVar("Made")
 
 
 @contextmanager
@@ -207,7 +209,7 @@ def test_cut_off_at_every_byte_and_garbage_leave_nothing_behind(tmp_path: Path) 
         + bytes(16)
         + request(nbd.READ, 0, 16)
     )
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_now()
     threads = set(threading.enumerate())
     with serving(tmp_path) as (server, _):
         for cut in range(len(talk)):
@@ -223,12 +225,29 @@ def test_cut_off_at_every_byte_and_garbage_leave_nothing_behind(tmp_path: Path) 
         server.stop()
         assert not server.connections and not server.threads
     assert not set(threading.enumerate()) - threads
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_now() - before
+
+
+def open_now() -> set[tuple[str, str]]:
+    """Every descriptor of this process, and what it is of."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that the listing was read from
+            found.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+    return found
+
+
+def in_time(connect: Callable[[], Made]) -> Made:
+    """A handshake within a short deadline, on a machine that may stop for a moment."""
+    for _ in range(50):
+        with suppress(OSError, EOFError, CowferryError):
+            return connect()
+    raise AssertionError("nobody gets in")
 
 
 def test_handshake_deadline_covers_all_of_a_slow_handshake(tmp_path: Path) -> None:
     with serving(tmp_path, handshake=0.3):
-        slow = greet(tmp_path)
+        slow = in_time(lambda: greet(tmp_path))
         for _ in range(10_000_000):  # each option in time, and yet no end
             try:
                 slow.sendall(option(nbd.OPT_LIST))
@@ -237,7 +256,7 @@ def test_handshake_deadline_covers_all_of_a_slow_handshake(tmp_path: Path) -> No
                 break
         else:
             pytest.fail("ten million options and the deadline never came")
-        with NbdClient(uri(tmp_path)) as client:
+        with in_time(lambda: NbdClient(uri(tmp_path))) as client:
             silent = dial(tmp_path)
             receive(silent, 18)
             assert is_closed(silent)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -24,6 +26,7 @@ from chains import contents, differs, make_base, overlay
 from cowferry.cli.client import Client
 from cowferry.daemon import Daemon
 from cowferry.errors import CowferryError, DeviceInUse
+from cowferry.operations import quiesce
 from cowferry.wire import qga
 from daemons import PATIENCE, a_daemon, program
 
@@ -68,6 +71,10 @@ class Agent:
         self.listener.listen()
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
+
+    def never_answers(self, command: str) -> None:
+        """The daemon's deadline passes when it waits for that."""
+        Deadline.never.add(f"guest agent '{self.path}' did not answer {command}")
 
     def _serve(self) -> None:
         """One client at a time, as QEMU's socket does."""
@@ -138,6 +145,19 @@ class Agent:
         self.thread.join(PATIENCE)
 
 
+class Deadline(quiesce.Until):
+    """It has passed as soon as somebody waits for what never comes, and not before: how quick this
+    machine is does not matter."""
+
+    never: ClassVar[set[str]] = set()  # what is missing, in the words of the error; once each
+
+    def wait(self, missing: str, hint: str) -> float:
+        if missing in self.never:
+            self.never.remove(missing)
+            self.moment = time.monotonic()
+        return super().wait(missing, hint)
+
+
 class World:
     """A daemon with two disks, `vm` and `data`, a folder, and agents."""
 
@@ -197,9 +217,11 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     folder = tmp_path / "w"
     folder.mkdir()
+    Deadline.never.clear()
+    monkeypatch.setattr(quiesce, "Until", Deadline)
     with ThreadPoolExecutor() as pool, a_daemon(tmp_path / "qmp.sock") as daemon:
         made = World(daemon, folder, pool)
         try:
@@ -350,9 +372,10 @@ def test_S4_an_agent_that_misbehaves_changes_nothing_and_is_thawed(world: World,
     command, said, text, frozen = ODDITIES[what]
     agent, sound = world.agent(), world.agent("sound")
     agent.odd[command] = says(said)
-    waits = "within" in text or what == "never syncs"
+    if "within" in text or what == "never syncs":
+        agent.never_answers(command)
     with refused() as error:
-        world.snapshot(sound, agent, timeout=0.5 if waits else PATIENCE)
+        world.snapshot(sound, agent)
     assert text in error[0].desc and f"guest agent '{agent.path}'" in error[0].desc
     assert "no disk was switched" in error[0].hint
     for a in (agent, sound):
@@ -461,9 +484,11 @@ def test_a_thaw_that_is_not_answered_in_time_is_waited_for_on_the_line(world: Wo
     agent = world.agent()
     agent.odd[qga.FREEZE] = says(HANGS)
     agent.odd[qga.THAW] = says(HANGS)
+    agent.never_answers(qga.FREEZE)
+    agent.never_answers(qga.THAW)
     with refused() as error:
-        world.snapshot(agent, timeout=0.2)
-    assert "did not answer guest-fsfreeze-freeze within 0.2 s" in error[0].desc
+        world.snapshot(agent)
+    assert f"did not answer guest-fsfreeze-freeze within {PATIENCE:g} s" in error[0].desc
     assert "guest-fsfreeze-thaw was sent, but" in error[0].hint
     assert "if the guest hangs" in error[0].hint
     assert agent.line is not None and not agent.gone
@@ -534,7 +559,9 @@ def test_D2_a_busy_daemon_does_not_keep_a_guest_frozen(world: World) -> None:
         agent.wait(qga.THAW)
     with refused() as error:
         pending.result(PATIENCE)
-    assert "busy" in error[0].desc and "is thawed" in error[0].hint
+    # Its turn may still come, a moment after the thaw: too late all the same.
+    assert re.search("kept the daemon busy|could not be switched", error[0].desc)
+    assert "is thawed" in error[0].hint
     world.check_untouched()
 
 
