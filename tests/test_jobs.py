@@ -217,6 +217,7 @@ def test_pause_resume_and_cancel_while_paused() -> None:
     bench.until("paused", 2)
     job.cancel()
     bench.until("null")
+    assert not job.query_block()["paused"]
     assert job.cleaned == 1 and not job.prepared
 
 

@@ -217,6 +217,8 @@ class Job(Ending):
         with self.changed:
             allow(self.id, self.status, "cancel")
             self.cancelling = True
+            self.user_paused = False  # and whatever error it was stopped for, it ends otherwise
+            self.io_status = "ok"
             self.changed.notify_all()
         TIMER.after(GRACE, self._give_up)
 
