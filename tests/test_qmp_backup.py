@@ -338,6 +338,7 @@ def a_pull_backup_step_by_step(talk: Talk, scene: Scene) -> None:
         write(scene, client, MIB, 512)
         talk("block-export-add", type="nbd", id="x", node_name="f", bitmaps=["b0"])
         write(scene, client, 1200 * KIB, 100 * KIB)
+        talk.poll(lambda: talk.job("j")["offset"] == 9 * 64 * KIB, "what was saved")
         ask(talk, "gone too early", "blockdev-del", node_name="f")
         copied = scene.folder / "copied"
         subprocess.run(["nbdcopy", uri, str(copied)], check=True, timeout=60)
