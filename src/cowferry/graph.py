@@ -299,8 +299,9 @@ class Graph:
     def _disk(self, root: Node, name: str, copy_on_read: bool = False) -> Disk:
         """A new disk, which keeps to the limits of a throttle node from the beginning."""
         disk = Disk(root, name, copy_on_read)
-        if root.throttle_group:
-            disk.limit(self.groups[root.throttle_group])
+        limited = [self.groups[n.throttle_group] for n in filters(root) if n.throttle_group]
+        if limited:
+            disk.limit(*limited)
         return disk
 
     def remove_disk(self, name: str) -> None:
@@ -370,7 +371,7 @@ class Graph:
 
     def stranger(self, node: Node, ours: list[Node]) -> Node | None:
         """A node that lies over `node` and is none of ours, nor what a filter of ours is over."""
-        ours = [*ours, *(n.file for n in ours if n.filter and n.file is not None)]
+        ours = [*ours, *(f.file for n in ours for f in filters(n) if f.file is not None)]
         with self.lock:
             for other in self.nodes.values():
                 if other not in ours and any(child is node for _, child in children(other)):
@@ -618,6 +619,13 @@ def children(node: Node) -> list[tuple[str, Node]]:
     if node.backing is not None:
         out.append(("backing", node.backing))
     return out
+
+
+def filters(node: Node | None) -> Iterator[Node]:
+    """The filters that a node consists of, from the topmost on; none, if it is another node."""
+    while node is not None and node.filter:
+        yield node
+        node = node.file
 
 
 def _parts(node: Node) -> Iterator[Node]:

@@ -83,8 +83,10 @@ class Disk:
         self.rank = 0  # one more than that of the disk whose tap writes this one: see `in_order`
         # What a request passes before it enters the gate, in this order: none, on most disks.
         self.turnstiles: tuple[Turnstile, ...] = ()
-        self.limits: Member | None = None  # the first of them. Set by `limit`
-        self._brake: Brake | None = None  # the second. Set by `brake`
+        # Its places in groups of limits, the first of them: one that `limit` sets, and those of
+        # the throttle nodes below the topmost one. Changed by `limit`.
+        self.members: tuple[Member, ...] = ()
+        self._brake: Brake | None = None  # the last of them. Set by `brake`
         self._turning = threading.Lock()  # guards the three above
         self.copy_on_read = copy_on_read and not root.read_only
         self.leases.reset(root.granule, self._holds())
@@ -100,19 +102,27 @@ class Disk:
         """Whether writes are refused with EPERM."""
         return self.root.read_only
 
-    def limit(self, group: Group | None) -> None:
+    @property
+    def limits(self) -> Member | None:
+        """Its place in the group whose limits are its own; there may be others beside."""
+        return self.members[0] if self.members else None
+
+    def limit(self, group: Group | None, *others: Group) -> None:
         """Its guests' requests keep to a group's limits from now on, or to none.
 
-        The limits are the disk's: they stay, whatever its root is."""
+        `others`: with that, to the limits of these, too. Left out, they stay, but with None. The
+        limits are the disk's: they stay, whatever its root is."""
         with self._turning:
-            old = self.limits
-            if old is None or group is None:
-                self.limits = None if group is None else Member(group)
+            old = self.members
+            if group is None or not old:
+                groups = (group, *others) if group is not None else ()
+                self.members = tuple(Member(g) for g in groups)
                 self._turn()
-        if old is not None and group is None:
-            old.leave()
-        elif old is not None and group is not None:
-            old.move(group)
+        if group is None:
+            for member in old:
+                member.leave()
+        elif old:
+            old[0].move(group)
 
     @property
     def brake(self) -> Brake | None:
@@ -126,7 +136,7 @@ class Disk:
             self._turn()
 
     def _turn(self) -> None:
-        self.turnstiles = tuple(t for t in (self.limits, self._brake) if t is not None)
+        self.turnstiles = tuple(t for t in (*self.members, self._brake) if t is not None)
 
     def wait(self, direction: int, length: int, unless: Callable[[], bool] | None = None) -> None:
         """Pass the turnstiles with a request of so many bytes. For a thread that may sleep.
@@ -152,9 +162,9 @@ class Disk:
         """It is about to be closed: whoever waits for his turn is not to come any more, and nobody
         is in it when this returns. The number of a closed file may be another file's."""
         with self._turning:
-            limits, self.limits, self.turnstiles = self.limits, None, ()
-        if limits is not None:
-            limits.leave(go=False)
+            members, self.members, self.turnstiles = self.members, (), ()
+        for member in members:
+            member.leave(go=False)
         with self.exclusive():
             self.retired = True
 

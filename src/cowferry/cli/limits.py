@@ -116,9 +116,8 @@ def limit_command(
     return 0
 
 
-def in_words(entry: dict[str, Any]) -> list[str]:
-    """A disk's limits on one line, and with whom it shares them below."""
-    limits: dict[str, int] = entry["limits"]
+def numbers_in_words(limits: dict[str, int]) -> str:
+    """What is limited, and to how much."""
     parts = []
     for name, unit in (
         ("bps", "/s"), ("bps_rd", "/s read"), ("bps_wr", "/s written"),
@@ -131,11 +130,20 @@ def in_words(entry: dict[str, Any]) -> list[str]:
                 parts[-1] += f" ({rate(name, limits[name + '_max'])}/s for {seconds} s)"
     if "iops_size" in limits:
         parts.append(f"a request is {human(limits['iops_size'])}")
-    lines = [f"{entry['device']}: {', '.join(parts) or 'no limits'}"]
+    return ", ".join(parts) or "no limits"
+
+
+def in_words(entry: dict[str, Any]) -> list[str]:
+    """A disk's limits on one line, and with whom it shares them below."""
+    lines = [f"{entry['device']}: {numbers_in_words(entry['limits'])}"]
     if entry.get("with"):
         lines.append(f"    shared with {', '.join(entry['with'])} (group {entry['group']})")
     elif entry.get("group", entry["device"]) != entry["device"]:
         lines.append(f"    group {entry['group']}")
+    lines += [
+        f"    and {numbers_in_words(other['limits'])} (group {other['group']})"
+        for other in entry.get("also", ())
+    ]
     if entry["waiting"]:
         lines.append(f"    {entry['waiting']} requests wait")
     return lines

@@ -97,7 +97,14 @@ def object_add(daemon: Daemon, args: ObjectAdd) -> None:
         return
     if users(daemon, ident):
         raise CowferryError("A group with this name already exists", "a disk's limits made it")
-    limits = given.pop("limits", {}) | {k.removeprefix("x-"): v for k, v in given.items()}
+    limits = given.pop("limits", {})
+    older = {k.removeprefix("x-"): v for k, v in given.items()}
+    twice = next((name for name in older if limits.get(name, older[name]) != older[name]), None)
+    if twice is not None:
+        raise CowferryError(
+            f"Parameters 'limits.{twice}' and 'x-{twice}' differ", "give one of them"
+        )
+    limits |= older
     groups[ident] = Group(ident, Limits.of(in_our_names(limits)), owned=True)
 
 

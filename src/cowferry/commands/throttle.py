@@ -115,7 +115,9 @@ class QueryLimits(Args):
 
 @command("x-query-limits")
 def query_limits(daemon: Daemon, args: QueryLimits) -> list[dict[str, Any]]:
-    """The limits of a disk, or of each that has some: {device, group, with, waiting, limits}."""
+    """The limits of a disk, or of each that has some: {device, group, with, waiting, limits}.
+
+    `also`: {group, limits} of each further group, if it lies over several throttle nodes."""
     if args.device is not None:
         return [entry(daemon, daemon.graph.disk(args.device))]
     return [entry(daemon, d) for d in daemon.graph.all_disks() if d.limits is not None]
@@ -128,8 +130,12 @@ def entry(daemon: Daemon, disk: Disk) -> dict[str, Any]:
     if member is not None:
         graph = daemon.graph
         others = [called(graph, d) for d in sharing(graph, member.group) if d is not disk]
-        out |= {"group": member.group.name, "with": others, "waiting": member.waiting}
+        out |= {"group": member.group.name, "with": others}
+        out["waiting"] = sum(m.waiting for m in disk.members)
         out["limits"] = shown(member.group.limits)
+        if len(disk.members) > 1:
+            groups = [m.group for m in disk.members[1:]]
+            out["also"] = [{"group": g.name, "limits": shown(g.limits)} for g in groups]
     return out
 
 
@@ -150,7 +156,7 @@ def shown(limits: Limits) -> dict[str, int]:
 
 def sharing(graph: Graph, group: Group) -> list[Disk]:
     """The disks that keep to a group's limits."""
-    return [d for d in graph.all_disks() if d.limits is not None and d.limits.group is group]
+    return [d for d in graph.all_disks() if any(m.group is group for m in d.members)]
 
 
 def users(daemon: Daemon, name: str) -> list[str]:
@@ -181,10 +187,11 @@ def put(daemon: Daemon, disk: Disk, limits: Limits, name: str | None) -> None:
         raise CowferryError("Parameter 'group' expects a name")
     name = name or (present.name if present is not None else disk.name)
     if present is not None and (not limits or name != present.name):
-        held = [n for n in graph.every_node() if n.throttle_group == present.name]
-        if any(disk in graph.disks_above(n) for n in held):
+        named = [n for n in graph.every_node() if n.throttle_group == present.name]
+        held = next((n for n in named if disk in graph.disks_above(n)), None)
+        if held is not None:
             raise CowferryError(
-                f"The limits of '{disk.name}' come from throttle node '{held[0].name}'",
+                f"The limits of '{called(graph, disk)}' come from throttle node '{held.name}'",
                 f"change those of its group: qom-set {present.name}; or give the node another "
                 "group: blockdev-reopen",
             )

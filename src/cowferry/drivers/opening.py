@@ -316,7 +316,8 @@ def _open(
         else:
             raise CowferryError(f"Invalid parameter type for '{key}', expected: object or string")
     for key, child in children.items():
-        _check_limits(child, name, key)
+        if not cls.filter:  # several limits of one disk are as good as one
+            _check_limits(child, name, key)
         if child.backing_spec is not None and not cls.filter:
             raise ImageError(
                 f"'{child.filename}' has a backing file; no '{key}' of a '{name}' node may",

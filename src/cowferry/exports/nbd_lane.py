@@ -88,6 +88,7 @@ class Connection:
         self.held = 0  # their weight in bytes; guarded by `idle`
         self.idle = threading.Condition()
         self.closed = False
+        self.goodbye = False  # the client has taken leave: what it asked for is still done
         self.out = bytearray(COALESCE + INLINE + 64)
         self.out_view = memoryview(self.out)
         self.filled = 0  # bytes of `out` waiting to be sent; the reader's alone
@@ -102,9 +103,11 @@ class Connection:
             if not self.closed:
                 log.info("nbd connection to '%s' ended: %s", self.disk.name, error)
         finally:
-            self._dismiss(go=False)
-            with self.idle:
-                self.idle.wait_for(lambda: not self.pending)
+            over = False
+            while not over:  # what was on its way to the next turnstile just now waits there
+                self._dismiss(go=self.goodbye)
+                with self.idle:
+                    over = self.idle.wait_for(lambda: not self.pending, LOOK)
 
     def hang_up(self) -> None:
         """Send the client away. What waits for its turn is dropped, what is in work finishes."""
@@ -179,7 +182,7 @@ class Connection:
                     data.release()
                 elif kind == nbd.DISC:
                     self._flush_out()
-                    self._dismiss(go=True)
+                    self.goodbye = True
                     return
                 else:
                     taken += head

@@ -45,7 +45,7 @@ def check_unlimited(node: Node, what: str) -> None:
         raise CowferryError(
             f"Filters cannot be used as {what}",
             f"'{node.name}' limits the guests of a disk over it, and backups into it; the disk "
-            "keeps its own limits wherever it moves: name the node below",
+            "keeps its own limits wherever it moves: open the image without the filter",
         )
 
 

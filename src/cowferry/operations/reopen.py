@@ -123,8 +123,9 @@ def _throttle_group(
     def put(name: str, before: str) -> None:
         node.throttle_group = name
         for disk in graph.disks_above(node):
-            if disk.limits is not None and disk.limits.group is graph.groups[before]:
-                disk.limit(graph.groups[name])
+            member = next((m for m in disk.members if m.group is graph.groups[before]), None)
+            if member is not None:
+                member.move(graph.groups[name])
 
     return [(lambda: put(wanted, old), lambda: put(old, wanted))]
 
