@@ -27,9 +27,10 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from cowferry.block import sysio
 from cowferry.block.behind import LEAST, Behind
@@ -44,14 +45,55 @@ from cowferry.block.throttle import WRITE
 from cowferry.jobs.job import Job, Progress, blame, check_speed
 from cowferry.jobs.states import Status
 
+T = TypeVar("T")
+
 MIN_CHUNK = 1 << 20
 MAX_CHUNK = 2 << 20  # read into memory at once: more does not stay in the cache
 MAX_CLONE = 64 << 20  # shared between files at once
 STEP = 0.02  # seconds a chunk should take: a guest's write to it waits for as long
+ASIDE = 512 << 10  # bytes; for less it is not worth to wake another thread
 IDLE = 0.25  # seconds between looks while there is nothing to do
 CROWDED = 256 << 20  # bytes in the scratch file: moving those on comes first
 BITMAP_MODES = ("on-success", "never", "always")
 CBW_POLICIES = ("break-guest-write", "break-snapshot")
+
+
+class Hand:
+    """What was read of a range of `length` bytes, and is not written yet: whose the old bytes are.
+
+    `parts` are (offset, bytes), None for a unit of zeroes; they lie in `used` bytes of `buffer`."""
+
+    def __init__(self, length: int, buffer: memoryview) -> None:
+        self.length = length
+        self.buffer = buffer
+        self.used = 0
+        self.parts: list[tuple[int, memoryview | None]] = []
+
+
+class _Begun(Generic[T]):
+    """A call that is made once ahead of time, by another thread if there is one.
+
+    Called, it gives what that gave or raises what that raised; called again, it is made anew."""
+
+    def __init__(self, call: Callable[[], T], pool: ThreadPoolExecutor | None = None) -> None:
+        self._call = call
+        self._first: Future[T] | None = Future()
+        if pool is not None:
+            self._first = pool.submit(call)
+            return
+        try:
+            self._first.set_result(call())
+        except OSError as error:
+            self._first.set_exception(error)
+
+    def wait(self) -> None:
+        """Until it is under way no more."""
+        if self._first is not None:
+            wait([self._first])
+
+    def __call__(self) -> T:
+        first, self._first = self._first, None
+        return first.result() if first is not None else self._call()
 
 
 class Lost(Node):
@@ -129,9 +171,9 @@ class Backup(Job):
         self.cursor = 0
         self.enough = False  # of a backup that has no end of its own: it is to end well
         self.broke: OSError | None = None  # why the point in time is lost
-        self._buffer = memoryview(bytearray(0))  # what `_hand` lies in, used again and again
+        self._spare: list[memoryview] = []  # buffers of hands that are empty
+        self._writer: ThreadPoolExecutor | None = None
         self._saving = Gate()  # a unit is saved by one of those who overwrite parts of it
-        self._hand: list[tuple[int, memoryview | None]] = []  # read, not written; None: zeroes
         self._attached = False
         self._ended = False  # well
         self._released = released
@@ -192,28 +234,28 @@ class Backup(Job):
         if not self._attached:
             with self.disk.exclusive():
                 self.attach()
+        hand: Hand | None = None  # the next range, read and not written
         while True:
             if self.broke is not None and not self.enough:
                 raise self.broke
             begin = time.monotonic()
             found = self._next() if self.everything else None
-            if found is None:
+            if found is None and hand is None:
                 if self.everything or self.enough:
                     break
                 saved = self.disk.size - self.pending.inside()
                 yield Progress(done=saved - self.offset, idle=IDLE)
                 continue
-            offset, length = found
-            if self.clones is not False:
-                copied = yield from self.attempt("write", partial(self._share, offset, length))
+            if found is not None and self.clones is not False:
+                moved = yield from self.attempt("write", partial(self._share, *found))
+                self._done_with(*found)
+                self.behind.catch_up()
+                done = found[1]
             else:
-                copied = yield from self.attempt("read", partial(self.load, offset, length))
-                if copied is not None:
-                    copied = yield from self.attempt("write", self.store)
-            self._done_with(offset, length)
-            self.behind.catch_up()
-            self._adapt(time.monotonic() - begin, length)
-            yield Progress(done=length, moved=copied or 0)
+                hand, done, moved = yield from self._exchange(hand, found)
+            if done:
+                self._adapt(time.monotonic() - begin, done)
+                yield Progress(done=done, moved=moved or 0)
         if self.lasting:
             yield from self.attempt("write", self._flush)
 
@@ -251,19 +293,51 @@ class Backup(Job):
         elif took > STEP * 2:
             self.chunk = max(self.chunk // 2, MIN_CHUNK)
 
+    def _exchange(
+        self, full: Hand | None, found: tuple[int, int] | None
+    ) -> Generator[Progress, None, tuple[Hand | None, int, int | None]]:
+        """Write what is in hand while the next range is read into the other.
+
+        That other, the bytes that are done with, and how many of them were moved. Nothing is
+        under way whenever this yields."""
+        done, moved = 0, None
+        writing = reading = None
+        if full is not None:
+            aside = found is not None and full.used >= ASIDE
+            writing = _Begun(partial(self.store, full), self._aside() if aside else None)
+        if found is not None:
+            reading = _Begun(partial(self.load, *found))
+        if writing is not None and full is not None:
+            writing.wait()
+            moved = yield from self.attempt("write", writing)
+            done = full.length
+            self._spare.append(full.buffer)
+        hand = None
+        if reading is not None and found is not None:
+            hand = yield from self.attempt("read", reading)
+            if hand is None:  # its error is ignored, and it stays missing
+                self._done_with(*found)
+                done += found[1]
+        return hand, done, moved
+
+    def _aside(self) -> ThreadPoolExecutor:
+        """The thread that writes while the job's own reads."""
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix=f"backup {self.id[:32]}")
+        return self._writer
+
     def _done_with(self, offset: int, length: int) -> None:
-        """The target has the range; or an error was ignored, and it stays missing."""
-        self._hand = []
+        """The target has the range; or it never will."""
         self.todo.clear(offset, length)
         self.pending.clear(offset, length)
         self.spill.drop(offset, length)
 
-    def load(self, offset: int, length: int) -> int:
+    def load(self, offset: int, length: int) -> Hand:
         """Have the old bytes of the range in hand: from then on a guest may overwrite them."""
-        hand: list[tuple[int, memoryview | None]] = []
-        used = 0  # bytes of the buffer
-        if len(self._buffer) < length:
-            self._buffer = memoryview(bytearray(length))
+        buffer = self._spare.pop() if self._spare else memoryview(bytearray(length))
+        if len(buffer) < length:
+            buffer = memoryview(bytearray(length))
+        hand = Hand(length, buffer)
         with self.disk.shared(offset, length):
             for at, n in self._left(offset, length):
                 whole = at % self.unit == 0 and (n % self.unit == 0 or at + n == self.disk.size)
@@ -273,38 +347,35 @@ class Backup(Job):
                     if span.kind is Kind.KEEP and not saved:
                         self.missing.clear(span.offset, span.length)
                     elif span.kind is Kind.ZERO and not saved:
-                        hand += [
+                        hand.parts += [
                             (unit, None)
                             for unit in range(span.offset, span.offset + span.length, UNIT)
                         ]
                     else:
-                        buf = self._buffer[used : used + span.length]
-                        used += span.length
+                        buf = buffer[hand.used : hand.used + span.length]
+                        hand.used += span.length
                         read(self.source, buf, span.offset)
                         self.spill.lay(buf, span.offset)
-                        hand.append((span.offset, buf))
+                        hand.parts.append((span.offset, buf))
             self.pending.clear(offset, length)
             self.todo.clear(offset, length)
         self.disk.leases.drop(offset, offset + length)
-        self._hand = hand
-        return used
+        self.spill.drop(offset, length)
+        return hand
 
     def _left(self, offset: int, length: int) -> list[tuple[int, int]]:
         """The runs of the range that are still to be done. Inside the gate."""
         end = offset + length
         return [(at, min(at + n, end) - at) for at, n in self.todo.runs(offset, length)]
 
-    def store(self) -> int:
-        """Write to the target what is in hand. Raises `OSError`; then it stays in hand."""
-        moved = 0
-        while self._hand:
-            offset, data = self._hand[0]
+    def store(self, hand: Hand) -> int:
+        """Write to the target what is in hand. Raises `OSError`; what is left stays in hand."""
+        moved, parts = 0, hand.parts
+        while parts:
+            offset, data = parts[0]
             count = 1
             if data is None:  # neighbours together
-                while count < len(self._hand) and self._hand[count] == (
-                    offset + count * UNIT,
-                    None,
-                ):
+                while count < len(parts) and parts[count] == (offset + count * UNIT, None):
                     count += 1
                 length = min(count * UNIT, self.disk.size - offset)
             else:
@@ -312,9 +383,19 @@ class Backup(Job):
             # Its own limits, if it has any: as a guest's zeroes, ours are no bytes.
             self.target.wait(WRITE, length if data is not None else 0, lambda: self.cancelling)
             self._put(offset, length, data)
+            if data is not None and length >= LEAST:
+                self._leave_behind(offset, length)
             moved += length if data is not None else 0
-            del self._hand[:count]
+            del parts[:count]
+        self.behind.catch_up()
         return moved
+
+    def _leave_behind(self, offset: int, length: int) -> None:
+        """What was written there leaves memory."""
+        with self.target.shared(offset, length):
+            for e in self.target.root.extents(offset, length):
+                if e.fd >= 0:
+                    self.behind.wrote(e.fd, e.host, e.length)
 
     def _put(self, offset: int, length: int, data: memoryview | None) -> None:
         """Old bytes (None: zeroes) reach the target."""
@@ -331,10 +412,6 @@ class Backup(Job):
                 root.zero(offset, length, unmap=True)
             else:
                 root.pwrite(data, offset)
-                if length >= LEAST:
-                    for e in root.extents(offset, length):
-                        if e.fd >= 0:
-                            self.behind.wrote(e.fd, e.host, e.length)
         self.missing.clear(offset, length)
 
     def _share(self, offset: int, length: int) -> int:
@@ -534,6 +611,8 @@ class Backup(Job):
                 if self.bitmap_mode == "always":
                     self._keep()
         finally:
+            if self._writer is not None:
+                self._writer.shutdown()
             self.spill.close()
             self.behind.close()
             if self._released is not None:

@@ -32,7 +32,7 @@ import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from cowferry.block import moves
 from cowferry.block.disk import Disk, in_order
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from cowferry.jobs.group import Group
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 SCRATCH = 1 << 20  # bytes read at once to see whose error it was
@@ -159,8 +160,8 @@ class Job(Ending):
         return self.on_error
 
     def attempt(
-        self, operation: str, work: Callable[[], int | None]
-    ) -> Generator[Progress, None, int | None]:
+        self, operation: str, work: Callable[[], T | None]
+    ) -> Generator[Progress, None, T | None]:
         """Do `work`, as the error policy says. None: the error was ignored and noted, or `work`
         says None itself.
 
