@@ -254,6 +254,32 @@ def test_a_disk_that_grows_is_small_or_large_and_never_loses_what_was_flushed(
     Judge(world).each(10)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cluster_size": "512"},  # the L1 table has to grow, too
+        {"cluster_size": "4k", "compat": "0.10"},  # no zero clusters
+        {"cluster_size": "16k", "extended_l2": "on"},
+    ],
+    ids=["small clusters", "version 2", "subclusters"],
+)
+def test_a_disk_that_grows_never_shows_what_its_longer_base_has_there(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    """What hides it is durable before the new size is."""
+    world = World(tmp_path)
+    make_base(world.here, SIZE)
+    world.open("vm", overlay(world.here, "vm.qcow2", "base.raw", "raw", SIZE - 99_840, **options))
+    with world:
+        for size in (SIZE - 97_280, SIZE - 20_992, SIZE + 9_728):
+            world.churn(3)
+            world.log.mark(("grow", "vm", size))
+            world.execute("block_resize", device="vm", size=size)
+            world.log.mark(("grown", "vm", size))
+            world.churn(3)
+    Judge(world).each(11, count=30)
+
+
 def test_a_state_folder_made_for_a_record_is_durable_where_it_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

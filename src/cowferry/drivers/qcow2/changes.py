@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from cowferry.drivers.qcow2 import bitmaps
 from cowferry.drivers.qcow2 import header as headers
-from cowferry.drivers.qcow2.refcounts import OFFSET
 from cowferry.errors import CowferryError, NotSupported
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def record_backing(image: Qcow2, filename: str | None, format: str | None) -> No
 
 
 def grow(image: Qcow2, size: int) -> None:
-    """Make the disk larger. The new L1 table is durable before the header names it."""
+    """Make the disk larger. What is new reads as zero, durably, before the header has it."""
     if size < image.size:
         raise NotSupported(
             f"'{image.filename}': a qcow2 image cannot be made smaller",
@@ -57,76 +56,88 @@ def grow(image: Qcow2, size: int) -> None:
         raise CowferryError(f"'{image.filename}': absurd size of {size} bytes")
     if size == image.size:
         return
-    image.flush()
-    old_size = image.size
-    _zero_tail(image, old_size)
     need = -(-size // (image.cluster_size * image.map.per_table))
     if need * 8 > headers.MAX_L1:
         raise CowferryError(
             f"'{image.filename}': {size} bytes need too large an L1 table",
             "use larger clusters (convert -o cluster_size=2M)",
         )
-    # No other flush comes between: it would give back the L1 table that the header still names.
-    h, table_map = image.header, image.map
-    was = (table_map.l1_offset, h.l1_size, h.size)
-    extensions, autoclear = h.extensions, h.autoclear
+    image.flush()
+    with image.flushing:  # whether its bitmaps can grow, before anything is changed
+        fresh = bitmaps.Fresh(image)
+        try:
+            bitmaps.fits(image.header, bitmaps.grown(image, size, fresh)[1])
+        finally:
+            fresh.undo()
+    if need > len(image.map.l1):
+        _enlarge_l1(image, need)
+    _clear(image, size)
+    h = image.header
+    was = h.size, h.extensions, h.autoclear
     with image.flushing:
         fresh = bitmaps.Fresh(image)
         trying = False  # to write the header: if that fails nobody knows which one is on disk
         try:
             stored, grown = bitmaps.grown(image, size, fresh)
-            bitmaps.fits(h, grown)
-            with image.meta:
-                old = _move_l1(image, need) if need > len(table_map.l1) else range(0)
-            image._write_tables()
-            h.l1_offset, h.l1_size, h.size = table_map.l1_offset, len(table_map.l1), size
+            image._write_tables()  # those of the zeroes, too
+            h.size = size
             bitmaps.set_extensions(h, grown)
             trying = True
             image.write_header()
         except BaseException:
-            with image.meta:  # the header names the old table: what changes goes there
-                table_map.l1_offset, h.l1_size, h.size = was
-                h.l1_offset = was[0]
-                del table_map.l1[h.l1_size :]
-                table_map.l1_dirty = set(range(h.l1_size))
-                h.extensions, h.autoclear = extensions, autoclear
+            h.size, h.extensions, h.autoclear = was
             if not trying:
                 fresh.undo()
             raise
         gone = image.bitmap_clusters
         bitmaps.note(image, stored)
-        bitmaps.give_back(image, {*old, *gone - image.bitmap_clusters})
+        bitmaps.give_back(image, gone - image.bitmap_clusters)
     image.size = size
-    below = image.backing.size if image.backing is not None else 0
-    if below > old_size:  # or the backing file's bytes would show in the new room
-        image.zero(old_size, min(below, size) - old_size)
-        image.flush()
 
 
-def _move_l1(image: Qcow2, entries: int) -> range:
-    """A larger L1 table in another place; the header follows. The clusters of the old one.
+def _enlarge_l1(image: Qcow2, entries: int) -> None:
+    """A larger L1 table in another place, durable before the header names it.
 
-    Under `flushing` and `meta`."""
-    bits, table_map = image.header.cluster_bits, image.map
+    No other flush comes between: it would write to the one while the header names the other."""
+    h, table_map, bits = image.header, image.map, image.header.cluster_bits
     clusters = (entries * 8 + image.cluster_size - 1) >> bits
-    old = table_map.l1_offset >> bits
-    old_clusters = -(-image.header.l1_size * 8 // image.cluster_size)
-    table_map.l1_offset = image.refcounts.contiguous(clusters) << bits
-    first = table_map.l1_offset >> bits
-    image.metadata.update(range(first, first + clusters))
-    table_map.l1.extend(array("Q", bytes(8 * (entries - len(table_map.l1)))))
-    table_map.l1_dirty.update(range(entries))
-    image._write(table_map.l1_offset, bytes(clusters << bits))
-    return range(old, old + old_clusters)
+    was = table_map.l1_offset, h.l1_size
+    old = range(was[0] >> bits, (was[0] >> bits) + -(-was[1] * 8 // image.cluster_size))
+    with image.flushing:
+        try:
+            with image.meta:
+                table_map.l1_offset = image.refcounts.contiguous(clusters) << bits
+                first = table_map.l1_offset >> bits
+                image.metadata.update(range(first, first + clusters))
+                table_map.l1.extend(array("Q", bytes(8 * (entries - len(table_map.l1)))))
+                table_map.l1_dirty.update(range(entries))
+                image._write(table_map.l1_offset, bytes(clusters << bits))
+            image._write_tables()
+            h.l1_offset, h.l1_size = table_map.l1_offset, entries
+            image.write_header()
+        except BaseException:
+            with image.meta:  # the header names the old table: what changes goes there
+                table_map.l1_offset, h.l1_size = was
+                h.l1_offset = was[0]
+                del table_map.l1[h.l1_size :]
+                table_map.l1_dirty = set(range(h.l1_size))
+            raise
+        bitmaps.give_back(image, set(old))
 
 
-def _zero_tail(image: Qcow2, size: int) -> None:
-    """What a cluster holds beyond the old end becomes visible: it has to be zero."""
-    cluster, within = divmod(size, image.cluster_size)
-    if not within:
+def _clear(image: Qcow2, size: int) -> None:
+    """What would show beyond the old end is zero once the tables are written: what the last cluster
+    holds there, and the bytes of a longer backing file.
+
+    It is as large meanwhile as it is going to be, but not in its header, and inside a drain. What
+    it shows is the same, so nobody's bitmaps have to know."""
+    old, unkept = image.size, image.unkept
+    below = image.backing.size if image.backing is not None else 0
+    end = min(size, max(below, -(-old // image.cluster_size) * image.cluster_size))
+    if end == old:
         return
-    with image.meta:
-        entry, bitmap = image.map.entry(cluster)
-    if image._in_place(entry, bitmap):
-        at = size if image.external else (entry & OFFSET) + within
-        image.data.pwrite(memoryview(bytes(image.cluster_size - within)), at)
+    image.size, image.unkept = size, False
+    try:
+        image.zero(old, end - old)
+    finally:
+        image.size, image.unkept = old, unkept
