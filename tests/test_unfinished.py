@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from chains import contents, make_base
+from chains import contents, make_base, overlay
 from cowferry.block import moves, unfinished
 from cowferry.daemon import Daemon
 from cowferry.errors import CowferryError, ImageError
@@ -115,6 +115,20 @@ def test_what_is_cancelled_leaves_nothing(world: World) -> None:
     world.told.wait("JOB_STATUS_CHANGE", id="c", status="null")
     assert not world.target.exists() and moves.half_copied(str(world.target)) is None
     assert not world.disk.root.bitmaps and world.disk.root.keeper is None
+
+
+def test_a_copy_that_could_not_be_gone_on_with_says_so(tmp_path: Path) -> None:
+    """The bitmap's token does not fit into the header beside a long name."""
+    make_base(tmp_path, SIZE)
+    small = overlay(tmp_path, "vm.qcow2", "./" * 160 + "base.raw", "raw", SIZE, cluster_size="512")
+    daemon = Daemon()
+    daemon.open_disk("vm", str(small))
+    given = {"device": "vm", "target": str(tmp_path / "copy.raw"), "speed": SLOW}
+    daemon.execute("x-disk-copy", given)
+    (job,) = daemon.execute("query-block-jobs", {})
+    assert "begins anew if it is interrupted: the header's extensions" in job["x-note"]
+    daemon.close()
+    assert not (tmp_path / "copy.raw").exists()
 
 
 def test_half_a_copy_is_not_opened_as_a_disk(world: World) -> None:

@@ -98,6 +98,7 @@ class Mirror(Job):
         backing: Node | None = None,
         unfinished: Unfinished | None = None,
         carry: bool = False,
+        note: str = "",
         move: Callable[[], list[Move]] = list,
         switched: Callable[[], None] | None = None,
         detached: Callable[[], None] | None = None,
@@ -132,7 +133,7 @@ class Mirror(Job):
         self.cursor = 0
         self._left = 0  # dirty bytes when last asked whether we are near
         self.did: list[str] = []  # what was done to converge
-        self.went_on = ""  # in words, if it did
+        self.note = note  # how it began, in words, if that is worth knowing
         self.limited = False  # it is the job's own speed limit that misses the deadline
         self.unfinished = unfinished  # lets the copy go on after a crash
         self._checked = clock()  # when it was told last how far we are
@@ -253,7 +254,7 @@ class Mirror(Job):
         if self.unfinished is not None and self.unfinished.resumed:
             self.dirty.merge(self.unfinished.bitmap)
             there = self.disk.size - self.dirty.count()
-            self.went_on = (
+            self.note = (
                 f"went on with a copy that was not finished: {there / 1e6:.1f} MB of "
                 f"{self.disk.size / 1e6:.1f} MB were there"
             )
@@ -609,7 +610,7 @@ class Mirror(Job):
                 f"{r.copy_rate / 1e6:.0f} MB/s are copied; use copy-mode write-blocking, "
                 "a higher speed, or converge-by"
             )
-        return self.went_on
+        return self.note
 
     # Verbs -----------------------------------------------------------------------------------
 

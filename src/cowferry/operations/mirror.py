@@ -296,8 +296,9 @@ def copy(
             targets.create(target, format, disk.size, root, under, made)
         node = targets.opened(daemon, target, format, under, made, disk.size)
         nodes.append(node)
+        note = ""
         if half is None and resumable:
-            half = _begin(disk, target)
+            half, note = _begin(disk, target)
 
         def abandoned(job: Job) -> None:
             failed = job.status is Status.ABORTING
@@ -316,7 +317,7 @@ def copy(
             daemon, device, disk, node, job_id=job_id,
             base=previous[0] if previous is not None else None,
             layers=tuple(layers), backing=under, group=group, abandoned=abandoned,
-            unfinished=half, carry=True, **more,
+            unfinished=half, note=note, carry=True, **more,
         )  # fmt: skip
     except BaseException:
         for n in reversed(nodes):
@@ -330,12 +331,14 @@ def copy(
         raise
 
 
-def _begin(disk: Disk, target: str) -> Unfinished | None:
-    """Have it kept what the target lacks, where that can be: a crash costs little then."""
+def _begin(disk: Disk, target: str) -> tuple[Unfinished | None, str]:
+    """Have it kept what the target lacks, where that can be: a crash costs little then. Else why
+    not, in words."""
     if disk.root.read_only:
-        return None
+        return None, ""
     try:
-        return unfinished.begin(disk, target)
+        return unfinished.begin(disk, target), ""
     except (OSError, CowferryError) as error:
         log.warning("'%s' begins anew if it is interrupted: %s", target, error)
-        return None
+        why = error.desc if isinstance(error, CowferryError) else error.strerror or str(error)
+        return None, f"begins anew if it is interrupted: {why}"
