@@ -366,6 +366,28 @@ def test_a_disk_is_known_by_the_job_that_runs_on_it(world: World) -> None:
 # Overlays -------------------------------------------------------------------------------------
 
 
+def test_a_root_that_nobody_added_goes_when_the_disk_moves_on(world: World) -> None:
+    """It may be deleted as the added one was, for nobody else could; and it goes by itself."""
+    added = world.add_image("vm.qcow2")
+    disk = world.graph.disk("vm")
+    disk.pwrite(memoryview(b"x" * 512), 0)
+    snap = {"snapshot_file": world.path("snap.qcow2"), "format": "qcow2"}
+    world.execute("blockdev-snapshot-sync", device="vm", **snap)
+    overlay = disk.root
+    world.execute("drive-mirror", device=overlay.name, job_id="m", target=world.path("copy.qcow2"),
+                  sync="full", format="qcow2")  # fmt: skip
+    job = world.ready("m")
+    job.complete()
+    assert job.wait(PATIENCE)
+    moved = disk.root
+    assert moved.filename == world.path("copy.qcow2")
+    there = {n.name for n in world.graph.every_node() if n.file is not None}
+    assert there == {"vm", moved.name}, "the overlay was left open"
+    world.execute("blockdev-del", node_name=moved.name)
+    world.execute("blockdev-del", node_name=added.name)
+    assert not world.graph.every_node()
+
+
 def test_S3_after_a_reopen_the_disk_is_in_the_file_that_it_was_given(world: World) -> None:
     """The next overlay names it, and a record leads to it."""
     disk = world.add_raw("vm")

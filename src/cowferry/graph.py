@@ -50,6 +50,7 @@ class Graph:
         self.disks: dict[str, Disk] = {}  # named by somebody
         self.bare: dict[str, Disk] = {}  # over a node that was added by itself, by node-name
         self.explicit: set[str] = set()  # added by blockdev-add, gone by blockdev-del only
+        self.inherited: set[str] = set()  # of those, roots that took the place of an added one
         self.claims: dict[int, list[Held]] = {}  # by id(node): one, or several that share it
         self.locks: dict[int, str] = {}  # id(disk) -> why an administrator locked it
         self.users: dict[int, list[bool]] = {}  # id(disk) -> of each export, whether it writes
@@ -265,6 +266,7 @@ class Graph:
             gone = [node, *(c for c in _parts(node) if c.name not in self.explicit)]
             for n in gone:
                 self.nodes.pop(n.name, None)
+                self.inherited.discard(n.name)
                 disk = self.bare.pop(n.name, None)
                 if disk is not None:
                     disk.retire()
@@ -394,7 +396,16 @@ class Graph:
             if was:
                 self.bare[node.name] = disk
                 if not self.explicit.isdisjoint(was):
-                    self.explicit.add(node.name)
+                    self._inherit(was, node.name)
+
+    def _inherit(self, was: list[str], name: str) -> None:
+        """One that nobody added was to stay as long as it was the root."""
+        for key in self.inherited.intersection(was):
+            self.inherited.discard(key)
+            self.explicit.discard(key)
+        if name not in self.explicit:
+            self.inherited.add(name)
+            self.explicit.add(name)
 
     def disks_above(self, node: Node) -> list[Disk]:
         """Every disk that reads through `node`: in its chain, or below a node of it."""
