@@ -431,7 +431,7 @@ def small_file_system(where: Path) -> Iterator[str]:
 def test_ctrl_c_even_twice_cancels_the_copy_and_says_what_is_left(scene: Scene) -> None:
     child = subprocess.Popen(
         [sys.executable, "-m", "cowferry", "copy", "vda", str(scene.folder / "c.raw"),
-         "--speed", "1M", "--json", "--pivot"],
+         "--speed", "64k", "--json", "--pivot"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(scene.daemon),
     )  # fmt: skip
@@ -494,7 +494,7 @@ def test_group_cancel_softly_or_not(scene: Scene) -> None:
     out = scene.good("group", "cancel", "copy-group", "--soft")
     assert out.splitlines()[0].endswith("there is a copy of each at one moment")
     assert bytes_of(scene.folder / "b.raw") == scene.oracles["vdb"]
-    slow = ("--speed", "1M", "--async")
+    slow = ("--speed", "64k", "--async")
     out = scene.good("group", "copy", "vda=c.raw", "vdb=d.raw", "--id", "g", *slow)
     assert out == "group g runs: cowferry group list\n"
     status, out, err = scene.run("group", "cancel", "g", "--soft")
@@ -532,7 +532,7 @@ def test_change_is_another_medium_or_the_same_disk_elsewhere(scene: Scene) -> No
     scene.good("create", "-q", "-f", "raw", "other.img", "1M")
     status, _, err = scene.run("change", "vda", "other.img", "--no-notify")
     assert status == 1 and "has 1048576 bytes and 'vda' 4194304" in err
-    scene.good("copy", "vda", "x.raw", "--speed", "1M", "--async")
+    scene.good("copy", "vda", "x.raw", "--speed", "64k", "--async")
     status, _, err = scene.run("change", "vda", "other.img")
     assert status == 1 and "copy-vda" in err
     scene.good("change", "vda", "other.img", "--force")
@@ -568,7 +568,7 @@ def test_add_resize_and_remove(scene: Scene) -> None:
         scene.good("remove", "data", "--force")
     status, _, err = scene.run("tree", "data")
     assert status == 1 and "there are: " in err
-    scene.good("stream", "vda", "--speed", "1M", "--async")
+    scene.good("stream", "vda", "--speed", "64k", "--async")
     status, _, err = scene.run("remove", "vda")
     assert status == 1 and "stream-vda" in err
     scene.good("resize", "--live", "vda", "+1M", "--force")
@@ -605,7 +605,7 @@ def test_current_warns_of_a_commit_that_was_cut_off(tmp_path: Path, scene: Scene
     where = ("-c", str(run / "qmp.sock"))
     with program(run, f"vm={folder / 'disk.qcow2'}") as (child, line):
         line()
-        scene.good("commit", "vm", "--speed", "1M", "--async", *where)
+        scene.good("commit", "vm", "--speed", "64k", "--async", *where)
         with Client(str(run / "qmp.sock")) as client:
             while client.call("query-block-jobs")[0]["offset"] == 0:
                 next(client.wait_events(0.05), None)

@@ -20,7 +20,7 @@ from cowferry.drivers import opening
 from daemons import PATIENCE, Told, a_daemon, chain_of, environment
 
 SIZE = 4 << 20
-SLOW = 1 << 20  # bytes a second
+SLOW = 64 << 10  # bytes a second: a job goes on for as long as we need
 
 
 class Scene(NamedTuple):
@@ -82,7 +82,7 @@ def test_stream_json_tells_progress_and_the_result(scene: Scene) -> None:
 
 
 def test_stream_in_the_background_and_the_verbs_on_its_job(scene: Scene) -> None:
-    status, out, _ = scene.run("stream", "vm", "--async", "--json", "--speed", "1M")
+    status, out, _ = scene.run("stream", "vm", "--async", "--json", "--speed", str(SLOW))
     assert status == 0
     job = json.loads(out)["job"]
     assert scene.run("job", "pause", job)[0] == 0
@@ -90,8 +90,8 @@ def test_stream_in_the_background_and_the_verbs_on_its_job(scene: Scene) -> None
     assert "paused" in scene.run("jobs")[1]
     assert scene.run("job", "pause", job)[::2] == (1, "cowferry: Job is already paused\n")
     assert scene.run("job", "resume", job)[0] == 0
-    assert scene.run("job", "speed", job, "512k")[0] == 0
-    assert [j["speed"] for j in json.loads(scene.run("jobs", "--json")[1])] == [512 << 10]
+    assert scene.run("job", "speed", job, "32k")[0] == 0
+    assert [j["speed"] for j in json.loads(scene.run("jobs", "--json")[1])] == [32 << 10]
     assert scene.run("job", "cancel", job)[0] == 0
     scene.told.wait("BLOCK_JOB_CANCELLED", device=job)
     scene.told.wait("JOB_STATUS_CHANGE", id=job, status="null")
@@ -150,7 +150,7 @@ def test_a_stream_that_somebody_else_cancels_is_a_failure(scene: Scene) -> None:
             job.cancel()
 
     scene.daemon.events.listen(cancel)
-    status, _, err = scene.run("stream", "vm", "--speed", "1M")
+    status, _, err = scene.run("stream", "vm", "--speed", str(SLOW))
     assert status == 1 and "cancelled" in err
 
 
