@@ -214,6 +214,25 @@ def test_several_disks_as_of_one_moment(served: Served) -> None:
     served.clean()
 
 
+def test_two_backups_of_a_disk_at_once_are_each_of_its_own_moment(served: Served) -> None:
+    first = bytes(served.oracles["vm"])
+    served.good("backup", "vm", "slow.bak", "--bitmap", "b0", "--speed", "64k", "--async")
+    served.write(0, b"1")
+    served.good("backup", "vm", "quick.qcow2", "--speed", "1M", "--async")
+    second = bytes(served.oracles["vm"])
+    served.write(BLOCK, b"2")
+    with Client(str(served.folder / "run" / "qmp.sock")) as client:
+        for id in ("backup-vm", "backup-vm2"):
+            client.call("block-job-set-speed", device=id, speed=0)
+    served.clean()
+    assert not differs(reads(served.folder / "slow.bak"), first)
+    assert not differs(reads(served.folder / "quick.qcow2"), second)
+    increment = ("backup", "vm", "inc.qcow2", "--incremental", "--bitmap", "b0")
+    assert "its name does not say its format" in served.bad(*increment, "--base", "slow.bak")
+    served.good(*increment, "--base", "slow.bak", "--base-format", "qcow2")
+    assert not differs(reads(served.folder / "inc.qcow2"), served.oracles["vm"])
+
+
 def test_the_top_alone_lies_over_the_disks_backing_file(served: Served) -> None:
     served.good("snapshot", "vm=vm.1.qcow2")
     served.write(7 * BLOCK, b"7")
@@ -456,10 +475,10 @@ def test_a_backup_goes_to_a_server_and_the_human_monitor_makes_one(
     finally:
         server.terminate()
         server.wait(PATIENCE)
-    served.good("monitor", f"drive_backup -f vm {tmp_path}/m.qcow2 qcow2")
+    served.good("monitor", f"drive_backup -c -f vm {tmp_path}/m.qcow2 qcow2")
     served.clean()
     assert not differs(reads(tmp_path / "m.qcow2"), served.oracles["vm"])
-    assert "Compression is not supported" in served.good("monitor", "drive_backup -c vm x.qcow2")
+    assert "Compression is not supported" in served.good("monitor", "drive_backup -c vm x.raw raw")
 
 
 def test_a_destination_that_fails_for_a_while(served: Served, tmp_path: Path) -> None:

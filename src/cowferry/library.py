@@ -266,6 +266,7 @@ def backup(
     bitmap: str | None = None,
     bitmap_mode: str = "on-success",
     base: Mapping[Disk, str] | str | None = None,
+    base_format: str | None = None,
     format: str | None = None,
     compress: bool = False,
     scratch: str | None = None,
@@ -290,6 +291,7 @@ def backup(
         one = {
             "device": _name(disk), "target": names.absolute(path), "format": format,
             "base": names.absolute(under) if under is not None else None,
+            "base-format": base_format,
         }  # fmt: skip
         wanted.append({k: v for k, v in one.items() if v is not None})
     name = f"library-{next(_numbers)}"

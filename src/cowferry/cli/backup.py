@@ -51,7 +51,11 @@ PULL = "pull"  # what a pull backup is called unless it is given a name
     "--base", "bases", multiple=True, metavar="[DISK=]FILE",
     help="Of an increment: the backup before it.",
 )  # fmt: skip
-@click.option("--format", metavar="FORMAT", help="Of DEST [by its name, else DISK's].")
+@click.option("--base-format", metavar="FORMAT", help="Of --base [by its name].")
+@click.option(
+    "--format", metavar="FORMAT",
+    help="Of DEST [by its name, else DISK's; raw on a device or a server].",
+)  # fmt: skip
 @click.option("--compress", is_flag=True, help="Into compressed clusters; DEST is qcow2.")
 @click.option(
     "--bitmap-mode", type=click.Choice(["on-success", "never", "always"]), default="on-success",
@@ -125,8 +129,8 @@ def backup_command(
 
 def _push(
     client: Client, disks: tuple[str, ...], in_background: bool, as_json: bool, *,
-    incremental: bool, top: bool, bases: tuple[str, ...], format: str | None, id: str | None,
-    **more: Any,
+    incremental: bool, top: bool, bases: tuple[str, ...], base_format: str | None,
+    format: str | None, id: str | None, **more: Any,
 ) -> int:  # fmt: skip
     if incremental and top:
         raise click.UsageError("--incremental and --top exclude each other")
@@ -138,14 +142,17 @@ def _push(
         dest = absolute(dest)
         if os.path.isdir(dest):
             raise CowferryError(f"'{dest}' is a folder", f"name the file: {dest}/{disk}.qcow2")
-        one = {"device": disk, "target": dest, "format": format, "base": before.get(disk)}
+        one = {
+            "device": disk, "target": dest, "format": format, "base": before.get(disk),
+            "base-format": base_format,
+        }  # fmt: skip
         wanted.append({k: v for k, v in one.items() if v is not None})
     work: JobWork | GroupWork
     if len(pairs) > 1:
         work = GroupWork(client, id or free_id(client, "backup-group"))
         title = f"group {work.id}"
     else:
-        work = JobWork(client, id or job_id("backup", pairs[0][0]))
+        work = JobWork(client, id or free_id(client, job_id("backup", pairs[0][0])))
         title = f"backup {pairs[0][0]}"
     if more["scratch"] is not None:
         more["scratch"] = absolute(more["scratch"])
@@ -204,11 +211,11 @@ def _bases(given: tuple[str, ...], disks: list[str]) -> dict[str, str]:
 
 def _pull(
     client: Client, disks: tuple[str, ...], in_background: bool, as_json: bool, *,
-    incremental: bool, top: bool, bases: tuple[str, ...], format: str | None, id: str | None,
-    bitmap: str | None, bitmap_mode: str, scratch: str | None, on_cbw_error: str | None,
-    speed: int, compress: bool, **unused: Any,
+    incremental: bool, top: bool, bases: tuple[str, ...], base_format: str | None,
+    format: str | None, id: str | None, bitmap: str | None, bitmap_mode: str, scratch: str | None,
+    on_cbw_error: str | None, speed: int, compress: bool, **unused: Any,
 ) -> int:  # fmt: skip
-    if incremental or top or bases or format or compress or speed:
+    if incremental or top or bases or base_format or format or compress or speed:
         raise click.UsageError("--pull takes --bitmap, --bitmap-mode, --scratch and --id only")
     if bitmap_mode == "always":
         raise click.UsageError("--bitmap-mode always is for a push: who pulls says how it went")

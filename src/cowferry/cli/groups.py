@@ -165,8 +165,8 @@ def _start(
 
 
 def free_id(client: Client, wanted: str) -> str:
-    """`wanted`, or with a number behind it if a group has that name already."""
-    taken = {group["id"] for group in client.call("x-query-groups")}
+    """`wanted`, or with a number behind it if a group or a job has that name already."""
+    taken = {e["id"] for asked in ("x-query-groups", "query-jobs") for e in client.call(asked)}
     names = itertools.chain([wanted], (f"{wanted}{n}" for n in itertools.count(2)))
     return next(name for name in names if name not in taken)
 

@@ -56,6 +56,7 @@ def root_disk(daemon: Daemon, device: str) -> Disk:
     disk = daemon.graph.disk(device)
     over = daemon.graph.stranger(disk.root, [])
     if over is not None:
+        free(daemon, device, "another operation")
         daemon.graph.check_free(disk.root, "another operation")  # a job's own target, perhaps
         raise CowferryError("Need a root block node", f"'{device}' lies below '{over.name}'")
     return disk

@@ -523,7 +523,7 @@ def into_new(
         if any(targets.is_file(n, path) for n in chain(source)):
             raise CowferryError(f"'{path}' is in the chain of '{device}'", "name another file")
     known = targets.format_by_name(target)
-    like = source.driver if source.driver in ("raw", *OVERLAYS) else "raw"
+    like = source.driver if source.driver in OVERLAYS and not targets.is_there(target) else "raw"
     format = wanted.format or known or (like if mode == "full" else "qcow2")
     driver(format)
     if format not in OVERLAYS and mode != "full" and (base is not None or source.backing):
