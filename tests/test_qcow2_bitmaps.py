@@ -401,6 +401,23 @@ def test_no_room_for_the_extension_in_sector_0_is_told_before_anything_changes(
         assert not result.corruptions and not result.leaks
 
 
+@pytest.mark.parametrize("cluster", ["512", "4k"])
+def test_a_backing_name_that_qemu_put_in_the_way_is_moved(tmp_path: Path, cluster: str) -> None:
+    need("qemu-img")
+    (tmp_path / "base.raw").write_bytes(b"b" * SIZE)
+    path = tmp_path / "vm.qcow2"
+    more = ["-b", "base.raw", "-F", "raw", "-o", f"cluster_size={cluster}", str(path)]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *more], check=True)
+    with image_at(path) as image:
+        assert image.header.backing_offset < 200
+        image.write_bitmaps([dirty("b0")], TOKEN)
+        image.write_bitmaps([dirty("b0")])
+        assert image.backing_spec == ("base.raw", "raw")
+    said = subprocess.run(["qemu-img", "info", str(path)], capture_output=True, text=True).stdout
+    assert "name: b0" in said and "backing file: base.raw" in said
+    assert subprocess.run(["qemu-img", "check", "-q", str(path)]).returncode == 0
+
+
 # With a keeper, and by the command line ------------------------------------------------------
 
 

@@ -340,6 +340,8 @@ def write(image: Qcow2, bitmaps: list[Bitmap], token: bytes = b"") -> None:
         raise NotSupported(f"'{image.filename}': a version 2 image has no room for bitmaps")
     if len(token) not in (0, TOKEN):
         raise ValueError(f"a token of {len(token)} bytes")
+    if bitmaps:
+        _make_room(image)
     with image.flushing:
         old = directory(image)
         try:
@@ -351,6 +353,16 @@ def write(image: Qcow2, bitmaps: list[Bitmap], token: bytes = b"") -> None:
             if entries is None:
                 raise
             _flags(image, old, entries, token)
+
+
+def _make_room(image: Qcow2) -> None:
+    """QEMU has a backing name right behind the extensions, if clusters are small: move it away."""
+    h = image.header
+    try:
+        fits(h, _extensions(h, bytes(EXTENSION.size), bytes(TOKEN)))
+    except NotSupported:
+        if h.backing_file is not None:
+            image.set_backing(h.backing_file, h.backing_format)
 
 
 def _store(image: Qcow2, old: list[Entry], bitmaps: list[Bitmap], token: bytes) -> None:
