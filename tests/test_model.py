@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from chains import contents, differs
+from cowferry.block.compress import Compressed
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, chain
 from cowferry.drivers import opening
@@ -61,6 +62,9 @@ class Model(RuleBasedStateMachine):
         options: dict[str, Any] = {"cluster_size": cluster, "compat": compat}
         if compat == "ext":
             options = {"cluster_size": "16k", "extended_l2": "on"}
+        if compat != "0.10":
+            options["compression_type"] = self.rnd.choice(["zlib", "zstd"])
+            options["refcount_bits"] = self.rnd.choice([16, 16, 1, 2])
         if kind == "qed":
             table = self.rnd.choice([2, 16])
             options = {"cluster_size": cluster.replace("512", "8k"), "table_size": table}
@@ -111,6 +115,21 @@ class Model(RuleBasedStateMachine):
         data = self.rnd.randbytes(length)
         self.disk.pwrite(memoryview(data), offset, fua=fua)
         self.oracle[offset : offset + length] = data
+
+    @rule(at=where, length=lengths, shrinks=st.sampled_from([True, True, False]))
+    @precondition(lambda self: self.disk.root.driver == "qcow2")
+    def write_compressed(self, at: float, length: int, shrinks: bool) -> None:
+        offset, length = self.range(at, length)
+        data = (self.rnd.randbytes(length // 5 + 1) * 5)[:length]
+        if not shrinks:
+            data = self.rnd.randbytes(length)
+        with (
+            Compressed(self.disk.root, offset, memoryview(data)) as packed,
+            self.disk.exclusive(offset, length),
+        ):
+            if self.rnd.random() < 0.9:
+                packed.put()
+                self.oracle[offset : offset + length] = data
 
     @rule(at=where, length=lengths)
     def read(self, at: float, length: int) -> None:

@@ -41,7 +41,6 @@ class Differs(NamedTuple):
 
 NO_FILTER = "there is no filter node here that would be made first"
 BUSY = "it says which job, and has a class that tells"
-COMPRESS = "a live backup is not compressed here, whatever the target"
 DIFFERENCES: dict[str, list[Differs]] = {
     "what_is_refused": [
         Differs(
@@ -66,8 +65,9 @@ DIFFERENCES: dict[str, list[Differs]] = {
         ),
         Differs(
             "compressed: GenericError: Compression is not supported for this drive ",
-            "compressed: NotSupported: Compression is not supported for this drive t",
-            COMPRESS,
+            "compressed: NotSupported: Compression is not supported for this drive t: format raw "
+            "cannot hold compressed data",
+            "it says why, and has a class that tells",
         ),
         Differs(
             "target busy: GenericError: Node 'other' is busy: block device is in use by block "

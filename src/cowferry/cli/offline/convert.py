@@ -15,8 +15,8 @@ from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.keeper import keep
 from cowferry.block.node import Node, chain, read
 from cowferry.cli.offline import creation_options, image
-from cowferry.drivers import opening
-from cowferry.errors import CowferryError, ImageError
+from cowferry.drivers import driver, opening
+from cowferry.errors import CowferryError, ImageError, NotSupported
 
 STEP = 64 << 20  # bytes between two looks at the progress
 TOGETHER = 4 << 20  # bytes compressed together; a multiple of every granule
@@ -51,6 +51,8 @@ def convert_command(
     cache: str | None, source_cache: str | None, image_opts: bool, source: str, target: str,
 ) -> int:  # fmt: skip
     """Copy SOURCE, with what its backing chain holds, into TARGET. Zeroes stay zeroes."""
+    if compress and driver(target_format).compress is Node.compress:
+        raise NotSupported(f"format {target_format} cannot hold compressed data", "-O qcow2 can")
     if skip_broken_bitmaps and not bitmaps:
         raise CowferryError("Use of --skip-broken-bitmaps requires --bitmaps")
     given = creation_options(options)
