@@ -29,7 +29,7 @@ from daemons import PATIENCE, Told, a_daemon, chain_of, environment, program
 from tests_support import need
 
 SIZE = 4 << 20
-SLOW = 1 << 20  # bytes a second: such a stream is still running when a test looks at it
+SLOW = 64 << 10  # bytes a second: such a stream is still running when a test looks at it
 
 
 def image_bytes(path: Path, **options: Any) -> bytearray:

@@ -20,7 +20,7 @@ from cowferry.errors import CowferryError, DeviceInUse
 from daemons import PATIENCE, Told, a_daemon
 
 SIZE = 4 << 20
-SLOW = 1 << 20  # bytes per second: a job that is there for the whole test
+SLOW = 64 << 10  # bytes per second: a job that is there for the whole test
 
 
 @pytest.fixture
