@@ -286,6 +286,7 @@ ABSURD: list[tuple[str, int, str]] = [
     ("size", 0, "bytes of bits"),
     ("size", 1 << 62, "bytes of bits"),
     ("size", 1 << 63, "no image has its size"),
+    ("generation", (1 << 64) - 1, "no image was opened"),
     ("next_size", SIZE * 2, "bytes of bits"),
     ("next_size", (1 << 64) - 2, "no image has its size"),
     ("directory", 0, "bytes about them"),
@@ -365,10 +366,17 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+def test_what_is_no_file_is_not_read_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(ImageError):
         bitmap_file.read(str(tmp_path / "fifo"))
+    with pytest.raises(OSError):
+        bitmap_file.remove(str(tmp_path / "fifo"))
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(OSError, match="no file"):
+        bitmap_file.remove(str(tmp_path / "fifo"))
+    assert os.read(reader, 512) == b""
+    os.close(reader)
     (tmp_path / "link").symlink_to("elsewhere")
     with pytest.raises(OSError):
         bitmap_file.read(str(tmp_path / "link"))

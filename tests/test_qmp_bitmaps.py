@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from conversations import OURS, QEMU, SIZE, Refused, Scene, Talk, speaking
+from cowferry.drivers import opening
 from tests_support import need
 
 Script = Callable[[Talk, Scene], None]
@@ -126,6 +127,11 @@ def export(talk: Talk, id: str, *bitmaps: Any, **more: Any) -> None:
 def names(talk: Talk, scene: Scene) -> None:
     scene.create("small", SIZE // 2)
     scene.add("small")
+    for name, size in (("fine", 512), ("coarse", 2 << 20)):
+        image = str(scene.folder / f"{name}.qcow2")
+        opening.create_image(image, "qcow2", SIZE, {"cluster_size": size})
+        scene.add(name)
+        bitmap(talk, "add", f"{name}/b")  # as fine as nobody asked for
     bitmap(talk, "add", "nope/b")
     bitmap(talk, "add", "vm/")
     for length in (1023, 1024):

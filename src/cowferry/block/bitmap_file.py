@@ -20,6 +20,7 @@ Nothing that a file says is believed before it is checked, and no more is alloca
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import struct
@@ -175,6 +176,8 @@ def _read(path: str, fd: int, length: int) -> Contents | None:
         raise Damaged(path, f"damaged: there is no state {state}")
     if size >> 63 or (next_size != NO_SIZE and next_size >> 63):
         raise Damaged(path, "damaged: no image has its size")
+    if generation >> 63:
+        raise Damaged(path, f"damaged: no image was opened {generation} times")
     if count > MAX_BITMAPS or directory_length > MAX_DIRECTORY or at < SECTOR:
         raise Damaged(path, f"damaged: {count} bitmaps, {directory_length} bytes about them")
     if at + directory_length > length:
@@ -377,8 +380,10 @@ def remove(path: str) -> None:
 
     It is made void before its name goes, for the name may come back after a power cut."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "it is no file", path)
             header = HEADER.pack(
                 MAGIC, VERSION, HEADER.size, 0, 0, VOID, 0, 0, bytes(16), *[0] * 11
             )

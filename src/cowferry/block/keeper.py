@@ -489,7 +489,10 @@ def attach(node: Node, repair: bool = False) -> None:
                 node.keeper.resume()
     except (OSError, CowferryError) as error:
         node.keeper = None
-        why = error.desc if isinstance(error, CowferryError) else error.strerror or str(error)
+        if isinstance(error, CowferryError):
+            why = error.desc
+        else:
+            why = (f"'{error.filename}': " if error.filename else "") + (error.strerror or "")
         if node.read_only or repair:
             log.warning("'%s': its bitmaps cannot be kept: %s", node.filename, why)
             return

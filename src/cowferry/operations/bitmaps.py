@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 MAX_NAME = 1023  # bytes
 MIN_GRANULARITY, MAX_GRANULARITY = 512, 1 << 31
 MAX_BITS = 512 << 20  # bytes of memory for one bitmap
-LEAST_DEFAULT = 4096  # bytes; a finer one is not worth its memory unless it is asked for
-NO_CLUSTERS = 64 << 10  # the default granularity where the format has no clusters
+# The default granularity in bytes is a cluster, but no finer (it is not worth its memory unless it
+# is asked for) and no coarser (a backup would copy what nobody wrote).
+LEAST_DEFAULT, MOST_DEFAULT = 4096, 64 << 10
 
 #: A bitmap of the node at hand by its name, or of another node: (node, name).
 Named = str | tuple[str, str]
@@ -112,7 +113,8 @@ def check_usable(
 
 def default_granularity(node: Node) -> int:
     """Bytes: what the node allocates at once, within reason."""
-    return max(LEAST_DEFAULT, node.granule) if hasattr(node, "cluster_size") else NO_CLUSTERS
+    cluster: int = getattr(node, "cluster_size", MOST_DEFAULT)
+    return min(max(LEAST_DEFAULT, cluster), MOST_DEFAULT)
 
 
 def _is_file_of(node: Node, other: Node) -> bool:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
 import click
@@ -301,11 +302,12 @@ def state(entry: dict[str, Any]) -> str:
 
 
 def show_map(runs: Iterator[dict[str, int]], as_json: bool) -> None:
-    """Which bytes are dirty."""
+    """Which bytes are dirty. Nothing is shown if that cannot be told."""
     if as_json:
         lines = ",\n".join(json.dumps(run) for run in runs)
         click.echo(f"[{lines}]")
         return
+    first = list(islice(runs, 1))
     click.echo(f"{'Offset':<16}Length")
-    for run in runs:
+    for run in chain(first, runs):
         click.echo(f"{run['offset']:<#16x}{run['length']:#x}")
