@@ -113,7 +113,8 @@ class Backups(RuleBasedStateMachine):
         ]
 
     def job(self, kind: str, mode: str) -> Backup:
-        root, more = self.disk.root, {"scratch": str(self.folder), "max_chunk": UNIT}
+        root = self.disk.root
+        more: dict[str, Any] = {"scratch": str(self.folder), "max_chunk": UNIT}
         if kind in BITMAPS:
             bitmap = self.bitmaps[kind]
             return Backup(
