@@ -237,7 +237,7 @@ def into_node(
     if targets.same_image(source, node):
         raise CowferryError("Source and target cannot be the same", "both are over one file")
     _check_compression(what, node, target)
-    chunk = _check(perf or Perf(), more)
+    chunk = _check(perf or Perf(), more, max(UNIT, node.granule) if what.compress else UNIT)
     if node.size != source.size:
         raise CowferryError(
             "Source and target image have different sizes",
@@ -313,8 +313,9 @@ def _check_compression(what: What, target: Node, name: str) -> None:
             ) from None
 
 
-def _check(perf: Perf, more: dict[str, Any]) -> int:
-    """The options that have nothing to do with the disk; the largest chunk, 0 if it is ours."""
+def _check(perf: Perf, more: dict[str, Any], unit: int = UNIT) -> int:
+    """The options that have nothing to do with the disk; the largest chunk, 0 if it is ours.
+    `unit`: bytes that are copied as one."""
     for key in ("on_source_error", "on_target_error"):
         check_mode(key.replace("_", "-"), more.get(key, "report"), POLICIES)
     check_mode("on-cbw-error", more.get("on_cbw_error", CBW_POLICIES[0]), CBW_POLICIES)
@@ -322,14 +323,14 @@ def _check(perf: Perf, more: dict[str, Any]) -> int:
         raise CowferryError(f"max-workers must be between 1 and {MAX_WORKERS}")
     if perf.max_chunk < 0:
         raise CowferryError("max-chunk must be zero (which means no limit) or positive")
-    if 0 < perf.max_chunk < UNIT:
+    if 0 < perf.max_chunk < unit:
         raise CowferryError(
-            f"Required max-chunk ({perf.max_chunk}) is less than backup cluster size ({UNIT})"
+            f"Required max-chunk ({perf.max_chunk}) is less than backup cluster size ({unit})"
         )
     least = perf.min_cluster_size
     if least and least & (least - 1):
         raise CowferryError("min-cluster-size needs to be a power of 2")
-    if least > UNIT:
+    if least > unit:
         raise NotSupported(
             f"min-cluster-size {least} is not supported", f"old data is saved in units of {UNIT}"
         )
