@@ -169,20 +169,20 @@ def test_one_that_was_called_off_is_finished_by_nobody(
     assert b.log == (alone if policy == "each" else ["run", "clean"])
 
 
-def test_when_one_cannot_start_those_that_did_have_done_nothing() -> None:
+def test_when_one_cannot_be_created_the_others_have_not_begun() -> None:
+    """As in QEMU, where a job that never started has no event but those of its states."""
     heard = Heard("all")
     a, b = Member(), Member()
     for name, job in (("a", a), ("b", b)):
         heard.group.add(job)
         heard.jobs.start(job, name)
     heard.group.add(Member())  # and now it turns out that it cannot
-    heard.group.call_off()
+    heard.group.withdraw()
     for job in (a, b):
-        assert job.thread is not None
-        job.thread.join(PATIENCE)
-        assert job.log == ["clean"] and job.cancelled
-    assert heard.count("BLOCK_JOB_CANCELLED") == 2
-    assert not [name for name, _ in heard.events if name.startswith("JOB_GROUP")], "there was none"
+        assert job.thread is None and job.log == ["clean"] and job.status is Status.NULL
+    assert {name for name, _ in heard.events} == {"JOB_STATUS_CHANGE"}
+    states = [d["status"] for _, d in heard.events if d["id"] == "a"]
+    assert states == ["created", "aborting", "concluded", "null"]
     heard.jobs.check_id("g")
     heard.jobs.check_id("a")
 

@@ -63,7 +63,7 @@ def group_start(daemon: Daemon, args: GroupStart) -> None:
                     converge_by=args.converge_by, **common,
                 )  # fmt: skip
     except BaseException:
-        group.call_off()
+        group.withdraw()
         raise
     group.open()
 

@@ -25,7 +25,8 @@ LAST = 60.0  # seconds that a failing member waits for the others to stop
 
 
 class Group:
-    """Jobs that end together. Thread-safe; members are added before they start."""
+    """Jobs that end together. Thread-safe; members are created one after another, and start once
+    all of them are there."""
 
     def __init__(
         self, id: str, policy: str = "all", *, emit: Emit, gone: Callable[[Group], None]
@@ -44,7 +45,6 @@ class Group:
         self.finishing: set[Job] = set()
         self.readied: set[Job] = set()
         self.told_ready = False
-        self.gathering = True  # members are still being added: none may end before all have begun
         self.completing = False
         self.culprit: Job | None = None
         self.called_off = False  # policy `all`, and one did not make it: nobody does
@@ -54,32 +54,22 @@ class Group:
         self.ended = 0
 
     def add(self, job: Job) -> None:
-        """Before the job starts."""
+        """Before the job is created."""
         job.group = self
         with self.changed:
             self.members.append(job)
             self.live.add(job)
 
     def open(self) -> None:
-        """Every member has been added and has started: they may end."""
-        with self.changed:
-            self.gathering = False
-            self._check_ready()  # told before any member goes on, or it could be told too late
-            self.changed.notify_all()
+        """Every member has been created: they start."""
+        for job in self.members:
+            job.start()
 
-    def call_off(self) -> None:
-        """A member could not start: those that did are cancelled, and the group is gone."""
-        with self.changed:
-            jobs = [j for j in self.members if j.thread is not None]
-            self.members = jobs
-            self.live &= set(jobs)
-        for job in jobs:
-            with suppress(CowferryError):
-                job.cancel()
-        with self.changed:  # still gathering: nobody hears of the end of what never began
-            self.changed.notify_all()
-        for job in jobs:
-            job.wait(LAST)
+    def withdraw(self) -> None:
+        """A member could not be created: the others are undone, and the group is gone."""
+        for job in self.members:
+            if job.status is Status.CREATED:
+                job.withdraw()
         self._gone(self)
 
     # Verbs ---------------------------------------------------------------------------------
@@ -131,13 +121,6 @@ class Group:
 
     # What members tell ---------------------------------------------------------------------
 
-    def begin(self, job: Job) -> None:
-        """A member has started; returns once all have, so that none has done anything if one
-        could not."""
-        with self.changed:
-            while self.gathering and not job.cancelling:
-                self.changed.wait(TICK)
-
     def ready(self, job: Job) -> None:
         """A member has converged."""
         with self.changed:
@@ -146,8 +129,7 @@ class Group:
 
     def _check_ready(self) -> None:
         with self.changed:
-            first = not (self.told_ready or self.gathering) and bool(self.live)
-            first = first and self.live <= self.readied
+            first = not self.told_ready and bool(self.live) and self.live <= self.readied
             self.told_ready = self.told_ready or first
         if first:
             self._emit("JOB_GROUP_READY", {"id": self.id})
@@ -161,7 +143,7 @@ class Group:
         self._check_ready()
         with self.changed:
             self._stay(job)
-            while self.gathering or not self.live <= self.arrived:
+            while not self.live <= self.arrived:
                 self.changed.wait(TICK)
                 self._stay(job)
 
@@ -229,7 +211,7 @@ class Group:
         with self.changed:
             self.live.discard(job)
             self.ended += 1
-            last = not self.gathering and self.ended == len(self.members)
+            last = self.ended == len(self.members)
             self.changed.notify_all()
         self._check_ready()
         if last:

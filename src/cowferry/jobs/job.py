@@ -358,8 +358,6 @@ class Job(Ending):
         self._conclude(succeeded, failure)
 
     def _work(self) -> None:
-        if self.group is not None:
-            self.group.begin(self)
         work = self.run()
         try:
             while True:
@@ -591,9 +589,11 @@ class Jobs:
         self.groups: dict[str, Group] = {}
 
     def start(self, job: Job, job_id: str) -> Job:
-        """Give the job its id and let it run. Raises `CowferryError` for a bad or taken id."""
+        """Give the job its id and let it run, unless it is to start with its group. Raises
+        `CowferryError` for a bad or taken id."""
         self.admit(job, job_id)
-        job.start()
+        if job.group is None:
+            job.start()
         return job
 
     def admit(self, job: Job, job_id: str) -> None:
