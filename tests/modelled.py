@@ -349,6 +349,8 @@ class Ground(RuleBasedStateMachine):
 
     def harvest(self) -> None:
         """What has ended: in the way it was to end."""
+        for running in self.running if self.stepped else []:
+            running.reins.settle()
         for running in [r for r in self.running if r.reins.over]:
             self.running.remove(running)
             job, end = running.job, self.ends.pop(running.job.id, None)
