@@ -22,6 +22,7 @@ from cowferry.errors import CowferryError
 from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import finish
 from daemons import a_daemon
+from orders import failing, on_call
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 37 * MIB + 3 * 512
@@ -161,3 +162,17 @@ def test_D2_no_drain_waits_for_all_that_a_guest_has_written(
         unfinished.begin(disk, str(tmp_path / "target.raw"))
     first = flushes.index(True)
     assert first and not flushes[first - 1]
+
+
+def test_E2_a_pull_backup_whose_scratch_file_keeps_its_name_leaves_no_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new(tmp_path / "vm.raw").close()
+    with a_daemon() as daemon:
+        daemon.open_disk("vm", str(tmp_path / "vm.raw"))
+        daemon.start_nbd({"type": "unix", "path": str(tmp_path / "n")})
+        nodes = set(daemon.graph.nodes)
+        on_call(monkeypatch, sysio, "unlink", failing(errno.EROFS))
+        with pytest.raises(CowferryError, match="Read-only file system"):
+            daemon.execute("x-backup-export", {"disks": [{"device": "vm"}]})
+        assert set(daemon.graph.nodes) == nodes and not daemon.graph.claims

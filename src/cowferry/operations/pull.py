@@ -247,6 +247,13 @@ def _scratch(daemon: Daemon, disk: Disk, folder: str | None) -> Node:
     os.close(fd)
     try:
         opening.create_image(path, "qcow2", disk.size, {}, goal=True)
-        return daemon.graph.adopt({**opening.image_options(path, "qcow2"), "backing": None})
-    finally:
+        node = daemon.graph.adopt({**opening.image_options(path, "qcow2"), "backing": None})
+    except BaseException:
         sysio.unlink(path)
+        raise
+    try:
+        sysio.unlink(path)
+    except BaseException:
+        daemon.graph.let_go(node)
+        raise
+    return node
