@@ -273,7 +273,7 @@ class Backup(Job):
         return None
 
     def _limit(self) -> int:
-        limit = self.chunk
+        limit = self.max_chunk if self.compress else self.chunk
         if self.target.turnstiles:
             self.clones = False  # what is shared would pass them unseen
             limit = min(limit, 4 * UNIT)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,8 @@ ZSTD = 1  # compression type; 0 is deflate
 SECTOR = 512
 WINDOW = 12  # bits: what QEMU reads with knows no larger one
 MEMORY = 9  # zlib's most, for speed
-WORKERS = min(os.cpu_count() or 1, 4)  # both libraries work without the interpreter's lock
+WORKERS = 4  # both libraries work without the interpreter's lock
+TOGETHER = 64 << 10  # bytes that a worker takes at once, if clusters are small
 
 
 def _zstd() -> Any:
@@ -152,15 +152,22 @@ class Pieces:
 
     def _compressed(self, wholes: list[memoryview]) -> list[bytes]:
         kind = self.image.header.compression_type
-        step = -(-len(wholes) // WORKERS)
+        few = max(TOGETHER // self.image.cluster_size, 1)
+        starts = iter(range(0, len(wholes), few))
+        out = [b""] * len(wholes)
 
-        def some(start: int) -> list[bytes]:
-            return [deflate(kind, data) for data in wholes[start : start + step]]
+        def work() -> None:
+            for start in starts:  # one step of the interpreter
+                for n, data in enumerate(wholes[start : start + few], start):
+                    out[n] = deflate(kind, data)
 
-        if step == len(wholes):
-            return some(0)
-        with ThreadPoolExecutor(WORKERS, "compress") as pool:
-            return [data for part in pool.map(some, range(0, len(wholes), step)) for data in part]
+        if len(wholes) <= few:
+            work()
+        else:
+            with ThreadPoolExecutor(WORKERS, "compress") as pool:
+                for worker in [pool.submit(work) for _ in range(WORKERS)]:
+                    worker.result()
+        return out
 
     def _room(self, length: int) -> Extent | None:
         """Under `meta`. None: so far behind in the file that no entry can tell."""
