@@ -165,7 +165,8 @@ class Start(Part):
         self._unlend()
 
     def parted(self) -> None:
-        self.job.start()
+        if self.job.group is None:  # else it starts with all of them
+            self.job.start()
 
     def abort(self) -> None:
         if self.bitmap is not None:
