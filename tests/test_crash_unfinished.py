@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from chains import contents
-from cowferry.block import keeper, moves, sysio, unfinished
+from cowferry.block import keeper, moves, names, sysio, unfinished
 from cowferry.block.bitmap_file import Stamp
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
@@ -30,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "REGION", 32 << 10)
     monkeypatch.setattr(keeper, "HOLD", 4096)
     monkeypatch.setattr(mirror, "CHECKPOINT", 0.0)
-    monkeypatch.setattr(unfinished, "inode", lambda target: 0)
+    monkeypatch.setattr(names, "identity", lambda path: 0)
     monkeypatch.setattr(keeper, "stamp", lambda node: Stamp())
 
 

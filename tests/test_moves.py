@@ -10,6 +10,7 @@ import errno
 import itertools
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -249,6 +250,23 @@ def test_S3_serving_the_old_name_opens_the_image_that_the_disk_is_in(tmp_path: P
     state.unlink()
     with pytest.raises(ImageError, match=r"has moved to .* which is not there"):
         opening.current_image(str(path))
+
+
+def test_C2_a_mark_is_about_the_file_that_was_marked(tmp_path: Path) -> None:
+    """Not about one that another tool makes under its name; and about a copy of both."""
+    base, top = Path(image(tmp_path, "base")), image(tmp_path, "top")
+    moves.committing(str(base), top)
+    restored = tmp_path / "restored" / "base"
+    restored.parent.mkdir()
+    for suffix in ("", moves.COMMITTING):
+        shutil.copy2(f"{base}{suffix}", f"{restored}{suffix}")
+    assert moves.half_committed(str(restored)) == top
+    assert moves.half_committed(str(base)) == top
+    base.unlink()
+    base.write_bytes(b"new")
+    assert moves.half_committed(str(base)) is None
+    moves.committing(str(base), top)
+    assert moves.half_committed(str(base)) == top
 
 
 def test_C2_a_half_committed_base_is_not_served_alone(tmp_path: Path) -> None:

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -48,7 +47,7 @@ import threading
 
 from bitarray import bitarray
 
-from cowferry.block import bitmap_file, moves, sysio
+from cowferry.block import bitmap_file, moves, names, sysio
 from cowferry.block.bitmap import Bitmap, folded
 from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Stamp
 from cowferry.block.node import Node
@@ -57,7 +56,6 @@ from cowferry.errors import CowferryError, ImageError, NotSupported
 log = logging.getLogger(__name__)
 
 SUFFIX = ".bitmaps"
-FS_IOC_GETVERSION = 0x80087601
 COPY = "copy-"  # bitmaps of unfinished copies (`block/unfinished.py`): they stay with their image
 REGION = 4 << 20  # bytes that are marked together, at least, but in a small disk
 FEW_REGIONS = 256  # in a small disk
@@ -76,16 +74,7 @@ def stamp_of(fd: int) -> Stamp:
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode):
         return Stamp(_identity(st.st_rdev))
-    return Stamp(st.st_ino, st.st_mtime_ns, version(fd))
-
-
-def version(fd: int) -> int:
-    """What tells a file from older ones of the same inode number, which is used again at once; 0
-    where a file system has no such thing."""
-    try:
-        return int.from_bytes(fcntl.ioctl(fd, FS_IOC_GETVERSION, bytes(8))[:4], "little")
-    except OSError:
-        return 0
+    return Stamp(st.st_ino, st.st_mtime_ns, names.version(fd))
 
 
 class Keeper:

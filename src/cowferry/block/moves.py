@@ -19,7 +19,8 @@ the error is told, so that a disk which goes on in its old image is not contradi
 
 While a commit runs, its base and the layers that it skips are no good by themselves: they hold
 part of what was above them. `IMAGE.committing` says so from before the first write until the end
-is durable (C2).
+is durable (C2); beside layers that were skipped, for good. It is about that very file: another
+one that is made under the name later is not meant.
 
 While a copy to a raw image runs that can be gone on with after a crash (`block/unfinished.py`),
 `IMAGE.copying` beside it says so, and which bitmap of the source tells what it lacks.
@@ -227,7 +228,10 @@ def follow(image: str, format: str | None = None) -> Current:
 
 def committing(image: str, top: str) -> None:
     """From now on `image` is no good without `top` (C2)."""
-    _store(place(image, COMMITTING), {"top": _named(top), "generation": 1}, undo=False)
+    body: dict[str, Any] = {"top": _named(top), "generation": 1}
+    if os.path.isfile(image):
+        body["image"] = names.identity(image)
+    _store(place(image, COMMITTING), body, undo=False, own="mark")
 
 
 def committed(image: str) -> None:
@@ -239,12 +243,22 @@ def committed(image: str) -> None:
 def half_committed(image: str) -> str | None:
     """The image whose commit into `image` was begun and not finished, if there is one.
 
-    An active commit is finished by the record of its move, whether or not the mark is gone."""
-    body = _load(image, COMMITTING)
-    if body is None:
-        return None
-    top = str(body.get("top"))
-    return None if _named(follow(top).path) == _named(image) else top
+    An active commit is finished by the record of its move, whether or not the mark is gone. And
+    the mark of an older file that had the name says nothing."""
+    for path in places(image, COMMITTING):
+        body = _read(path)
+        if body is not None and not _replaced(image, path, body):
+            top = str(body.get("top"))
+            return None if _named(follow(top).path) == _named(image) else top
+    return None
+
+
+def _replaced(image: str, path: str, body: dict[str, Any]) -> bool:
+    """Whether another file was put under the name since it was marked. If the mark is another
+    file than then, too, both were copied together, and it counts."""
+    if "image" not in body or not os.path.isfile(image):
+        return False
+    return body["image"] != names.identity(image) and body.get("mark") == names.identity(path)
 
 
 def copying(image: str, source: str, bitmap: str, size: int, inode: int, mtime_ns: int = 0) -> None:
@@ -311,10 +325,10 @@ def _read(path: str) -> dict[str, Any] | None:
     return body
 
 
-def _store(path: str, body: dict[str, Any], undo: bool = True) -> None:
+def _store(path: str, body: dict[str, Any], undo: bool = True, own: str = "") -> None:
     """Write and rename into place. On an error the record there is the old one, or void.
 
-    Without `undo` it is the old or the new one."""
+    Without `undo` it is the old or the new one. As `own` it says which file it is itself."""
     folder = os.path.dirname(path)
     if folder == state_folder():
         make_folder(folder)
@@ -322,6 +336,8 @@ def _store(path: str, body: dict[str, Any], undo: bool = True) -> None:
     fd = sysio.create(new, os.O_WRONLY | os.O_EXCL | os.O_NOFOLLOW)
     renamed = False
     try:
+        if own:
+            body = {**body, own: names.identity(new)}
         sysio.pwrite(fd, json.dumps(body, indent=1).encode() + b"\n", 0)
         sysio.fdatasync(fd)
         sysio.rename(new, path)

@@ -1,4 +1,5 @@
-"""Names of images: paths, and URIs of exports of NBD servers.
+"""Names of images: paths, and URIs of exports of NBD servers; and what tells an image from
+another one that has its name.
 
 A URI is taken where a person names an image, and in what we record of a move. Inside an image it
 is never followed (`drivers/opening.py`).
@@ -6,9 +7,12 @@ is never followed (`drivers/opening.py`).
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import stat
 
+FS_IOC_GETVERSION = 0x80087601
 URI = re.compile(r"nbds?(\+[a-z]+)?://")
 
 
@@ -33,3 +37,24 @@ def same(a: str, b: str) -> bool:
         return os.path.samefile(a, b)
     except OSError:  # one is not there, or in a folder that is closed to us, or no path
         return real(a) == real(b)
+
+
+def version(fd: int) -> int:
+    """What tells a file from older ones of the same inode number, which is used again at once; 0
+    where a file system has no such thing."""
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, FS_IOC_GETVERSION, bytes(8))[:4], "little")
+    except OSError:
+        return 0
+
+
+def identity(path: str) -> int:
+    """What tells it from another file that is put in its place. Raises `OSError`."""
+    st = os.stat(path)
+    if not stat.S_ISREG(st.st_mode):
+        return st.st_ino
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return version(fd) << 64 | st.st_ino
+    finally:
+        os.close(fd)

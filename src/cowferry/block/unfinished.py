@@ -66,7 +66,7 @@ class Unfinished:
         """Have it on record that there is this copy; see `moves.copying`. Raises `OSError`."""
         target, bitmap = self.target, self.bitmap
         moves.copying(
-            target, self.source.filename, bitmap.name, bitmap.size, inode(target), mtime_ns
+            target, self.source.filename, bitmap.name, bitmap.size, names.identity(target), mtime_ns
         )
 
     def rest(self) -> None:
@@ -89,19 +89,6 @@ class Unfinished:
 def name_of(target: str) -> str:
     """The name of the source's bitmap for a target."""
     return keeper.COPY + hashlib.sha256(os.path.realpath(target).encode()).hexdigest()[:12]
-
-
-def inode(target: str) -> int:
-    """What tells it from another image that was put in its place: its number, which another file
-    may have at once, and what tells those two apart."""
-    st = os.stat(target)
-    if not stat.S_ISREG(st.st_mode):
-        return st.st_ino
-    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return keeper.version(fd) << 64 | st.st_ino
-    finally:
-        os.close(fd)
 
 
 def _changed(target: str) -> int:
@@ -197,7 +184,7 @@ def find(disk: Disk, target: str) -> Unfinished | None:
     there = names.is_uri(source.filename) or os.path.exists(source.filename)
     if not there or names.real(source.filename) != body["source"]:
         raise refused(f"it is one of '{body['source']}', and '{disk.name}' is not there any more")
-    if inode(target) != body["inode"]:
+    if names.identity(target) != body["inode"]:
         raise refused("another image was put in its place")
     held = os.path.getsize(target) if os.path.isfile(target) else disk.size
     if body["size"] != disk.size or held != disk.size:

@@ -143,9 +143,9 @@ def current_image(path: str, format: str | None = None) -> tuple[str, str | None
         )
     if top is not None:
         raise ImageError(
-            f"'{now.path}' holds a part of '{top}', whose commit was not finished",
-            f"it is good below the images above it: open '{top}' or what lies over it, and commit "
-            "again",
+            f"'{now.path}' holds a part of '{top}', whose commit was not finished or went past it",
+            f"below '{top}' it is as good as ever: open that or what lies over it, and commit "
+            "again; an image that a finished commit went past is of no use any more",
         )
     if copied is not None:
         raise ImageError(
