@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,9 @@ class Scene:
         return err
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("l")
+@contextmanager
+def serving(folder: Path) -> Iterator[Path]:
+    """A daemon with limits from the beginning; its run folder."""
     for name in ("vm", "data"):
         (folder / f"{name}.raw").write_bytes(bytes(SIZE))
     options = (
@@ -55,6 +56,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "run"
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One for all tests, which may come in any order, and leave whatever limits they set."""
+    with serving(tmp_path_factory.mktemp("l")) as run:
+        yield run
+
+
 @pytest.fixture
 def scene(
     served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -63,12 +71,16 @@ def scene(
     return Scene(capsys)
 
 
-def test_limits_are_there_from_the_beginning_and_are_listed(scene: Scene) -> None:
-    assert scene.good() == (
-        "vm: 20 MiB/s, 2048 writes/s\n"
-        "data: 10 MiB/s, 100 writes/s\n"
-        "    group web\n"
-    )  # fmt: skip
+def test_limits_are_there_from_the_beginning_and_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(tmp_path) as run:
+        monkeypatch.setenv("COWFERRY_RUN", str(run))
+        assert Scene(capsys).good() == (
+            "vm: 20 MiB/s, 2048 writes/s\n"
+            "data: 10 MiB/s, 100 writes/s\n"
+            "    group web\n"
+        )  # fmt: skip
 
 
 def test_a_limit_is_changed_shown_shared_and_taken_away(scene: Scene) -> None:
