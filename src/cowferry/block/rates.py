@@ -8,6 +8,14 @@ from collections.abc import Callable
 WINDOW = 0.5  # seconds over which rates are measured
 
 
+def fitted(size: int, took: float, step: float, least: int, most: int) -> int:
+    """How large the next chunk should be, after one of `size` bytes that took so many seconds: a
+    chunk should take about `step` seconds."""
+    if took < step / 2:
+        return min(size * 2, most)
+    return max(size // 2, least) if took > step * 2 else size
+
+
 class Rates:
     """Rates in bytes per second. `look` now and then; one thread at a time, any may read."""
 

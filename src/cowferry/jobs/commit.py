@@ -29,6 +29,7 @@ from cowferry.block.copy import Copier, Kind, spans
 from cowferry.block.disk import Disk, in_order
 from cowferry.block.gate import END
 from cowferry.block.node import Node
+from cowferry.block.rates import fitted
 from cowferry.jobs.job import Job, Progress
 from cowferry.jobs.mirror import MIN_CHUNK, STEP, Mirror
 
@@ -101,11 +102,7 @@ class Commit(Job):
             length = min(max(limit // granule, 1) * granule, size - at)
             begin = time.monotonic()
             moved = yield from self.attempt("write", partial(self.copy, at, length, granule))
-            took = time.monotonic() - begin
-            if took < STEP / 2:
-                chunk = min(chunk * 2, IN_PLACE_CHUNK)
-            elif took > STEP * 2:
-                chunk = max(chunk // 2, MIN_CHUNK)
+            chunk = fitted(chunk, time.monotonic() - begin, STEP, MIN_CHUNK, IN_PLACE_CHUNK)
             yield Progress(done=length, moved=moved or 0)
             at += length
 

@@ -42,7 +42,7 @@ from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
-from cowferry.block.rates import WINDOW, Rates
+from cowferry.block.rates import WINDOW, Rates, fitted
 from cowferry.block.throttle import Brake
 from cowferry.block.unfinished import Unfinished
 from cowferry.errors import CowferryError
@@ -300,12 +300,8 @@ class Mirror(Job):
         return max(limit // self.unit, 1) * self.unit
 
     def _adapt(self, took: float, length: int) -> None:
-        if length < self.chunk // 2:
-            return
-        if took < STEP / 2:
-            self.chunk = min(self.chunk * 2, MAX_CHUNK)
-        elif took > STEP * 2:
-            self.chunk = max(self.chunk // 2, MIN_CHUNK)
+        if length >= self.chunk // 2:
+            self.chunk = fitted(self.chunk, took, STEP, MIN_CHUNK, MAX_CHUNK)
 
     @property
     def _blocking(self) -> bool:

@@ -31,6 +31,7 @@ from typing import Any
 from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.disk import Disk, in_order
 from cowferry.block.node import ZEROES, Extent, Node, State, chain, far, read
+from cowferry.block.rates import fitted
 from cowferry.errors import NotSupported
 from cowferry.jobs.job import Job, Progress
 
@@ -264,11 +265,8 @@ class Stream(Job):
             yield Progress(done=length, moved=copied or 0)
             offset += length
             if self.fixed is None:
-                took = self._clock() - begin
-                if took < STEP / 2:
-                    size = min(size * 2, max(MAX_CHUNK, granule))
-                elif took > STEP * 2:
-                    size = max(size // 2, max(MIN_CHUNK, granule))
+                least, most = max(MIN_CHUNK, granule), max(MAX_CHUNK, granule)
+                size = fitted(size, self._clock() - begin, STEP, least, most)
             if top.unflushed and self._clock() >= self._due:
                 yield from self.attempt("write", self._checkpoint)
 
