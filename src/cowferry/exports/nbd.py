@@ -243,13 +243,7 @@ class NbdServer:
             listeners, self.listeners = self.listeners, []
             exports, self.exports = list(self.exports.values()), {}
             connections = list(self.connections)
-        for sock, path in listeners:
-            if path is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        close_listeners(listeners)
         for sock in connections:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -323,6 +317,17 @@ class NbdServer:
             with self.lock:
                 self.connections.discard(sock)
             sock.close()
+
+
+def close_listeners(listeners: list[tuple[socket.socket, str | None]]) -> None:
+    """Sockets that listen, and the paths to remove with them. Who waits for one is woken."""
+    for sock, path in listeners:
+        if path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
 
 
 def bind_unix(path: str, mode: int) -> socket.socket:

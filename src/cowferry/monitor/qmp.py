@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from cowferry.commands.monitor import VERSION
 from cowferry.drivers import fdsets
 from cowferry.errors import CommandNotFound, CowferryError
-from cowferry.exports.nbd import bind_unix
+from cowferry.exports.nbd import bind_unix, close_listeners
 from cowferry.wire import qmp
 
 log = logging.getLogger(__name__)
@@ -264,13 +264,7 @@ class Server:
         with self.lock:
             self.stopping = True
             listeners, self.listeners = self.listeners, []
-        for sock, path in listeners:
-            if path is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        close_listeners(listeners)
 
     def stop(self) -> None:
         """Close every socket, once its client has been told what is on its way to it."""
