@@ -64,6 +64,7 @@ class Driver(Protocol):
     driver: str
     filter: str
     Options: type[Common]
+    compress: Callable[..., Any]  # `Node.compress` of those that cannot
 
     @classmethod
     def open(cls, options: Any, children: Mapping[str, Node]) -> Node:
