@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -519,6 +520,39 @@ def test_a_stream_into_a_middle_layer_changes_nothing_for_the_disk_above(tmp_pat
         assert differs(contents(disk), oracle) == ""
     (tmp_path / "base.raw").unlink()
     assert image_bytes(tmp_path / "vm.qcow2") == oracle
+
+
+def test_who_finds_a_monitor_finds_all_that_the_options_ask_for(tmp_path: Path) -> None:
+    """Wherever it is among them: one of the others may take its time."""
+    make_base(tmp_path, SIZE)
+    slow = socket.socket(socket.AF_UNIX)
+    slow.bind(str(tmp_path / "slow"))
+    slow.listen()
+    slow.settimeout(PATIENCE)
+    far = f"driver=nbd,node-name=far,server.type=unix,server.path={tmp_path}/slow,export=vm"
+    options = (
+        "--chardev", f"socket,path={tmp_path}/m,server=on,wait=off,id=c", "--monitor", "chardev=c",
+        "--blockdev", far, "--object", "iothread,id=late",
+    )  # fmt: skip
+    with (
+        a_daemon() as daemon,
+        program(tmp_path / "run", *options),
+        socket.socket(socket.AF_UNIX) as client,
+    ):
+        calling, _ = slow.accept()  # it opens the node, and has its monitor
+        client.settimeout(PATIENCE)
+        client.connect(str(tmp_path / "m"))
+        client.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-version"}')
+        client.sendall(b'{"execute": "qom-list", "arguments": {"path": "/objects"}}')
+        server = daemon.start_nbd({"type": "unix", "path": str(tmp_path / "s")})
+        daemon.add_export(daemon.open_disk("vm", str(tmp_path / "base.raw")), "vm")
+        assert not select.select([client], [], [], 0)[0], "it is told nothing yet"
+        server._spawn(lambda: server._connection(calling), "slow at last")
+        answers = client.makefile()
+        greeting, *_, objects = (json.loads(answers.readline()) for _ in range(4))
+    slow.close()
+    assert "QMP" in greeting
+    assert {"name": "late", "type": "child<iothread>"} in objects["return"]
 
 
 def test_a_monitor_on_stdio_and_one_that_calls_out(tmp_path: Path) -> None:

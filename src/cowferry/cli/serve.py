@@ -29,6 +29,10 @@ from cowferry.errors import CowferryError
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
 
+# Seconds. A signal's handler runs between two steps of the main thread; one that comes just before
+# it falls asleep does not wake it.
+LOOK = 0.5
+
 
 def disk_name(argument: str) -> tuple[str, str]:
     """(name, path) of NAME=FILE or FILE, whose name is then its stem; a URI's is the export's."""
@@ -130,13 +134,15 @@ class Serving:
                 self._disks(daemon)
             for name in list(dict.fromkeys(disk for disk, _ in self.limits)):
                 self._limit(daemon, name)
+            for server in self.servers:
+                server.ready.set()
             if ready is not None:
                 os.write(ready, b"+")
                 os.close(ready)
                 null = os.open(os.devnull, os.O_RDWR)
                 for fd in range(3):
                     os.dup2(null, fd)
-            while not daemon.stopped.wait(3600):
+            while not daemon.stopped.wait(LOOK):
                 pass
         finally:
             for server in self.servers:
@@ -157,12 +163,10 @@ class Serving:
         from cowferry.monitor import hmp, qmp
 
         folder = make_run_folder()
-        control = qmp.server(daemon)
-        self.servers.append(control)
+        control = self._held(qmp.server(daemon))
         # First of all, so that a second daemon on this folder stops before it opens a disk.
         control.listen_unix(os.path.join(folder, "qmp.sock"))
-        human = hmp.server(daemon)
-        self.servers.append(human)
+        human = self._held(hmp.server(daemon))
         human.listen_unix(os.path.join(folder, "hmp.sock"))
         if daemon.nbd is None:
             path = self.given["socket_path"] or os.path.join(folder, "nbd.sock")
@@ -197,6 +201,13 @@ class Serving:
             for item in listed:
                 click.echo("\n".join(f"{item['name']}: {uri}" for uri in item["uris"]))
         sys.stdout.flush()
+
+    def _held(self, server: Any) -> Any:
+        """A monitor that begins once everything is there that the options ask for: somebody may
+        take its socket for the sign of that."""
+        server.ready.clear()
+        self.servers.append(server)
+        return server
 
     def _limit(self, daemon: Daemon, name: str) -> None:
         """What --limit says of a disk."""
@@ -270,8 +281,7 @@ class Serving:
         mode = options.get("mode", "control")
         if mode not in ("control", "readline"):
             raise CowferryError(f"Parameter 'mode' does not accept value '{mode}'")
-        server = (qmp if mode == "control" else hmp).server(daemon)
-        self.servers.append(server)
+        server = self._held((qmp if mode == "control" else hmp).server(daemon))
         if chardev["backend"] == "stdio":
             thread = server.attach(qmp.Pipe(0, 1))
             del thread

@@ -204,6 +204,8 @@ class Server:
         self.listeners: list[tuple[socket.socket, str | None]] = []
         self.clients: dict[Any, threading.Thread] = {}
         self.stopping = False
+        self.ready = threading.Event()  # until then clients can connect, and are told nothing
+        self.ready.set()
 
     def listen_unix(self, path: str, mode: int = 0o600) -> None:
         """Listen on a socket file. Raises `CowferryError`."""
@@ -248,6 +250,7 @@ class Server:
     def _start(self, stream: Stream) -> threading.Thread:
         def main() -> None:
             try:
+                self.ready.wait()
                 self.serve(stream)
             finally:
                 with self.lock:
@@ -273,6 +276,7 @@ class Server:
             clients = list(self.clients.items())
         for client, _ in clients:
             hang_up(client, socket.SHUT_RD)
+        self.ready.set()
         patience = time.monotonic() + LAST_WORDS
         for client, thread in clients:
             if thread is not threading.current_thread() and thread.ident is not None:
