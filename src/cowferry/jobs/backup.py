@@ -29,6 +29,7 @@ import errno
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -39,7 +40,7 @@ from cowferry.block.compress import Compressed
 from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
-from cowferry.block.node import Extent, Node, far, read
+from cowferry.block.node import Extent, Node, State, far, read, resolve
 from cowferry.block.spill import UNIT, Spill
 from cowferry.block.throttle import WRITE
 from cowferry.jobs.job import Job, Progress, blame, check_speed
@@ -49,7 +50,7 @@ T = TypeVar("T")
 
 MIN_CHUNK = 1 << 20
 MAX_CHUNK = 2 << 20  # read into memory at once: more does not stay in the cache
-MAX_CLONE = 64 << 20  # shared between files at once
+MAX_CLONE = 64 << 20  # shared between files at once, or zeroed where there are only zeroes
 STEP = 0.02  # seconds a chunk should take: a guest's write to it waits for as long
 ASIDE = 512 << 10  # bytes; for less it is not worth to wake another thread
 IDLE = 0.25  # seconds between looks while there is nothing to do
@@ -169,6 +170,7 @@ class Backup(Job):
         self.clones: bool | None = None  # whether the two files can share bytes; None: not known
         self.chunk = MIN_CHUNK
         self.cursor = 0
+        self._is_empty = False  # the range at hand has nothing but zeroes, and is a long one
         self.enough = False  # of a backup that has no end of its own: it is to end well
         self.broke: OSError | None = None  # why the point in time is lost
         self._spare: list[memoryview] = []  # buffers of hands that are empty
@@ -246,7 +248,7 @@ class Backup(Job):
                 saved = self.disk.size - self.pending.inside()
                 yield Progress(done=saved - self.offset, idle=IDLE)
                 continue
-            if found is not None and self.clones is not False:
+            if found is not None and self.clones is not False and not self._is_empty:
                 moved = yield from self.attempt("write", partial(self._share, *found))
                 self._done_with(*found)
                 self.behind.catch_up()
@@ -254,7 +256,8 @@ class Backup(Job):
             else:
                 hand, done, moved = yield from self._exchange(hand, found)
             if done:
-                self._adapt(time.monotonic() - begin, done)
+                if not self._is_empty:
+                    self._adapt(time.monotonic() - begin, done)
                 yield Progress(done=done, moved=moved or 0)
         if self.lasting:
             yield from self.attempt("write", self._flush)
@@ -266,11 +269,25 @@ class Backup(Job):
             self.cursor = self.spill.oldest // self.unit * self.unit
         for _ in range(2):
             for offset, length in self.todo.runs(self.cursor):
-                length = min(length, limit - offset % self.unit)
+                empty = self._empty(offset, min(length, MAX_CLONE))
+                self._is_empty = empty > limit
+                length = empty if self._is_empty else min(length, limit - offset % self.unit)
                 self.cursor = offset + length
                 return offset, length
             self.cursor = 0
         return None
+
+    def _empty(self, offset: int, length: int) -> int:
+        """How many bytes from there on are zeroes, or are not to be copied: as it is just now."""
+        end = offset
+        with suppress(OSError), self.disk.shared(offset, length):  # whoever reads it will be told
+            for e in resolve(self.source, offset, length, self.base):
+                if e.state is State.DATA:
+                    break
+                end += e.length
+        if end < offset + length:
+            end = max(end // self.unit * self.unit, offset)
+        return 0 if self.spill.pieces(offset, end - offset) else end - offset
 
     def _limit(self) -> int:
         limit = self.max_chunk if self.compress else self.chunk
@@ -334,9 +351,10 @@ class Backup(Job):
 
     def load(self, offset: int, length: int) -> Hand:
         """Have the old bytes of the range in hand: from then on a guest may overwrite them."""
-        buffer = self._spare.pop() if self._spare else memoryview(bytearray(length))
-        if len(buffer) < length:
-            buffer = memoryview(bytearray(length))
+        room = min(length, max(self.max_chunk, self.unit))  # a longer one has only zeroes
+        buffer = self._spare.pop() if self._spare else memoryview(bytearray(room))
+        if len(buffer) < room:
+            buffer = memoryview(bytearray(room))
         hand = Hand(length, buffer)
         with self.disk.shared(offset, length):
             for at, n in self._left(offset, length):
@@ -354,6 +372,8 @@ class Backup(Job):
                     else:
                         buf = buffer[hand.used : hand.used + span.length]
                         hand.used += span.length
+                        if len(buf) < span.length:  # somebody has just written there after all
+                            buf = memoryview(bytearray(span.length))
                         read(self.source, buf, span.offset)
                         self.spill.lay(buf, span.offset)
                         hand.parts.append((span.offset, buf))
