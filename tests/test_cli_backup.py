@@ -343,7 +343,7 @@ def test_a_pull_backup_is_of_one_moment_and_the_bitmap_goes_on_from_there(served
         subprocess.run(["nbdcopy", disk["uris"][0], str(copy)], check=True, timeout=60)
         assert not differs(copy.read_bytes(), moment[disk["device"]])
         assert dirty(disk["uris"][0]) == list(range(SIZE // BLOCK)), "the first: all is new"
-    assert "in use" in served.bad("backup", "vm", "x.qcow2")
+    assert "in use" in served.bad("backup", "vm", "x.qcow2", "--bitmap", "b0")
     served.good("backup", "--end")
     served.clean()
     assert served.bits("vm") == served.bits("data") == [3]
