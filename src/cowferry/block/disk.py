@@ -266,7 +266,7 @@ class Disk:
         with self.shared(offset, length):
             self.check(offset, length, write=True)
             runs = self._leased(offset, offset + length, WRITABLE)
-            if runs is None and self._leased(offset, offset + length, 0) is None:
+            if runs is None and self._unknown(offset, length):
                 self.leases.fill(self.root, offset, length)
                 runs = self._leased(offset, offset + length, WRITABLE)
             if runs is not None:
@@ -376,6 +376,12 @@ class Disk:
         return tuple(holds)
 
     # -------------------------------------------------------------------------------------
+
+    def _unknown(self, offset: int, length: int) -> bool:
+        """Whether a write may find its leases if they are filled now."""
+        return not self.leases.held(offset, length) and (
+            self._leased(offset, offset + length, 0) is None
+        )
 
     def _leased(self, offset: int, end: int, need: int) -> list[tuple[int, int, int]] | None:
         """(fd, host, length) of each run, fd -1 for zeroes; None if a granule is not leased so."""

@@ -101,7 +101,7 @@ class Lane:
                 return self._write_wide(buf, offset, end)
             table = leases.tables.get(granule >> SPAN_BITS)
             entry = table[granule & MASK] if table is not None else 0
-            if not entry:
+            if not entry and not leases.held(offset, length):
                 entry = self._fill(granule, offset, length)
             if not entry & WRITABLE:
                 return SLOW

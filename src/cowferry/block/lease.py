@@ -103,6 +103,14 @@ class Leases:
             self._index = {}
             self.shift = granule.bit_length() - 1
 
+    def held(self, offset: int, length: int) -> bool:
+        """Whether a granule of the range gets no write lease: to fill it for a write is in vain."""
+        if not self.holds:
+            return self.holds is None
+        start = offset >> self.shift << self.shift
+        end = -(-(offset + length) >> self.shift) << self.shift
+        return any(hold.any(start, end - start) for hold in self.holds)
+
     def fill(self, root: Node, offset: int, length: int) -> None:
         """Resolve what is not known around `offset, length` (which the caller has entered), and
         keep it: as much as one array holds, but where many runs make that slow, only the near."""

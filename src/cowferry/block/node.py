@@ -337,12 +337,14 @@ def chain(node: Node | None) -> Iterator[Node]:
         node = node.backing
 
 
-def read(node: Node | None, buf: memoryview, offset: int) -> None:
-    """Fill `buf` through the chain under `node`. Raises `OSError`."""
-    read_runs(node, resolve(node, offset, len(buf), serve=True), buf, offset)
+def read(node: Node | None, buf: memoryview, offset: int, flags: int = 0) -> None:
+    """Fill `buf` through the chain under `node`; `flags` as in `read_fully`. Raises `OSError`."""
+    read_runs(node, resolve(node, offset, len(buf), serve=True), buf, offset, flags)
 
 
-def read_runs(node: Node | None, runs: Iterable[Extent], buf: memoryview, offset: int) -> None:
+def read_runs(
+    node: Node | None, runs: Iterable[Extent], buf: memoryview, offset: int, flags: int = 0
+) -> None:
     """Fill `buf`, or as much of it as there are runs, from what `resolve` said of `node`."""
     nodes = list(chain(node))
     for e in runs:
@@ -350,7 +352,7 @@ def read_runs(node: Node | None, runs: Iterable[Extent], buf: memoryview, offset
         if e.state is State.ZERO:
             clear(part)
         elif e.fd >= 0:
-            read_fully(e.fd, part, e.host)
+            read_fully(e.fd, part, e.host, flags)
         else:
             nodes[e.depth].read_run(part, offset, e)
         offset += e.length
@@ -379,6 +381,7 @@ def _remote(node: Node | None) -> bool:
 
 
 ZEROES = bytes(1 << 20)
+ONCE = 0x80  # RWF_DONTCACHE, Linux 6.14: for bytes of which one copy in memory is enough
 
 
 def clear(buf: memoryview) -> None:
@@ -389,10 +392,18 @@ def clear(buf: memoryview) -> None:
     buf[:] = ZEROES[: len(buf)]
 
 
-def read_fully(fd: int, buf: memoryview, host: int) -> None:
-    """`preadv` until `buf` is full; past the end of the file the bytes are zeroes."""
+def read_fully(fd: int, buf: memoryview, host: int, flags: int = 0) -> None:
+    """`preadv` until `buf` is full; past the end of the file the bytes are zeroes.
+
+    With `ONCE` pages that it brings into memory leave it at once, where the kernel can do that."""
     while len(buf):
-        n = os.preadv(fd, [buf], host)
+        try:
+            n = os.preadv(fd, [buf], host, flags)
+        except OSError as error:
+            if not flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            flags = 0
+            continue
         if n == 0:
             clear(buf)
             return

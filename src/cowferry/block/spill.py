@@ -55,7 +55,9 @@ class Spill:
         self._fd = -1
 
     def put(self, offset: int, length: int, data: bytearray | None) -> None:
-        """Keep bytes of one unit (None: zeroes), which are ours then. Raises `OSError`, ENOSPC if there is no room."""
+        """Keep bytes of one unit (None: zeroes), which are ours then.
+
+        Raises `OSError`, ENOSPC if there is no room."""
         with self.lock:
             if data is None or self._resident + length <= self.memory:
                 self._resident += length if data is not None else 0

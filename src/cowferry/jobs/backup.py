@@ -40,7 +40,7 @@ from cowferry.block.compress import Compressed
 from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
-from cowferry.block.node import Extent, Node, State, far, read, resolve
+from cowferry.block.node import ONCE, Extent, Node, State, far, read, resolve
 from cowferry.block.spill import UNIT, Spill
 from cowferry.block.throttle import WRITE
 from cowferry.jobs.job import Job, Progress, blame, check_speed
@@ -374,7 +374,7 @@ class Backup(Job):
                         hand.used += span.length
                         if len(buf) < span.length:  # somebody has just written there after all
                             buf = memoryview(bytearray(span.length))
-                        read(self.source, buf, span.offset)
+                        read(self.source, buf, span.offset, ONCE)
                         self.spill.lay(buf, span.offset)
                         hand.parts.append((span.offset, buf))
             self.pending.clear(offset, length)
@@ -509,13 +509,14 @@ class Backup(Job):
             return
         for at, n in list(self.pending.runs(start, end - start)):
             n = min(at + n, end) - at
-            buf = memoryview(bytearray(n))
-            read(self.source, buf, at)
+            old = bytearray(n)
+            read(self.source, memoryview(old), at)
             if not self.everything:
-                self._put(at, n, buf)
+                self._put(at, n, memoryview(old))
             else:
+                zero = not old[0] and old == bytes(n)
                 try:
-                    self.spill.put(at, n, None if buf.obj == bytes(n) else bytes(buf))
+                    self.spill.put(at, n, None if zero else old)
                 except OSError:  # no room: then the guest waits for the target after all
                     self._unload(unit, whole)
                     return
