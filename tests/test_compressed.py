@@ -185,7 +185,7 @@ def test_E2_room_that_could_not_be_filled_is_given_back(
 # Backups -------------------------------------------------------------------------------------
 
 SHAPES: list[dict[str, Any]] = [
-    {"cluster_size": 512, "compat": "0.10"},
+    {"cluster_size": 4096, "compat": "0.10"},
     {"cluster_size": 4096, "compression_type": "zstd", "refcount_bits": 2},
     {"cluster_size": 65536, "extended_l2": "on", "compression_type": "zstd"},
     {"cluster_size": 65536, "refcount_bits": 1},
