@@ -164,10 +164,12 @@ def test_words_for_all_that_can_be_limited() -> None:
         "device": "vm", "group": "g", "with": ["a", "b"], "waiting": 3,
         "limits": {"bps_wr": 1 << 20, "iops": 5, "iops_max": 9, "iops_max_length": 1,
                    "iops_size": 4096},
+        "also": [{"group": "all", "limits": {"bps": 2 << 20}}],
     }  # fmt: skip
     assert in_words(entry) == [
         "vm: 1 MiB/s written, 5 requests/s (9/s for 1 s), a request is 4 KiB",
         "    shared with a, b (group g)",
+        "    and 2 MiB/s (group all)",
         "    3 requests wait",
     ]
 
