@@ -324,9 +324,9 @@ def test_what_another_program_has_changed_at_rest_is_refused_until_somebody_answ
 
 def test_a_name_that_is_no_plain_path_is_not_followed(tmp_path: Path) -> None:
     path, _ = a_partial(tmp_path)
-    for name in ("json:{}", "nbd://127.0.0.1/x"):
+    for name, said in (("json:{}", "not a plain path"), ("nbd://127.0.0.1/x", "is an export")):
         changed(backing=(name, "raw"))(path)
-        with pytest.raises(ImageError, match="not a plain path"):
+        with pytest.raises(ImageError, match=said):
             opening.open_image(str(path))
     changed(backing=("base.raw", ""))(path)
     with pytest.raises(ImageError, match="does not record the format"):
