@@ -41,8 +41,13 @@ class Chores:
         with self._lock:
             if about in self._running:
                 return
-            thread = self._running[about] = threading.Thread(target=run, name="chore", daemon=True)
-            thread.start()
+            thread = threading.Thread(target=run, name="chore", daemon=True)
+            try:
+                thread.start()  # what it does at its end waits for us
+            except RuntimeError as error:  # no more threads just now
+                log.error("a chore is put off: %s: %s", about, error)
+                return
+            self._running[about] = thread
         thread.join(MOMENT)
 
     def end(self) -> None:
