@@ -2,8 +2,8 @@
 
 Who limits is the disk: it takes the limits of the group named here when it is put over this node,
 and keeps them whatever its root is later. So leases still lead straight to the file, and no request
-waits inside a gate. Filters may lie over each other: the disk keeps to the limits of each. Below any
-other node the filter would limit nobody, and is refused there (`opening.py`).
+waits inside a gate. Filters may lie over each other: the disk keeps to the limits of each. Below
+any other node the filter would limit nobody, and is refused there (`opening.py`).
 
 To the rest of the house it is the node below: its format, its backing, its bitmaps. Only its name
 and `filter` are its own.
