@@ -269,7 +269,7 @@ class Backup(Job):
             self.cursor = self.spill.oldest // self.unit * self.unit
         for _ in range(2):
             for offset, length in self.todo.runs(self.cursor):
-                empty = self._empty(offset, min(length, MAX_CLONE))
+                empty = self._empty(offset, min(length, MAX_CLONE), limit)
                 self._is_empty = empty > limit
                 length = empty if self._is_empty else min(length, limit - offset % self.unit)
                 self.cursor = offset + length
@@ -277,14 +277,22 @@ class Backup(Job):
             self.cursor = 0
         return None
 
-    def _empty(self, offset: int, length: int) -> int:
-        """How many bytes from there on are zeroes, or are not to be copied: as it is just now."""
-        end = offset
-        with suppress(OSError), self.disk.shared(offset, length):  # whoever reads it will be told
-            for e in resolve(self.source, offset, length, self.base):
-                if e.state is State.DATA:
-                    break
-                end += e.length
+    def _empty(self, offset: int, length: int, step: int) -> int:
+        """How many bytes from there on are zeroes, or are not to be copied: as it is just now.
+
+        Looked for `step` bytes ahead, then farther and farther, for where runs are many it is dear
+        to look at all of them again for each chunk."""
+        end, stop = offset, offset + length
+        with suppress(OSError):  # whoever reads it will be told
+            while end < stop:
+                ahead = min(step, stop - end)
+                with self.disk.shared(end, ahead):
+                    for e in resolve(self.source, end, ahead, self.base):
+                        if e.state is State.DATA:
+                            stop = end
+                            break
+                        end += e.length
+                step *= 2
         if end < offset + length:
             end = max(end // self.unit * self.unit, offset)
         return 0 if self.spill.pieces(offset, end - offset) else end - offset
