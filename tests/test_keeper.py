@@ -542,7 +542,7 @@ def test_B2_if_bitmaps_cannot_come_to_rest_they_are_supersets(
     assert on_disk(raw).any(9 << 20, 1)
     with monkeypatch.context() as patch:
         patch.setattr(sysio, call, lambda *_: failing(errno.EIO)())
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="' are left as by a crash: Input/output error"):
             opening.close_chain(disk.root)
     found = look(raw)["b0"]
     assert not found.inconsistent and found.any(0, 1) and found.any(9 << 20, 1)

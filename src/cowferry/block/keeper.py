@@ -228,9 +228,13 @@ class Keeper:
                 return
             try:
                 self._rest()
-            except BaseException:
+            except BaseException as error:
                 if not self._counts_still():
                     self._distrust()
+                if isinstance(error, OSError):
+                    why = error.strerror or error
+                    text = f"the bitmaps of '{self._name}' are left as by a crash: {why}"
+                    raise OSError(error.errno, text) from error
                 raise
             self._marks.close()
             self._marks = None
@@ -488,7 +492,7 @@ def attach(node: Node, repair: bool = False) -> None:
         hint = error.hint if isinstance(error, CowferryError) else ""
         raise ImageError(
             f"'{node.filename}': its bitmaps cannot be kept: {why}",
-            hint or "the image and its bitmaps are intact; it can be opened read-only",
+            hint or "the image and its bitmaps are intact; it can be opened read-only meanwhile",
         ) from error
 
 
