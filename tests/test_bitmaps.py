@@ -463,6 +463,15 @@ def test_a_name_is_text(house: House, name: str) -> None:
         assert text.endswith("has a character that is none") and text.isprintable()
 
 
+def test_an_error_tells_a_few_names_and_how_many_more_there_are(house: House) -> None:
+    house.open("vm")
+    for n in range(23):
+        house.bitmap("add", "vm", f"b{n:02}")
+    with pytest.raises(CowferryError) as error:
+        house.bitmap("clear", "vm", "monday")
+    assert error.value.hint.endswith("b18, b19, and 3 more")
+
+
 def test_a_bitmap_has_no_more_bits_than_memory_is_for(house: House) -> None:
     path = str(house.folder / "huge.raw")
     opening.create_image(path, "raw", 1 << 42, {})

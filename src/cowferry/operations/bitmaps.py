@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MAX_NAME = 1023  # bytes
 MIN_GRANULARITY, MAX_GRANULARITY = 512, 1 << 31
 MAX_BITS = 512 << 20  # bytes of memory for one bitmap
+FEW = 20  # names that an error tells
 # The default granularity in bytes is a cluster, but no finer (it is not worth its memory unless it
 # is asked for) and no coarser (a backup would copy what nobody wrote).
 LEAST_DEFAULT, MOST_DEFAULT = 4096, 64 << 10
@@ -84,7 +85,8 @@ def look_up(
 def not_found(desc: str, nodes: list[Node]) -> CowferryError:
     """The error, with the names that there are."""
     names = sorted({name for node in nodes for name in node.bitmaps})
-    return CowferryError(desc, f"there are: {', '.join(names)}" if names else "there is none")
+    shown = ", ".join(names[:FEW]) + (f", and {len(names) - FEW} more" if names[FEW:] else "")
+    return CowferryError(desc, f"there are: {shown}" if names else "there is none")
 
 
 def check_usable(
