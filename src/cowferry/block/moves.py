@@ -230,7 +230,9 @@ def committing(image: str, top: str) -> None:
     """From now on `image` is no good without `top` (C2)."""
     body: dict[str, Any] = {"top": _named(top), "generation": 1}
     if os.path.isfile(image):
-        body["image"] = names.identity(image)
+        # Handed over by its descriptor it may be closed to us: then whatever has its name is meant.
+        with contextlib.suppress(PermissionError):
+            body["image"] = names.identity(image)
     _store(place(image, COMMITTING), body, undo=False, own="mark")
 
 
@@ -258,7 +260,10 @@ def _replaced(image: str, path: str, body: dict[str, Any]) -> bool:
     file than then, too, both were copied together, and it counts."""
     if "image" not in body or not os.path.isfile(image):
         return False
-    return body["image"] != names.identity(image) and body.get("mark") == names.identity(path)
+    try:
+        return body["image"] != names.identity(image) and body.get("mark") == names.identity(path)
+    except PermissionError:
+        return False
 
 
 def copying(image: str, source: str, bitmap: str, size: int, inode: int, mtime_ns: int = 0) -> None:
