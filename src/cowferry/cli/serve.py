@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Seconds. A signal's handler runs between two steps of the main thread; one that comes just before
 # it falls asleep does not wake it.
 LOOK = 0.5
-# Seconds that a thread of the interpreter may go on while others wait for it (its own habit is 5 ms).
+# Seconds that a thread of the interpreter may go on while others wait for it (by itself 5 ms).
 # A lane lets go of it with each system call: beside a thread that calculates (a bitmap, a large
 # reply) it served 190 requests a second, and so 3700.
 SWITCH = 0.0002
