@@ -68,6 +68,39 @@ class _Place:
         self.gate.drop(self.slot)
 
 
+class _Exclusive:
+    """One stay inside `Disk.exclusive`. A class, because a generator costs each request more."""
+
+    __slots__ = ("claim", "disk", "end", "length", "offset", "start")
+
+    def __init__(self, disk: Disk, offset: int, length: int | None) -> None:
+        self.disk, self.offset, self.length = disk, offset, length
+
+    def __enter__(self) -> None:
+        leases, gate, length = self.disk.leases, self.disk.gate, self.length
+        start, end = 0, END
+        while True:
+            shift = leases.shift
+            if length is not None:
+                start = self.offset >> shift << shift
+                end = -(-(self.offset + length) >> shift) << shift
+            claim = gate.claim(start, end)
+            if length is None or shift == leases.shift:
+                break
+            gate.release(claim)  # another root, with other granules, came while we waited
+        self.start, self.end, self.claim = start, end, claim
+
+    def __exit__(self, *_: object) -> None:
+        disk = self.disk
+        try:
+            if self.length is None:
+                disk.leases.reset(disk.root.granule, disk._holds())
+            else:
+                disk.leases.drop(self.start, self.end)
+        finally:
+            disk.gate.release(self.claim)
+
+
 class Disk:
     """A virtual disk. Thread-safe; offsets and lengths in bytes; data paths raise `OSError`."""
 
@@ -175,29 +208,11 @@ class Disk:
             place = self._local.place = _Place(self.gate)
         return place.slot
 
-    @contextmanager
-    def exclusive(self, offset: int = 0, length: int | None = None) -> Iterator[None]:
+    def exclusive(self, offset: int = 0, length: int | None = None) -> _Exclusive:
         """The range, rounded out to granules, is this thread's alone; None: the whole disk.
 
         Inside, talk to nodes. Leaving drops the leases of the range. Not reentrant."""
-        start, end = 0, END
-        while True:
-            shift = self.leases.shift
-            if length is not None:
-                start = offset >> shift << shift
-                end = -(-(offset + length) >> shift) << shift
-            claim = self.gate.claim(start, end)
-            if length is None or shift == self.leases.shift:
-                break
-            self.gate.release(claim)  # another root, with other granules, came while we waited
-        try:
-            yield
-        finally:
-            if length is None:
-                self.leases.reset(self.root.granule, self._holds())
-            else:
-                self.leases.drop(start, end)
-            self.gate.release(claim)
+        return _Exclusive(self, offset, length)
 
     @contextmanager
     def shared(self, offset: int, length: int) -> Iterator[None]:
@@ -262,26 +277,30 @@ class Disk:
             return
         if self.turnstiles and not paid:
             self.wait(WRITE, length)
-        runs: list[tuple[int, int, int]] | None
+        # Where no write lease is handed out, none is looked for.
+        if self.leases.held(offset, length) or not self._in_place(buf, offset):
+            self._change(offset, length, lambda: self.root.pwrite(buf, offset), buf)
+        if fua:
+            self.flush()
+
+    def _in_place(self, buf: memoryview, offset: int) -> bool:
+        """Write by leases, filling those first. False: not all leased, nothing was done."""
+        length = len(buf)
         with self.shared(offset, length):
             self.check(offset, length, write=True)
             runs = self._leased(offset, offset + length, WRITABLE)
-            if runs is None and self._unknown(offset, length):
+            if runs is None and self._leased(offset, offset + length, 0) is None:
                 self.leases.fill(self.root, offset, length)
                 runs = self._leased(offset, offset + length, WRITABLE)
-            if runs is not None:
-                rest = buf
-                try:
-                    for fd, host, run in runs:
-                        sysio.pwrite(fd, rest[:run], host)
-                        rest = rest[run:]
-                finally:  # a write that failed may have changed some of it
-                    self.mark(offset, length)
-        if runs is None:
-            with self._changing(offset, length, buf):
-                self.root.pwrite(buf, offset)
-        if fua:
-            self.flush()
+            if runs is None:
+                return False
+            try:
+                for fd, host, run in runs:
+                    sysio.pwrite(fd, buf[:run], host)
+                    buf = buf[run:]
+            finally:  # a write that failed may have changed some of it
+                self.mark(offset, length)
+        return True
 
     def zero(
         self, offset: int, length: int, unmap: bool = False, fua: bool = False, fast: bool = False,
@@ -292,8 +311,7 @@ class Disk:
             return
         if self.turnstiles and not paid:
             self.wait(WRITE, 0)
-        with self._changing(offset, length):
-            self.root.zero(offset, length, unmap, fast)
+        self._change(offset, length, lambda: self.root.zero(offset, length, unmap, fast))
         if fua:
             self.flush()
 
@@ -303,8 +321,7 @@ class Disk:
             return
         if self.turnstiles and not paid:
             self.wait(WRITE, 0)
-        with self._changing(offset, length):
-            self.root.discard(offset, length)
+        self._change(offset, length, lambda: self.root.discard(offset, length))
         if fua:
             self.flush()
 
@@ -330,9 +347,10 @@ class Disk:
             for bitmap in self.bitmaps.values():
                 bitmap.resize(size)
 
-    @contextmanager
-    def _changing(self, offset: int, length: int, data: memoryview | None = None) -> Iterator[None]:
-        """A change of the root's range, alone in it, with bitmaps and taps there."""
+    def _change(
+        self, offset: int, length: int, work: Callable[[], None], data: memoryview | None = None
+    ) -> None:
+        """Do `work`, a change of the root's range, alone in it, with bitmaps and taps there."""
         with self.exclusive(offset, length):
             self.check(offset, length, write=True)
             keeper = self.root.keeper
@@ -342,7 +360,7 @@ class Disk:
             for tap in self.taps:
                 tap.before(offset, length)
             try:
-                yield
+                work()
             except BaseException:
                 for tap in self.taps:
                     tap.failed(offset, length)
@@ -376,12 +394,6 @@ class Disk:
         return tuple(holds)
 
     # -------------------------------------------------------------------------------------
-
-    def _unknown(self, offset: int, length: int) -> bool:
-        """Whether a write may find its leases if they are filled now."""
-        return not self.leases.held(offset, length) and (
-            self._leased(offset, offset + length, 0) is None
-        )
 
     def _leased(self, offset: int, end: int, need: int) -> list[tuple[int, int, int]] | None:
         """(fd, host, length) of each run, fd -1 for zeroes; None if a granule is not leased so."""

@@ -518,7 +518,7 @@ class Backup(Job):
         for at, n in list(self.pending.runs(start, end - start)):
             n = min(at + n, end) - at
             old = bytearray(n)
-            read(self.source, memoryview(old), at)
+            self.source.pread(memoryview(old), at)
             if not self.everything:
                 self._put(at, n, memoryview(old))
             else:
