@@ -36,6 +36,7 @@ from bench_common import (
 RATE = 2000  # requests per second that the guest asks for
 DEPTH = 64
 SETTLE = 1.0  # seconds that the guest runs before the job
+RESOLUTION = 1e-3  # seconds, of the times in fio's log
 HOLE = 8 << 20  # bytes, in every
 STRIDE = 64 << 20  # bytes, of the source
 DATA = GIB * (STRIDE - HOLE) // STRIDE
@@ -144,7 +145,7 @@ class Guest:
         """(requests answered per second, latencies in seconds) from `begin` to `end`.
 
         In a stall fio sends nothing more, and makes up for it afterwards. So a request's latency
-        counts from when it was due, not from when it was sent."""
+        counts from when it was due, not from when it was sent, as exactly as the log tells."""
         rows = []
         for line in Path(f"{self.log}_lat.1.log").read_text().splitlines():
             answered_ms, took_ns = (int(field) for field in line.split(",")[:2])
@@ -154,7 +155,7 @@ class Guest:
         for number, (sent, took) in enumerate(rows):
             due = rows[0][0] + number / RATE
             if begin <= due < end:
-                waits.append(took + max(sent - due, 0.0))
+                waits.append(took + max(sent - due - RESOLUTION, 0.0))
         answered = sum(begin <= sent + took < end for sent, took in rows)
         return answered / (end - begin), waits
 

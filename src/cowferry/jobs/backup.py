@@ -41,6 +41,7 @@ from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
 from cowferry.block.node import ONCE, Extent, Node, State, far, read, resolve
+from cowferry.block.rates import fitted
 from cowferry.block.spill import UNIT, Spill
 from cowferry.block.throttle import WRITE
 from cowferry.jobs.job import Job, Progress, blame, check_speed
@@ -256,8 +257,9 @@ class Backup(Job):
             else:
                 hand, done, moved = yield from self._exchange(hand, found)
             if done:
-                if not self._is_empty:
-                    self._adapt(time.monotonic() - begin, done)
+                if not self._is_empty and done >= self.chunk // 2:
+                    took = time.monotonic() - begin
+                    self.chunk = fitted(self.chunk, took, STEP, MIN_CHUNK, MAX_CLONE)
                 yield Progress(done=done, moved=moved or 0)
         if self.lasting:
             yield from self.attempt("write", self._flush)
@@ -309,14 +311,6 @@ class Backup(Job):
         if self.throttle.speed:
             limit = min(limit, self.throttle.speed // 10)
         return max(limit // self.unit, 1) * self.unit
-
-    def _adapt(self, took: float, length: int) -> None:
-        if length < self.chunk // 2:
-            return
-        if took < STEP / 2:
-            self.chunk = min(self.chunk * 2, MAX_CLONE)
-        elif took > STEP * 2:
-            self.chunk = max(self.chunk // 2, MIN_CHUNK)
 
     def _exchange(
         self, full: Hand | None, found: tuple[int, int] | None
