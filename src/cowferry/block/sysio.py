@@ -143,8 +143,10 @@ def write_out(fd: int, offset: int, length: int) -> None:
     """Wait until the dirty pages of a range are written. Promises nothing."""
     own = another(fd)
     if own >= 0:
-        _sync_file_range(own, offset, length, 7)  # WAIT_BEFORE, WRITE, WAIT_AFTER
-        os.close(own)
+        try:
+            _sync_file_range(own, offset, length, 7)  # WAIT_BEFORE, WRITE, WAIT_AFTER
+        finally:
+            os.close(own)
 
 
 def let_go(own: int, offset: int, length: int) -> None:
