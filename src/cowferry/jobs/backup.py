@@ -31,7 +31,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from cowferry.block import sysio
 from cowferry.block.behind import LEAST, Behind
@@ -70,6 +70,14 @@ class Hand:
         self.buffer = buffer
         self.used = 0
         self.parts: list[tuple[int, memoryview | None]] = []
+
+
+class Found(NamedTuple):
+    """A range to be copied next; `empty`: a long one, with nothing but zeroes just now."""
+
+    offset: int
+    length: int
+    empty: bool
 
 
 class _Begun(Generic[T]):
@@ -171,7 +179,6 @@ class Backup(Job):
         self.clones: bool | None = None  # whether the two files can share bytes; None: not known
         self.chunk = MIN_CHUNK
         self.cursor = 0
-        self._is_empty = False  # the range at hand has nothing but zeroes, and is a long one
         self.enough = False  # of a backup that has no end of its own: it is to end well
         self.broke: OSError | None = None  # why the point in time is lost
         self._spare: list[memoryview] = []  # buffers of hands that are empty
@@ -249,22 +256,24 @@ class Backup(Job):
                 saved = self.disk.size - self.pending.inside()
                 yield Progress(done=saved - self.offset, idle=IDLE)
                 continue
-            if found is not None and self.clones is not False and not self._is_empty:
-                moved = yield from self.attempt("write", partial(self._share, *found))
-                self._done_with(*found)
+            empty = found is not None and found.empty
+            if found is not None and self.clones is not False and not empty:
+                share = partial(self._share, found.offset, found.length)
+                moved = yield from self.attempt("write", share)
+                self._done_with(found.offset, found.length)
                 self.behind.catch_up()
-                done = found[1]
+                done = found.length
             else:
                 hand, done, moved = yield from self._exchange(hand, found)
             if done:
-                if not self._is_empty and done >= self.chunk // 2:
+                if not empty and done >= self.chunk // 2:
                     took = time.monotonic() - begin
                     self.chunk = fitted(self.chunk, took, STEP, MIN_CHUNK, MAX_CLONE)
                 yield Progress(done=done, moved=moved or 0)
         if self.lasting:
             yield from self.attempt("write", self._flush)
 
-    def _next(self) -> tuple[int, int] | None:
+    def _next(self) -> Found | None:
         """The next range to be copied: in order, or out of the scratch file if that is large."""
         limit = self._limit()
         if self.spill.filed > CROWDED and self.spill.oldest >= 0:
@@ -272,10 +281,10 @@ class Backup(Job):
         for _ in range(2):
             for offset, length in self.todo.runs(self.cursor):
                 empty = self._empty(offset, min(length, MAX_CLONE), limit)
-                self._is_empty = empty > limit
-                length = empty if self._is_empty else min(length, limit - offset % self.unit)
+                long = empty > limit
+                length = empty if long else min(length, limit - offset % self.unit)
                 self.cursor = offset + length
-                return offset, length
+                return Found(offset, length, long)
             self.cursor = 0
         return None
 
@@ -313,7 +322,7 @@ class Backup(Job):
         return max(limit // self.unit, 1) * self.unit
 
     def _exchange(
-        self, full: Hand | None, found: tuple[int, int] | None
+        self, full: Hand | None, found: Found | None
     ) -> Generator[Progress, None, tuple[Hand | None, int, int | None]]:
         """Write what is in hand while the next range is read into the other.
 
@@ -325,7 +334,7 @@ class Backup(Job):
             aside = found is not None and full.used >= ASIDE
             writing = _Begun(partial(self.store, full), self._aside() if aside else None)
         if found is not None:
-            reading = _Begun(partial(self.load, *found))
+            reading = _Begun(partial(self.load, found.offset, found.length))
         if writing is not None and full is not None:
             writing.wait()
             moved = yield from self.attempt("write", writing)
@@ -335,8 +344,8 @@ class Backup(Job):
         if reading is not None and found is not None:
             hand = yield from self.attempt("read", reading)
             if hand is None:  # its error is ignored, and it stays missing
-                self._done_with(*found)
-                done += found[1]
+                self._done_with(found.offset, found.length)
+                done += found.length
         return hand, done, moved
 
     def _aside(self) -> ThreadPoolExecutor:
