@@ -122,11 +122,11 @@ def record_last(patch: pytest.MonkeyPatch) -> None:
 
 def record_apart(bodies: dict[str, dict[str, Any]], disks: list[str]) -> None:
     """A group's records one after another, with no decision."""
-    for path, body in bodies.items():
-        moves._store(path, body)
+    for left, body in bodies.items():
+        moves._mark(left, moves.MOVED, body)
 
 
-def not_kept(path: str, format: str, size: int, options: Any, *, goal: bool = False) -> None:
+def not_kept(path: str, format: str, size: int, options: Any, **_: Any) -> None:
     plain_create(path, format, size, options)
 
 

@@ -33,6 +33,7 @@ from bitarray import bitarray
 
 from cowferry.block import moves, sysio
 from cowferry.block.barrier import Barrier
+from cowferry.block.origin import PRIVATE, Origin
 from cowferry.errors import ImageError
 
 MAGIC = b"CFBITMAP"
@@ -254,12 +255,12 @@ def _entries(
     return places
 
 
-def write(path: str, contents: Contents) -> None:
+def write(path: str, contents: Contents, like: Origin = PRIVATE) -> None:
     """Make or replace the file, durably. On an error the old or the new one is there.
 
-    One caller at a time for each path. Raises `OSError`, and `ImageError` for bitmaps that are too
-    many or too large."""
-    Marks(path, contents).close()
+    The file gets the permissions `like`: those of the image (`origin.beside`). One caller at a time
+    for each path. Raises `OSError`, and `ImageError` for bitmaps that are too many or too large."""
+    Marks(path, contents, like).close()
 
 
 class Marks:
@@ -268,7 +269,7 @@ class Marks:
     The bits of `contents` are the picture in memory of what the file holds, and changed by us
     alone. Thread-safe: `set` and `replace` may come while a `flush` runs."""
 
-    def __init__(self, path: str, contents: Contents) -> None:
+    def __init__(self, path: str, contents: Contents, like: Origin = PRIVATE) -> None:
         """`write`, and keep it open. Raises as that does."""
         self.path = path
         self.contents = contents
@@ -282,7 +283,7 @@ class Marks:
         new = f"{path}.new"
         with contextlib.suppress(FileNotFoundError):
             sysio.unlink(new)  # of somebody who crashed
-        self._fd = sysio.create(new, os.O_RDWR | os.O_EXCL | os.O_NOFOLLOW)
+        self._fd = sysio.create(new, os.O_RDWR | os.O_EXCL | os.O_NOFOLLOW, like)
         self._barrier = Barrier(self._fd)
         renamed = False
         try:

@@ -47,7 +47,7 @@ import threading
 
 from bitarray import bitarray
 
-from cowferry.block import bitmap_file, moves, names, sysio
+from cowferry.block import bitmap_file, moves, names, origin, sysio
 from cowferry.block.bitmap import Bitmap, folded
 from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Stamp
 from cowferry.block.node import Node
@@ -355,6 +355,7 @@ class Keeper:
                     region=self.region,
                     entries=list(entries.values()),
                 ),
+                origin.beside(_file(self.node).fd),
             )
         except BaseException:
             if old is None or not old.named:
@@ -438,6 +439,7 @@ class Keeper:
                 region=self.region,
                 entries=[_entry(b, _bits(b)) for b in bitmaps],
             ),
+            origin.beside(image.fd),
         )
 
     def _remove(self) -> None:

@@ -45,7 +45,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from cowferry.block import names, sysio
+from cowferry.block import names, origin, sysio
+from cowferry.block.origin import Origin
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +130,10 @@ def record(moves: list[Move]) -> None:
         _forget_others(m)
     images = [i for m in moves for i in (m.left, m.current)]
     generation = max((s.generation for i in images for s in _steps(i)), default=0) + 1
-    bodies = {place(m.left, MOVED): _body(m, generation) for m in moves}
+    bodies = {m.left: _body(m, generation) for m in moves}
     if len(bodies) == 1:
-        for path, body in bodies.items():
-            _store(path, body)
+        for left, body in bodies.items():
+            _mark(left, MOVED, body)
     else:
         _record_together(bodies, [m.disk for m in moves])
     with contextlib.suppress(OSError):  # this only tidies up: `follow` tells it right already
@@ -158,7 +159,7 @@ def _shorten(m: Move, generation: int) -> None:
     if m.origin and _named(m.origin) not in (_named(m.left), _named(m.current)):
         steps = list(_steps(m.origin))
         if len(steps) > 1 and follow(m.origin).path == _named(m.current):
-            _store(place(m.origin, MOVED), _body(m, generation), undo=False)
+            _mark(m.origin, MOVED, _body(m, generation), undo=False)
 
 
 def _forget_others(m: Move) -> None:
@@ -171,20 +172,20 @@ def _forget_others(m: Move) -> None:
 
 
 def _record_together(bodies: dict[str, dict[str, Any]], disks: list[str]) -> None:
-    decision = f"{next(iter(bodies))}-{secrets.token_hex(8)}"
+    first = next(iter(bodies))
+    decision = f"{place(first, MOVED)}-{secrets.token_hex(8)}"
     stored: list[str] = []
     try:
-        for path, body in bodies.items():
-            _store(path, {**body, "group": decision})
-            stored.append(path)
-        _store(decision, {"disks": disks})  # this is the moment
+        for left, body in bodies.items():
+            stored.append(_mark(left, MOVED, {**body, "group": decision}))
+        _store(decision, {"disks": disks}, origin.beside(first))  # this is the moment
     except BaseException:
         for path in stored:
             _void(path)
         raise
     with contextlib.suppress(OSError):  # decided: an error from here on changes nothing
-        for path, body in bodies.items():
-            _store(path, body, undo=False)
+        for left, body in bodies.items():
+            _mark(left, MOVED, body, undo=False)
         _remove(decision)
 
 
@@ -233,7 +234,7 @@ def committing(image: str, top: str) -> None:
         # Handed over by its descriptor it may be closed to us: then whatever has its name is meant.
         with contextlib.suppress(PermissionError):
             body["image"] = names.identity(image)
-    _store(place(image, COMMITTING), body, undo=False, own="mark")
+    _mark(image, COMMITTING, body, undo=False, own="mark")
 
 
 def committed(image: str) -> None:
@@ -272,7 +273,7 @@ def copying(image: str, source: str, bitmap: str, size: int, inode: int, mtime_n
     `mtime_ns` is its time of change, if nobody is writing it any more; 0 for a device."""
     body = {"source": _named(source), "bitmap": bitmap, "size": size, "inode": inode}
     body |= {"mtime_ns": mtime_ns} if mtime_ns else {}
-    _store(place(image, COPYING), {**body, "generation": 1}, undo=False)
+    _mark(image, COPYING, {**body, "generation": 1}, undo=False)
 
 
 def copied(image: str) -> None:
@@ -330,7 +331,14 @@ def _read(path: str) -> dict[str, Any] | None:
     return body
 
 
-def _store(path: str, body: dict[str, Any], undo: bool = True, own: str = "") -> None:
+def _mark(image: str, suffix: str, body: dict[str, Any], undo: bool = True, own: str = "") -> str:
+    """Write a record of `image`, with the image's permissions. Return its path. See `_store`."""
+    path = place(image, suffix)
+    _store(path, body, origin.beside(image), undo, own)
+    return path
+
+
+def _store(path: str, body: dict[str, Any], like: Origin, undo: bool = True, own: str = "") -> None:
     """Write and rename into place. On an error the record there is the old one, or void.
 
     Without `undo` it is the old or the new one. As `own` it says which file it is itself."""
@@ -338,7 +346,7 @@ def _store(path: str, body: dict[str, Any], undo: bool = True, own: str = "") ->
     if folder == state_folder():
         make_folder(folder)
     new = f"{path}.{secrets.token_hex(4)}"
-    fd = sysio.create(new, os.O_WRONLY | os.O_EXCL | os.O_NOFOLLOW)
+    fd = sysio.create(new, os.O_WRONLY | os.O_EXCL | os.O_NOFOLLOW, like)
     renamed = False
     try:
         if own:

@@ -16,7 +16,10 @@ import errno
 import fcntl
 import os
 import struct
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from cowferry.block.origin import Origin
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
@@ -45,13 +48,39 @@ class Recorder(Protocol):
 recorder: Recorder | None = None
 
 
-def create(path: str, flags: int) -> int:
-    """Open a file that is made if it is not there; a new name is durable after `flush_directory`.
+def create(path: str, flags: int, like: Origin | None = None) -> int:
+    """Open the file at `path`, and make it if it is not there. Return the descriptor.
 
-    `flags` say the access, and O_EXCL if it must be new."""
-    fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    `flags` say the access, and O_EXCL if the file must be new. A new file has the permissions
+    `like` before it has a byte; without `like` it has mode 0644 less the umask. A file that is
+    there keeps its permissions. A new name is durable after `flush_directory`."""
+    flags |= os.O_CLOEXEC
+    fd = os.open(path, flags | os.O_CREAT, 0o644) if like is None else _create(path, flags, like)
     if recorder is not None:
         recorder.created(path)
+    return fd
+
+
+def _create(path: str, flags: int, like: Origin) -> int:
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        if flags & os.O_EXCL:
+            raise
+        try:
+            return os.open(path, flags)
+        except FileNotFoundError:  # a symbolic link to a file that is not there yet
+            return _create(os.path.realpath(path), flags | os.O_EXCL, like)
+    for uid, gid in ((like.uid, like.gid), (-1, like.gid)):
+        try:
+            os.fchown(fd, uid, gid)
+            break
+        except OSError:  # this process may not give files away, or this file system has no owners
+            continue
+    else:
+        like = like.in_another_group()
+    with contextlib.suppress(OSError):  # some file systems have no modes: then it stays as it is
+        os.fchmod(fd, like.mode)
     return fd
 
 

@@ -12,7 +12,7 @@ from cowferry.block import moves
 from cowferry.block.node import Node, chain
 from cowferry.commands import Args, NoArgs, command
 from cowferry.commands.throttle import shown
-from cowferry.drivers import driver
+from cowferry.drivers import driver, opening
 from cowferry.drivers.file import File
 from cowferry.errors import CowferryError
 from cowferry.graph import actual_size
@@ -94,7 +94,7 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     def make() -> None:
         moves.fresh(target)
         with node.unlocked() if node is not None else contextlib.nullcontext():
-            cls.create(target, size, plain)
+            cls.create(target, size, plain, opening.like_backing(target, plain))
 
     why = "block device is in use by block job: create"
     if node is not None:

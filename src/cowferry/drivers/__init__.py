@@ -21,6 +21,7 @@ import msgspec
 
 from cowferry.block import names
 from cowferry.block.node import Node
+from cowferry.block.origin import Origin
 from cowferry.errors import CowferryError, ImageError
 
 MODULES = {
@@ -77,8 +78,12 @@ class Driver(Protocol):
         ...
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
-        """Make a new image file. `options` are qemu-img's `-o` names."""
+    def create(
+        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
+    ) -> None:
+        """Make a new image file. `options` are qemu-img's `-o` names.
+
+        A file that is not there yet gets the permissions `like`; None: 0644 less the umask."""
         ...
 
 

@@ -32,6 +32,7 @@ from typing import Any, Literal
 from cowferry.block import sysio
 from cowferry.block.barrier import Barrier
 from cowferry.block.node import ZEROES, Extent, Node, State, read_fully
+from cowferry.block.origin import Origin
 from cowferry.drivers import Common, fdsets, register
 from cowferry.drivers.locks import Lock
 from cowferry.errors import CowferryError, DeviceInUse, ImageError
@@ -100,10 +101,12 @@ class File(Node):
         path: str,
         size: int,
         options: Mapping[str, Any],
+        like: Origin | None = None,
         locked: Callable[[int], None] | None = None,
     ) -> None:
         """An empty file of `size` bytes. `preallocation`: off, falloc or full.
 
+        A file that is not there yet gets the permissions `like`; None: 0644 less the umask.
         `locked` is called with the descriptor once nobody else can have the file, and before any
         byte of it is changed."""
         how = options.get("preallocation", "off")
@@ -112,7 +115,10 @@ class File(Node):
         if size < 0 or size >= 1 << 63:
             raise CowferryError(f"'{path}': an image cannot have {size} bytes")
         is_device = os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if is_device else sysio.create(path, os.O_RDWR)
+        if is_device:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        else:
+            fd = sysio.create(path, os.O_RDWR, like)
         try:
             lock = Lock.take(fd, path, read_only=False, force_share=False)
             if is_device and os.lseek(fd, 0, os.SEEK_END) < size:

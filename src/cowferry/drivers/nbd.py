@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cowferry.block.node import ZEROES, Extent, Node, State, clear
+from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
 from cowferry.drivers.nbd_link import Address, Broken, Call, Link, Refused, connect, parse_uri
 from cowferry.errors import CowferryError, ImageError, NotSupported
@@ -158,7 +159,9 @@ class Nbd(Node):
         return node
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
+    def create(
+        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
+    ) -> None:
         """There is no such thing: the server makes its exports."""
         raise NotSupported(f"'{path}': an export is made by its server", "use one that is there")
 

@@ -23,8 +23,9 @@ from typing import Any
 
 import msgspec
 
-from cowferry.block import keeper, moves, names, sysio
+from cowferry.block import keeper, moves, names, origin, sysio
 from cowferry.block.node import Node, chain
+from cowferry.block.origin import Origin
 from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of, partial
 from cowferry.drivers.locks import Lock
 from cowferry.errors import CowferryError, ImageError, NotSupported
@@ -205,9 +206,13 @@ def close_chain(node: Node | None) -> None:
 
 
 def create_image(
-    path: str, format: str, size: int, options: Mapping[str, Any], *, goal: bool = False
-) -> None:
+    path: str, format: str, size: int, options: Mapping[str, Any], *, goal: bool = False,
+    like: Origin | None = None,
+) -> None:  # fmt: skip
     """Make a new image of `size` bytes. `options` are qemu-img's `-o` names.
+
+    A file that is not there yet gets the permissions `like`. Without them it gets those of its
+    backing file, less the umask; and without a backing file mode 0644, less the umask.
 
     Bitmaps of an older image under this name go. So does what is recorded of it, unless the new one
     is the `goal` of a disk that has yet to move there: until then the old name leads where it led.
@@ -222,13 +227,22 @@ def create_image(
         _forget_bitmaps(path)
         if not goal:
             moves.fresh(path)
-        driver(format).create(path, size, options)
+        driver(format).create(path, size, options, like or like_backing(path, options))
     except BaseException as error:
         if not existed and os.path.lexists(path):
             sysio.unlink(path)
         if isinstance(error, OSError):
             raise ImageError(f"{path}: {error.strerror or error}") from error
         raise
+
+
+def like_backing(path: str, options: Mapping[str, Any]) -> Origin | None:
+    """The permissions for an image that its creation options put over a backing file."""
+    backing = options.get("backing_file")
+    if not backing or names.is_uri(str(backing)):
+        return None
+    found = origin.of(os.path.join(os.path.dirname(path), str(backing)))
+    return found and found.masked()
 
 
 def _forget_bitmaps(path: str) -> None:

@@ -51,9 +51,10 @@ from typing import Any
 
 from bitarray import bitarray
 
-from cowferry.block import bitmap_file, keeper, moves, sysio
+from cowferry.block import bitmap_file, keeper, moves, origin, sysio
 from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Unknown
 from cowferry.block.node import ZEROES, Extent, Node, State, read, resolve
+from cowferry.block.origin import Origin
 from cowferry.drivers.file import File
 from cowferry.drivers.options import number
 from cowferry.drivers.raw import Raw
@@ -74,9 +75,10 @@ Granules = tuple[int, int]  # [first, stop)
 class Filling:
     """What `IMAGE.filling` says, and the file. One caller at a time, but for `mark`."""
 
-    def __init__(self, path: str, contents: Contents) -> None:
+    def __init__(self, path: str, contents: Contents, like: Origin) -> None:
         self.path = path
         self.contents = contents
+        self.like = like  # permissions of the file
         self.marks: Marks | None = None  # while the image is open for writing
         self.inode = 0  # of the file that `marks` has
         self.doubt: OSError | None = None  # another file may be there under its name
@@ -91,7 +93,7 @@ class Filling:
         before, or no `mark` works any more until a `store` has worked."""
         new = replace(self.contents, **changes)
         try:
-            marks = Marks(self.path, new)
+            marks = Marks(self.path, new, self.like)
         except (OSError, ImageError) as error:
             if self.marks is not None and not self._is_there():
                 self.doubt = OSError(errno.EIO, f"'{self.path}' could not be replaced")
@@ -542,7 +544,7 @@ def find(file: File) -> Filling | None:
         )
     fitting = _fitting(image, found, contents, file.size)
     _check_stamp(file, found, contents)
-    return Filling(found, fitting)
+    return Filling(found, fitting, origin.beside(file.fd))
 
 
 def _check_stamp(file: File, path: str, contents: Contents) -> None:
@@ -615,7 +617,7 @@ def check_bare(node: Node) -> None:
 # Making and mending -------------------------------------------------------------------------
 
 
-def create(path: str, size: int, options: Mapping[str, Any]) -> None:
+def create(path: str, size: int, options: Mapping[str, Any], like: Origin | None = None) -> None:
     """A raw image. With `backing_file` and `backing_fmt` it is to be filled from that one, in
     granules of `granularity` bytes; a device keeps its own size."""
     file_options = {k: v for k, v in options.items() if k not in CREATION}
@@ -644,11 +646,11 @@ def create(path: str, size: int, options: Mapping[str, Any]) -> None:
             entry = Entry(NAME, "allocated", granule, bits)
             stamp = keeper.stamp_of(fd)._replace(mtime_ns=0)  # it is about to change
             contents = Contents(total, token=token, stamp=stamp, backing=spec, entries=[entry])
-            bitmap_file.write(moves.place(image, FILLING), contents)
+            bitmap_file.write(moves.place(image, FILLING), contents, origin.beside(fd))
             mark(fd, token)
 
     try:
-        File.create(path, size, file_options, locked)
+        File.create(path, size, file_options, like, locked)
     except BaseException:
         if not existed:
             for made in moves.places(image, FILLING):

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cowferry.block.node import Node
+from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
 from cowferry.errors import CowferryError
 
@@ -43,7 +44,9 @@ class Throttle(Node):
         return cls(children["file"], options.throttle_group)
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
+    def create(
+        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
+    ) -> None:
         """There is no such image."""
         raise CowferryError("Driver 'throttle' does not support image creation")
 

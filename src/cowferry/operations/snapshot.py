@@ -15,7 +15,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block import keeper, names, sysio
+from cowferry.block import keeper, names, origin, sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.moves import Move
@@ -97,6 +97,7 @@ class Snapshot(Part):
                 self.old.size,
                 {"backing_file": self._old_name(), "backing_fmt": self.old.driver},
                 goal=True,
+                like=origin.of_node(self.old),
             )
             self.made = None if existed else path
         options = {**opening.image_options(path, format), "backing": None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block import names, sysio
+from cowferry.block import names, origin, sysio
 from cowferry.block.node import Node
 from cowferry.drivers import EXTENSIONS, OVERLAYS, opening
 from cowferry.errors import CowferryError, NotSupported
@@ -18,8 +18,9 @@ def create(
     path: str, format: str, size: int, like: Node, backing: Node | None, made: list[str],
     *, goal: bool = True,
 ) -> None:  # fmt: skip
-    """Make the image, of the shape of `like` if it is of that format, over `backing`; `made` hears
-    of a file that was not there. `goal`: a disk has yet to move there. Raises `CowferryError`."""
+    """Make the image over `backing`, with the permissions of `like`, and of its shape if it has
+    the same format. Add a file that was not there to `made`. `goal`: a disk has yet to move there.
+    Raises `CowferryError`."""
     if os.path.exists(path) and os.path.isfile(path) and os.path.getsize(path):
         raise CowferryError(
             f"'{path}' exists", "remove it, or use mode=existing to have it overwritten"
@@ -34,7 +35,7 @@ def create(
             if os.path.dirname(below) == os.path.dirname(os.path.abspath(path)):
                 options["backing_file"] = os.path.basename(below)
     existed = os.path.exists(path)
-    opening.create_image(path, format, size, options, goal=goal)
+    opening.create_image(path, format, size, options, goal=goal, like=origin.of_node(like))
     if not existed:
         made.append(path)
 

@@ -14,6 +14,7 @@ from cowferry.block.compress import Compressed
 from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.keeper import keep
 from cowferry.block.node import Node, chain, read
+from cowferry.block.origin import of_node
 from cowferry.cli.offline import creation_options, image
 from cowferry.drivers import driver, opening
 from cowferry.errors import CowferryError, ImageError, NotSupported
@@ -67,7 +68,10 @@ def convert_command(
     with image(source, source_format, force_share=force_share, image_opts=image_opts) as node:
         wanted = _bitmaps(node, skip_broken_bitmaps) if bitmaps else []
         if not no_create:
-            opening.create_image(target, target_format, node.size, given)
+            origin = of_node(node)
+            opening.create_image(
+                target, target_format, node.size, given, like=origin and origin.masked()
+            )
         with image(target, target_format, read_only=False) as out:
             if out.size < node.size:
                 raise ImageError(

@@ -14,6 +14,7 @@ from typing import Any
 
 from cowferry.block import sysio
 from cowferry.block.node import Extent, State
+from cowferry.block.origin import Origin
 from cowferry.drivers import driver
 from cowferry.drivers.options import number
 from cowferry.drivers.qcow2 import header as headers
@@ -103,7 +104,7 @@ def plan(path: str, size: int, options: Mapping[str, Any]) -> headers.Header:
     return h
 
 
-def make(path: str, size: int, options: Mapping[str, Any]) -> None:
+def make(path: str, size: int, options: Mapping[str, Any], like: Origin | None = None) -> None:
     """Create the image at `path`, of `size` bytes (rounded up to 512). Durable on return."""
     h = plan(path, size, options)
     how = options.get("preallocation", "off")
@@ -135,8 +136,8 @@ def make(path: str, size: int, options: Mapping[str, Any]) -> None:
     data_path = None
     if data_file:
         data_path = os.path.join(os.path.dirname(path), str(data_file))
-        driver("file").create(data_path, h.size, {"preallocation": "off"})
-    driver("file").create(path, 0, {})
+        driver("file").create(data_path, h.size, {"preallocation": "off"}, like)
+    driver("file").create(path, 0, {}, like)
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         if stat.S_ISREG(os.fstat(fd).st_mode):

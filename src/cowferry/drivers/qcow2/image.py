@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal
 
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.node import ZEROES, Extent, Node, State, part, read_runs, resolve
+from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
 from cowferry.drivers.qcow2 import bitmaps as store
 from cowferry.drivers.qcow2 import changes, snapshots
@@ -148,11 +149,13 @@ class Qcow2(Node):
         return {"data-file": header.data_file}
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
+    def create(
+        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
+    ) -> None:
         """Make a new image; see `create.make`."""
         from cowferry.drivers.qcow2 import create
 
-        create.make(path, size, options)
+        create.make(path, size, options, like)
 
     def _prepare_for_writing(self) -> None:
         h = self.header

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cowferry.block import sysio
+from cowferry.block.origin import Origin
 from cowferry.drivers import driver
 from cowferry.drivers.options import number
 from cowferry.drivers.qed import header as headers
@@ -43,7 +44,7 @@ def plan(path: str, size: int, options: Mapping[str, Any]) -> tuple[headers.Head
     return h, b""
 
 
-def make(path: str, size: int, options: Mapping[str, Any]) -> None:
+def make(path: str, size: int, options: Mapping[str, Any], like: Origin | None = None) -> None:
     """Create the image at `path`, of `size` bytes (rounded up to 512). Durable on return.
 
     A crash leaves no header, or all of the image."""
@@ -52,7 +53,7 @@ def make(path: str, size: int, options: Mapping[str, Any]) -> None:
         raise ImageError(
             f"'{path}' is a device: a QED image grows at the end of its file", "use raw or qcow2"
         )
-    driver("file").create(path, h.l1_offset + h.table_bytes, {})
+    driver("file").create(path, h.l1_offset + h.table_bytes, {}, like)
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         if name:

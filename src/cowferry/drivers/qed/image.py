@@ -32,6 +32,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from cowferry.block.node import Extent, Node, State, part, read_runs, resolve
+from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
 from cowferry.drivers.qed import header as headers
 from cowferry.drivers.qed.tables import ZERO, Tables, bytes_of
@@ -90,11 +91,13 @@ class Qed(Node):
         return image
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, Any]) -> None:
+    def create(
+        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
+    ) -> None:
         """Make a new image; see `create.make`."""
         from cowferry.drivers.qed import create
 
-        create.make(path, size, options)
+        create.make(path, size, options, like)
 
     def _prepare_for_writing(self, repair: bool = False) -> None:
         if getattr(self.file, "is_device", False):
