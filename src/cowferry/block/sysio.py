@@ -28,7 +28,7 @@ _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _sync_file_range = _libc.sync_file_range
 _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
-KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, UNSHARE_RANGE = 0x01, 0x02, 0x10, 0x40
 FICLONERANGE = 0x4020940D
 
 
@@ -127,12 +127,16 @@ def ftruncate(fd: int, size: int) -> None:
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with its flags. Raises EOPNOTSUPP where the file system has no such thing."""
+    before = os.fstat(fd).st_size if recorder is not None else 0
     while _fallocate(fd, mode, offset, length) != 0:
         code = ctypes.get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
-    if recorder is not None and mode:
-        recorder.wrote(fd, offset, bytes(length))
+    if recorder is not None:
+        if mode & (PUNCH_HOLE | ZERO_RANGE):
+            recorder.wrote(fd, offset, bytes(length))
+        elif (after := os.fstat(fd).st_size) > before:
+            recorder.truncated(fd, after)
 
 
 def clone(source: int, source_offset: int, fd: int, offset: int, length: int) -> None:

@@ -37,7 +37,8 @@ from cowferry.drivers import Common, fdsets, register
 from cowferry.drivers.locks import Lock
 from cowferry.errors import CowferryError, DeviceInUse, ImageError
 
-BLKGETSIZE64 = 0x80081272
+#: errnos by which a file system says that it cannot do this with a range.
+UNABLE = (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS)
 _handed_over: weakref.WeakSet[File] = weakref.WeakSet()  # nodes over descriptors of fdsets
 
 
@@ -63,6 +64,9 @@ class File(Node):
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.size = os.lseek(fd, 0, os.SEEK_END)
         self._growing = threading.Lock()  # guards `size` when it grows by itself
+        # How blocks can be set aside here, the best way first. Overwriting a block that is shared
+        # by reflink needs a new block, too, so the first way unshares.
+        self._room_modes: tuple[int, ...] = (sysio.UNSHARE_RANGE, 0)
         self._barrier = Barrier(fd)
         self._closed = False
 
@@ -206,7 +210,7 @@ class File(Node):
             try:
                 sysio.fallocate(self.fd, mode, offset, length)
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS):
+                if error.errno not in UNABLE:
                     raise
             else:
                 self._reaches(offset + length)
@@ -227,8 +231,46 @@ class File(Node):
         try:
             sysio.fallocate(self.fd, sysio.PUNCH_HOLE | sysio.KEEP_SIZE, offset, length)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS):
+            if error.errno not in UNABLE:
                 raise
+
+    def take_room(self, offset: int, length: int) -> None:
+        """Have blocks set aside for the bytes `offset, length`, so that a later write there does
+        not fail for lack of room.
+
+        The bytes stay as they are. Those beyond the end of the file are zeroes, and the file grows
+        over them. A device has its room already. A file system that cannot set blocks aside
+        promises nothing, except for bytes beyond the end of the file, which are written.
+
+        Raises `OSError` if there is no room: ENOSPC, EDQUOT, or EFBIG because of RLIMIT_FSIZE.
+        Then no byte has changed, but the file may have grown."""
+        end = offset + length
+        if self.is_device:
+            if end > self.size and end > self.refresh_size():
+                raise OSError(
+                    errno.ENOSPC, f"{self.filename}: the device has only {self.size} bytes"
+                )
+            return
+        while length and self._room_modes:
+            try:
+                sysio.fallocate(self.fd, self._room_modes[0], offset, length)
+            except OSError as error:
+                if error.errno not in UNABLE:
+                    raise
+                self._room_modes = self._room_modes[1:]
+            else:
+                self._reaches(end)
+                return
+        for at in range(max(offset, self.size), end, len(ZEROES)):
+            self.pwrite(memoryview(ZEROES)[: min(len(ZEROES), end - at)], at)
+
+    def refresh_size(self) -> int:
+        """Look at the size of the file or device again. Keep and return it, in bytes.
+
+        A device may have grown (lvextend, losetup -c) since it was opened."""
+        with self._growing:
+            self.size = os.lseek(self.fd, 0, os.SEEK_END)
+            return self.size
 
     def flush(self) -> None:
         """One fdatasync for all flushes that wait together. Fails for good once it failed (N6)."""
@@ -244,8 +286,10 @@ class File(Node):
     def resize(self, size: int) -> None:
         """Truncate or extend; a device keeps its size."""
         if self.is_device:
-            if size > self.size:
-                raise OSError(errno.ENOSPC, f"{self.filename}: a device of {self.size} bytes")
+            if size > self.refresh_size():
+                raise OSError(
+                    errno.ENOSPC, f"{self.filename}: the device has {self.size} bytes, not {size}"
+                )
             return
         sysio.ftruncate(self.fd, size)
         self.size = size
@@ -302,7 +346,7 @@ class File(Node):
         finally:
             if self.lock is not None:
                 self.lock = Lock.take(self.fd, self.filename, self.read_only, False)
-            self.size = os.lseek(self.fd, 0, os.SEEK_END)
+            self.refresh_size()
 
     def close(self) -> None:
         """Let the file and its locks go. Does not flush: the format above did."""
