@@ -247,7 +247,7 @@ def test_what_is_refused_says_what_to_do(served: Served) -> None:
     served.good("backup", "vm", "full.qcow2", "--bitmap", "b0")
     refused = {
         ("vm", "full.qcow2"): "full.qcow2' exists\n  a backup overwrites no other",
-        ("vm", "vm.qcow2"): "vm.qcow2' is in the chain of 'vm'",
+        ("vm", "vm.qcow2"): "vm.qcow2' is the image of disk 'vm'",
         ("vm", "."): "is a folder",
         ("vm", ""): "an empty file name",
         ("nope", "x"): "Cannot find device='nope'",

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from cowferry.block import keeper, names
+from cowferry.block import identity, keeper, names
 from cowferry.block.disk import Disk
 from cowferry.block.limits import Group
 from cowferry.block.node import Node, chain
@@ -97,7 +97,15 @@ class Graph:
         self._check_references(options, may_float)
         self._check_groups(options)
         made: list[Node] = []
-        node = opening.open_node(options, self.node, lambda n, given: made.append(n))
+        index: identity.Index[Node] = identity.Index()
+        for other in self.nodes.values():
+            _remember(other, index)
+
+        def opened(node: Node, given: Mapping[str, Any]) -> None:
+            made.append(node)
+            self._check_alone(node, index)
+
+        node = opening.open_node(options, self.node, opened)
         for n in made:
             n.name = n.name or self._generated()
             self.nodes[n.name] = n
@@ -106,6 +114,24 @@ class Graph:
                 if disk is not None and not self.users.get(id(disk)):
                     self.bare.pop(part.name).retire()
         return node
+
+    def _check_alone(self, node: Node, index: identity.Index[Node]) -> None:
+        """Raise `DeviceInUse` if a node was opened over bytes of another one, by whatever name, and
+        one of both writes. Locks of files do not tell: a loop device has none of its file's.
+
+        Nothing has been written yet: a format is opened after its file."""
+        if node.file is not None or node.fd < 0:
+            return
+        for mine, theirs, other in index.find(node.places()):
+            reading = node.read_only and other.read_only
+            if not (reading or node.shares or other.shares):
+                over = identity.Layer(other.filename, self._user(other), other.places())
+                how = identity.connection(node.filename, mine, over, theirs)
+                raise DeviceInUse(
+                    f"cannot open '{node.filename}': {how}",
+                    "nothing was changed; two nodes that write the same bytes would damage them",
+                )
+        index.add(node.places(), node)
 
     def check_name(self, name: str | None) -> None:
         """Raise `CowferryError` for a node-name that no new node may have. None is no name."""
@@ -466,6 +492,31 @@ class Graph:
                             f"Node '{node.name}' is busy: node is used as {what} of '{other.name}'"
                         )
 
+    def check_sole(self, node: Node, wanted: str) -> None:
+        """Raise `DeviceInUse` if another open node lies over bytes of `node` under another name: it
+        would see what is about to be written there."""
+        with self.lock:
+            files = [n for n in (node, *_parts(node)) if n.file is None]
+            index: identity.Index[Node] = identity.Index()
+            for other in self.nodes.values():
+                if other not in files and not other.shares:
+                    _remember(other, index)
+            for file in files:
+                for mine, theirs, other in index.find(file.places() if file.fd >= 0 else ()):
+                    over = identity.Layer(other.filename, self._user(other), other.places())
+                    raise DeviceInUse(
+                        f"Node '{node.name}' is busy, which excludes {wanted}: "
+                        f"{identity.connection(file.filename, mine, over, theirs)}",
+                        "nothing was changed; what is written there would change under it",
+                    )
+
+    def _user(self, node: Node) -> str:
+        """Who has a node open, in words."""
+        disks = [f"'{disk.name}'" for disk in self.disks_above(node) if disk.name in self.disks]
+        if disks:
+            return f"in use by disk {' and '.join(disks)}"
+        return f"in use by node '{node.name}'" if node.name else "in use by the same chain"
+
     def check_idle(self, node: Node) -> None:
         """Raise `CowferryError` if any node, disk or export lies over `node`."""
         with self.lock:
@@ -617,6 +668,12 @@ def _afloat(node: Node, wanted: str) -> DeviceInUse:
         f"shows no moment, which excludes {wanted}",
         "blockdev-backup with sync=none keeps the moment at which it starts; use it after that",
     )
+
+
+def _remember(node: Node, index: identity.Index[Node]) -> None:
+    """Note which local file or device the node is, if it is one."""
+    if node.file is None and node.fd >= 0:
+        index.add(node.places(), node)
 
 
 def children(node: Node) -> list[tuple[str, Node]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -108,6 +109,7 @@ class Disk:
         self.name = name
         self.retired = False  # closed, or about to be. Set inside a drain
         self.origin = ""  # the image by whose name it was opened, if it has moved since or may
+        self.store = secrets.token_hex(16)  # what `block/identity.py` calls the disk itself
         self.root = root  # swapped only inside exclusive() over the whole disk
         self.gate = Gate()
         self.leases = Leases(root.granule)

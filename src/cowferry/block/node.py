@@ -32,7 +32,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from cowferry.errors import NotSupported
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cowferry.block.bitmap import Bitmap
+    from cowferry.block.identity import Place
     from cowferry.block.keeper import Keeper
 
 
@@ -89,6 +92,7 @@ class Node:
     room_is_place: bool = False
     fd: int = -1  # of the host file, if this is one
     from_start: bool = True  # its first byte is the first of what its file name means
+    span: tuple[int, int] | None = None  # bytes of its file that it uses; None: all of it
     #: Whether the format has room for dirty bitmaps of its own (`read_bitmaps`, `write_bitmaps`).
     stores_bitmaps: bool = False
     #: Makes the persistent ones among `bitmaps` outlive a crash; None if there are none.
@@ -220,6 +224,12 @@ class Node:
         raise OSError(errno.EOPNOTSUPP, f"format {self.driver} cannot hold compressed data")
 
     # The image as a whole ----------------------------------------------------------------
+
+    shares: bool = False  # of a protocol node: others may write it meanwhile, its user said
+
+    def places(self) -> Sequence[Place]:
+        """Where the bytes of a protocol node lie. `block/identity.py` asks, and knows the rest."""
+        return ()
 
     @property
     def unflushed(self) -> bool:

@@ -118,7 +118,7 @@ def unname(text: str) -> None:
 def path_of(filename: str) -> str:
     """What a person calls the file behind `/dev/fdset/N`; other names as they are."""
     if filename.startswith(PREFIX):
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        with contextlib.suppress(OSError, ValueError, LookupError):
             with _lock:
                 fd = _sets[int(filename[len(PREFIX) :])][0].fd
             return os.readlink(f"/proc/self/fd/{fd}")

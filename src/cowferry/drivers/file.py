@@ -29,8 +29,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from cowferry.block import sysio
+from cowferry.block import identity, sysio
 from cowferry.block.barrier import Barrier
+from cowferry.block.identity import Place
 from cowferry.block.node import ZEROES, Extent, Node, State, read_fully
 from cowferry.block.origin import Origin
 from cowferry.drivers import Common, fdsets, register
@@ -63,6 +64,7 @@ class File(Node):
         self.lock = lock
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._places: list[Place] | None = None
         self._growing = threading.Lock()  # guards `size` when it grows by itself
         # How blocks can be set aside here, the best way first. Overwriting a block that is shared
         # by reflink needs a new block, too, so the first way unshares.
@@ -92,6 +94,7 @@ class File(Node):
             if options.locking != "off":
                 lock = Lock.take(fd, options.filename, read_only, options.force_share)
             node = cls(fd, options.filename, read_only, lock)
+            node.shares = options.force_share or options.locking == "off"
             if options.filename.startswith(fdsets.PREFIX):
                 node._alone()
             return node
@@ -156,6 +159,12 @@ class File(Node):
                     "a second writer would damage it",
                 )
         _handed_over.add(self)
+
+    def places(self) -> list[Place]:
+        """Where its bytes lie: as long as it is open that cannot change."""
+        if self._places is None:
+            self._places = identity.of_fd(self.fd, self.filename)
+        return self._places
 
     # Data ---------------------------------------------------------------------------------
 

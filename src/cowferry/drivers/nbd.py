@@ -33,6 +33,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cowferry.block import identity
+from cowferry.block.identity import Place
 from cowferry.block.node import ZEROES, Extent, Node, State, clear
 from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
@@ -106,6 +108,7 @@ class Nbd(Node):
         self._why = "the connection is lost"
         self._over: OSError | None = None  # for good: the server is not to be asked again
         self._closed = False
+        self._places: list[Place] = []  # where the bytes lie, as the last connection told
         self._written = 0  # changes answered
         self._flushed = 0  # of those, durable
         self._failed: OSError | None = None  # N6: sticky
@@ -168,6 +171,10 @@ class Nbd(Node):
     def info(self) -> dict[str, Any]:
         """Nothing that qemu-img would tell."""
         return {}
+
+    def places(self) -> list[Place]:
+        """What a server of ours told; of others only which export it is."""
+        return self._places
 
     # Reading -----------------------------------------------------------------------------
 
@@ -515,7 +522,10 @@ class Nbd(Node):
         start = time.monotonic()
         sock = connect(self.address, timeout, begun)
         left = max(timeout - (time.monotonic() - start), 0.1)
-        return Link(sock, self.export, self.filename, (ALLOCATION,), left)
+        link = Link(sock, self.export, self.filename, (ALLOCATION,), left, identify=True)
+        told = identity.heard(link.storage)
+        self._places = told or identity.of_server(identity.server_address(sock), self.export)
+        return link
 
     def _first(self, patience: float) -> Link:
         """The first connection, tried for `patience` seconds, but at least once."""

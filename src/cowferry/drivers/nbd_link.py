@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from cowferry.block.identity import STORAGE
 from cowferry.errors import CowferryError, one_line
 from cowferry.wire import nbd
 
@@ -166,8 +167,11 @@ class Link:
         where: str,
         contexts: tuple[str, ...] = (),
         timeout: float = 10.0,
+        identify: bool = False,
     ) -> None:
         """Negotiate over a connected socket, which is ours from now on, in `timeout` seconds.
+
+        With `identify` a server of ours is asked where the bytes of the export lie (`storage`).
 
         Raises `OSError`: `Broken` if the server makes no sense, `ConnectionError` with its words
         if it refuses."""
@@ -177,6 +181,7 @@ class Link:
         self.minimum, self.maximum = 1, nbd.MAX_REQUEST
         self.structured = False
         self.contexts: dict[int, str] = {}
+        self.storage: list[str] = []  # see `identity.heard`
         self._buffer = memoryview(bytearray(BUFFER))
         self._start = self._end = 0  # what was received ahead; the reader's
         self._deadline: float | None = time.monotonic() + timeout
@@ -190,7 +195,7 @@ class Link:
         self._reading = False
         self._cookie = 0
         try:
-            self._negotiate(name, contexts)
+            self._negotiate(name, contexts, identify)
         except (ValueError, struct.error) as error:  # a UnicodeError, too
             sock.close()
             raise Broken(f"the server makes no sense: {error}") from error
@@ -477,7 +482,7 @@ class Link:
 
     # Handshake ---------------------------------------------------------------------------
 
-    def _negotiate(self, name: str, contexts: tuple[str, ...]) -> None:
+    def _negotiate(self, name: str, contexts: tuple[str, ...], identify: bool) -> None:
         if bytes(self._take(16)) != struct.pack(">QQ", nbd.NBDMAGIC, nbd.IHAVEOPT):
             raise Broken("not a newstyle NBD server")
         (flags,) = struct.unpack(">H", self._take(2))
@@ -485,14 +490,19 @@ class Link:
             raise Broken("the server does not know the fixed newstyle")
         self.sock.sendall(struct.pack(">I", flags & 3))
         self.structured = self._option(nbd.OPT_STRUCTURED_REPLY, b"", optional=True) is not None
-        if contexts and self.structured:
-            asked = nbd.meta(name, contexts)
-            for kind, data in self._option(nbd.OPT_SET_META_CONTEXT, asked, optional=True) or ():
-                if kind == nbd.REP_META_CONTEXT:
-                    number, context = int.from_bytes(data[:4], "big"), data[4:].decode()
-                    if context not in contexts or context in self.contexts.values():
-                        raise ValueError(f"a meta context '{context[:64]}'")
-                    self.contexts[number] = context
+        if self.structured and identify:
+            # A server of ours selects the name of the namespace as a context, others do not.
+            self._select(name, (*contexts, STORAGE))
+            if STORAGE in self.contexts.values():
+                asked = nbd.meta(name, (STORAGE,))
+                replies = self._option(nbd.OPT_LIST_META_CONTEXT, asked, optional=True) or ()
+                listed = [
+                    data[4:].decode() for kind, data in replies if kind == nbd.REP_META_CONTEXT
+                ]
+                self.storage = listed
+                self._select(name, contexts)
+        elif self.structured and contexts:
+            self._select(name, contexts)
         for kind, data in self._option(nbd.OPT_GO, nbd.go(name, [nbd.INFO_BLOCK_SIZE])) or ():
             about = int.from_bytes(data[:2], "big")
             if kind == nbd.REP_INFO and about == nbd.INFO_EXPORT:
@@ -503,6 +513,17 @@ class Link:
             raise ValueError(f"a size of {self.size} bytes")
         if not self.flags & nbd.HAS_FLAGS:
             raise ValueError("no transmission flags")
+
+    def _select(self, name: str, contexts: tuple[str, ...]) -> None:
+        """Select meta contexts, those that the server has; none selected before stays."""
+        self.contexts = {}
+        asked = nbd.meta(name, contexts)
+        for kind, data in self._option(nbd.OPT_SET_META_CONTEXT, asked, optional=True) or ():
+            if kind == nbd.REP_META_CONTEXT:
+                number, context = int.from_bytes(data[:4], "big"), data[4:].decode()
+                if context not in contexts or context in self.contexts.values():
+                    raise ValueError(f"a meta context '{context[:64]}'")
+                self.contexts[number] = context
 
     def _option(
         self, number: int, data: bytes, optional: bool = False

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from cowferry.block import keeper, moves, names, origin, sysio
+from cowferry.block import identity, keeper, moves, names, origin, sysio
 from cowferry.block.node import Node, chain
 from cowferry.block.origin import Origin
 from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of, partial
@@ -394,8 +394,11 @@ def _follow(
     """Open what the headers ask for, from `node` down. Iterative: chains may be long.
 
     With `share` beside whoever writes there, as the image above."""
-    seen = {_identity(n) for n in chain(node)}
-    depth = len(seen)
+    seen: identity.Index[Node] = identity.Index()
+    depth = 0
+    for n in chain(node):
+        seen.add(_local(n), n)
+        depth += 1
     while True:
         for last in chain(node):
             node = last
@@ -420,25 +423,22 @@ def _follow(
                 or "the overlay itself is intact; put the file back, or point the overlay at "
                 f"its new place: cowferry rebase -u -b FILE -F {format} '{node.filename}'",
             ) from error
-        who = _identity(below)
         depth += 1
-        if who in seen or depth > MAX_DEPTH:
-            reason = "its backing chain comes back to it" if who in seen else "chain too long"
+        again = next(seen.find(_local(below)), None)
+        if again is not None or depth > MAX_DEPTH:
+            reason = "its backing chain comes back to it" if again is not None else "chain too long"
             raise ImageError(f"'{below.filename}': {reason} (through '{node.filename}')")
-        seen.add(who)
+        seen.add(_local(below), below)
         node.backing = below
 
 
-def _identity(node: Node) -> object:
-    """The same for two nodes over one host file."""
+def _local(node: Node) -> list[identity.Place]:
+    """The places of a node over local files. Of an export nothing is compared: its server may let
+    several of its exports stand on one image."""
     bottom = node
     while bottom.file is not None:
         bottom = bottom.file
-    try:
-        st = os.stat(bottom.filename)
-    except OSError:
-        return id(bottom)
-    return st.st_dev, st.st_ino
+    return identity.of_node(node) if bottom.fd >= 0 else []
 
 
 __all__ = [

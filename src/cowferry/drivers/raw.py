@@ -28,6 +28,7 @@ class Raw(Node):
         self.from_start = start == 0
         self.whole = size is None and start == 0
         self.size = file.size - start if size is None else size
+        self.span = None if self.whole else (start, start + self.size)
         self.read_only = file.read_only
         self.remote = file.remote
 

@@ -21,8 +21,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
+from cowferry.block import identity
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
+from cowferry.block.identity import STORAGE
 from cowferry.block.node import State
 from cowferry.errors import CowferryError
 from cowferry.exports import Export
@@ -41,6 +43,12 @@ def allocation(disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
     hole = nbd.STATE_HOLE | nbd.STATE_ZERO
     extents = disk.extents(offset, length)
     return [(e.length, 0 if e.state is State.DATA else hole) for e in extents]
+
+
+def nothing(disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
+    """x-cowferry-storage: says nothing of any range."""
+    disk.check(offset, length)
+    return [(length, 0)]
 
 
 def depth(disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
@@ -488,6 +496,8 @@ class Handshake:
         found = self._find(option, name)
         if found is None:
             return
+        if STORAGE in queries:  # from one of us: nobody else knows of it, and a list is without it
+            self._storage(option, found)
         matches = [
             c for c in found.contexts
             if any(self._matches(q, c, option) for q in queries)
@@ -501,6 +511,17 @@ class Handshake:
         if option == nbd.OPT_SET_META_CONTEXT:
             self.contexts_of = found
         self._reply(option, nbd.REP_ACK)
+
+    def _storage(self, option: int, found: NbdExport) -> None:
+        """Tell where the bytes of an export lie (`block/identity.py`).
+
+        What is selected is an empty context: it says that we are a server that can be asked."""
+        if option == nbd.OPT_SET_META_CONTEXT:
+            self._reply(option, nbd.REP_META_CONTEXT, nbd.meta_context(MAX_CONTEXTS + 1, STORAGE))
+            self.contexts.append((MAX_CONTEXTS + 1, STORAGE, nothing))
+            return
+        for context in identity.told(found.disk.root, found.disk.store):
+            self._reply(option, nbd.REP_META_CONTEXT, nbd.meta_context(0, context))
 
     @staticmethod
     def _matches(query: str, context: str, option: int) -> bool:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cowferry.block import names, spill
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
-from cowferry.block.node import Extent, Node, State, chain, clear
+from cowferry.block.node import Extent, Node, State, clear
 from cowferry.block.spill import UNIT
 from cowferry.drivers import OVERLAYS, driver, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
@@ -42,6 +42,7 @@ SYNC = ("top", "full", "none", "incremental", "bitmap")
 BY_BITMAP = ("incremental", "bitmap")
 MAX_WORKERS = (1 << 31) - 1
 WHY = "block device is in use by block job: backup"
+SAME = "Source and target cannot be the same"
 
 
 class Unknown(Node):
@@ -234,17 +235,16 @@ def into_node(
     if what.sync == "none":  # else the job keeps to the limits of its target
         check_unlimited(node, "targets")
     if node is source:
-        raise CowferryError("Source and target cannot be the same")
-    if targets.same_image(source, node):
-        raise CowferryError("Source and target cannot be the same", "both are over one file")
+        raise CowferryError(SAME)
     _check_compression(what, node, target)
-    chunk = _check(perf or Perf(), more, max(UNIT, node.granule) if what.compress else UNIT)
+    chunk = _check(disk, perf or Perf(), more, max(UNIT, node.granule) if what.compress else UNIT)
     if node.size != source.size:
         raise CowferryError(
             "Source and target image have different sizes",
             f"'{device}' has {source.size} bytes and '{target}' {node.size}",
         )
     _check_target(daemon, node, target)
+    targets.check_node(SAME, disk, node)
     check_source(daemon, disk, device, node)
     _check_sync(source, node, what.sync)
     return Start(
@@ -314,9 +314,12 @@ def _check_compression(what: What, target: Node, name: str) -> None:
             ) from None
 
 
-def _check(perf: Perf, more: dict[str, Any], unit: int = UNIT) -> int:
-    """The options that have nothing to do with the disk; the largest chunk, 0 if it is ours.
-    `unit`: bytes that are copied as one."""
+def _check(disk: Disk, perf: Perf, more: dict[str, Any], unit: int = UNIT) -> int:
+    """Check the options that have nothing to do with the target. Return the largest chunk in bytes,
+    0 if we may choose it. `unit` is the number of bytes that are copied as one.
+
+    Raises `CowferryError`."""
+    check_scratch(disk, more.get("scratch"))
     for key in ("on_source_error", "on_target_error"):
         check_mode(key.replace("_", "-"), more.get(key, "report"), POLICIES)
     check_mode("on-cbw-error", more.get("on_cbw_error", CBW_POLICIES[0]), CBW_POLICIES)
@@ -335,10 +338,17 @@ def _check(perf: Perf, more: dict[str, Any], unit: int = UNIT) -> int:
         raise NotSupported(
             f"min-cluster-size {least} is not supported", f"old data is saved in units of {UNIT}"
         )
-    scratch = more.get("scratch")
-    if scratch is not None and not os.path.isdir(scratch):
-        raise CowferryError(f"'{scratch}' is no folder for scratch files")
     return perf.max_chunk
+
+
+def check_scratch(disk: Disk, folder: str | None) -> None:
+    """Raise `CowferryError` for a folder where scratch files cannot be, or must not be: files that
+    are stored inside the disk itself would grow with each write that they save."""
+    if folder is None:
+        return
+    if not os.path.isdir(folder):
+        raise CowferryError(f"'{folder}' is no folder for scratch files")
+    targets.check_folder(f"scratch files of '{disk.name}' cannot be there", disk, folder)
 
 
 def _check_target(daemon: Daemon, node: Node, name: str) -> None:
@@ -409,11 +419,10 @@ def into_file(
     check_mode("mode", mode, ("absolute-paths", "existing"))
     sync = what.sync
     bitmap, bitmap_mode = _bitmap(daemon, so_far, source, what)
-    chunk = _check(perf or Perf(), more)
+    chunk = _check(disk, perf or Perf(), more)
     check_source(daemon, disk, device, None)
     job_id = job_name(daemon, device, job_id)
-    if any(targets.is_file(n, target) for n in chain(source)):
-        raise CowferryError("Source and target cannot be the same", f"'{target}' is in its chain")
+    targets.check_path(SAME, disk, target)
     # What the header names: for `none` nothing, because it is not there any more afterwards.
     below = source.backing if sync == "top" else None
     made: list[str] = []
@@ -430,6 +439,7 @@ def into_file(
         targets.create(target, format, source.size, source, below, made, goal=False)
     node = _open(daemon, target, format, sync, below, made, source.size, node_name)
     try:
+        targets.check_node(SAME, disk, node)
         if node.size != source.size:
             raise CowferryError(
                 "Source and target image have different sizes",
@@ -518,12 +528,12 @@ def into_new(
         if bitmap is not None and bitmaps.find(source, bitmap, so_far) is None:
             so_far.parts.append(all_dirty(so_far, device, bitmap))
     found, _ = _bitmap(daemon, so_far, source, what)
-    _check(Perf(), more)
+    _check(disk, Perf(), more)
     check_source(daemon, disk, device, None)
     base = wanted.base
-    for path in (target, base) if base is not None else (target,):
-        if any(targets.is_file(n, path) for n in chain(source)):
-            raise CowferryError(f"'{path}' is in the chain of '{device}'", "name another file")
+    targets.check_path(SAME, disk, target)
+    if base is not None:
+        targets.check_path(f"no backup of '{device}'", disk, base, "name the backup before")
     known = targets.format_by_name(target)
     like = source.driver if source.driver in OVERLAYS and not targets.is_there(target) else "raw"
     format = wanted.format or known or (like if mode == "full" else "qcow2")
@@ -538,6 +548,7 @@ def into_new(
     try:
         if base is not None:
             previous = under = _opened_before(daemon, base, wanted.base_format)
+            targets.check_node(f"no backup of '{device}'", disk, previous)
         if format != "raw" or not targets.is_there(target):
             if os.path.isfile(target) and os.path.getsize(target):
                 raise CowferryError(
@@ -550,6 +561,7 @@ def into_new(
             daemon.graph.let_go(previous)
         raise
     try:
+        targets.check_node(SAME, disk, node)
         _check_compression(what, node, target)
         return Start(
             daemon, so_far, disk, node, job_id, sync=what.sync, bitmap=found,

@@ -91,6 +91,7 @@ def start(
                 f"Node '{node.name}' ('{node.filename}') is exported by itself",
                 "its client would see the commit's traces; withdraw that export first",
             )
+    graph.check_sole(lower, "commit")
     into = Into(upper, lower, between, upper.size)
     common: dict[str, Any] = {
         "speed": speed, "on_error": on_error,

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SYNC = ("top", "full", "none", "incremental", "bitmap")
 MIN_GRANULARITY, MAX_GRANULARITY = 512, 64 << 20
+SAME = "Can't mirror node into itself"
 
 
 def _check(disk: Disk, sync: str, granularity: int | None, more: dict[str, Any]) -> None:
@@ -87,9 +88,7 @@ def into_node(
     node = graph.disk(target).root
     check_unlimited(node, "targets")
     if node is disk.root:
-        raise CowferryError("Can't mirror node into itself")
-    if targets.same_image(disk.root, node):
-        raise CowferryError("Can't mirror node into itself", "both are over one file")
+        raise CowferryError(SAME)
     _check(disk, sync, granularity, more)
     _check_replaces(daemon, disk, replaces)
     users = graph.stranger(node, [])
@@ -98,6 +97,7 @@ def into_node(
             f"Node '{node.name}' is busy: node is used as backing hd of '{users.name}'",
             "mirror into a node that nobody else uses",
         )
+    targets.check_node(SAME, disk, node)
     if node.read_only:
         raise CowferryError(f"Block node is read-only: '{target}'", "open the target for writing")
     if graph.exported(node) or any(d.root is node for d in graph.disks.values()):
@@ -199,8 +199,7 @@ def into_file(
     _check_replaces(daemon, disk, replaces)
     free(daemon, device, "mirror")
     root = disk.root
-    if any(targets.is_file(n, target) for n in chain(root)):
-        raise CowferryError("Can't mirror node into itself", f"'{target}' is in its chain")
+    targets.check_path(SAME, disk, target)
     backing = {"full": None, "top": root.backing, "none": root}[sync]
     made: list[str] = []
     if mode == "existing":
@@ -221,6 +220,7 @@ def into_file(
             targets.unmake(made)
 
     try:
+        targets.check_node(SAME, disk, node)
         targets.check_backing(node, backing)
         return _start(
             daemon, device, disk, node, job_id=job_id, base=base, everything=sync != "none",
@@ -263,8 +263,7 @@ def copy(
         raise CowferryError(f"'{device}' has no backing file to share", "leave out --shallow")
     kept = below if keep == ["*"] else [graph.find_base(disk, k) for k in keep or []]
     kept = [n for n in reversed(below) if n in kept]  # bottom first
-    if any(targets.is_file(n, target) for n in chain(root)):
-        raise CowferryError("Can't mirror node into itself", f"'{target}' is in its chain")
+    targets.check_path(SAME, disk, target)
     overlaid = bool(kept) or shallow
     like = root.driver if root.driver in ("raw", *OVERLAYS) else "raw"
     format = format or targets.format_by_name(target) or ("qcow2" if overlaid else like)
@@ -279,8 +278,10 @@ def copy(
     try:
         for source in kept:
             path = os.path.join(os.path.dirname(target), os.path.basename(source.filename))
-            if any(targets.is_file(n, path) for n in chain(root)) or path == target:
-                raise CowferryError(f"'{path}' would be overwritten", "copy to another folder")
+            elsewhere = "copy to another folder"
+            targets.check_path("an image would be overwritten", disk, path, elsewhere)
+            if names.same(path, target):
+                raise CowferryError(f"'{path}' would be overwritten", elsewhere)
             as_it_is = (*OVERLAYS, "raw") if previous is None else OVERLAYS
             kind = source.driver if source.driver in as_it_is else "qcow2"
             under = previous[1] if previous is not None else None
@@ -296,6 +297,7 @@ def copy(
             targets.create(target, format, disk.size, root, under, made)
         node = targets.opened(daemon, target, format, under, made, disk.size)
         nodes.append(node)
+        targets.check_node(SAME, disk, node)
         note = ""
         if half is None and resumable:
             half, note = _begin(disk, target)

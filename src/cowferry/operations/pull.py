@@ -29,7 +29,13 @@ from cowferry.exports.nbd import NbdExport
 from cowferry.jobs.job import valid_id
 from cowferry.jobs.states import Status
 from cowferry.operations import bitmaps
-from cowferry.operations.backup import Start, all_dirty, check_source, node_named
+from cowferry.operations.backup import (
+    Start,
+    all_dirty,
+    check_scratch,
+    check_source,
+    node_named,
+)
 from cowferry.operations.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -66,6 +72,7 @@ class Kept(Start):
         self.frozen: Bitmap | None = None  # the bitmap as it was at the moment
         self.export: NbdExport | None = None
         disk = daemon.graph.disk(wanted.device)
+        check_scratch(disk, scratch)
         overlay = _scratch(daemon, disk, scratch)
         try:
             super().__init__(
@@ -143,8 +150,6 @@ def begin(
         )
     if daemon.nbd is None:
         raise CowferryError("NBD server not running", "start it with nbd-server-start")
-    if scratch is not None and not os.path.isdir(scratch):
-        raise CowferryError(f"'{scratch}' is no folder for scratch files")
     parts: list[Kept] = []
     with Transaction(daemon, "backup") as so_far:
         for wanted in disks:

@@ -90,7 +90,9 @@ def _plan(
         if read_only and any(w for d in graph.all_disks() if d.root is node
                              for w in graph.users.get(id(d), [])):  # fmt: skip
             raise CowferryError(f"'{name}' is in use by a writable export")
-        if read_only:
+        if not read_only:
+            graph.check_sole(node, "blockdev-reopen")
+        else:
             for other in graph.every_node():
                 for role, child in children(other):
                     if child is node and role != "backing" and not other.read_only:

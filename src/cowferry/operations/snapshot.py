@@ -22,7 +22,7 @@ from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
 from cowferry.drivers import OVERLAYS, driver, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
-from cowferry.operations import check_unlimited, find, free, move_of, root_disk
+from cowferry.operations import check_unlimited, find, free, move_of, root_disk, targets
 from cowferry.operations.transaction import Part
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ class Snapshot(Part):
             raise NotSupported(f"Format '{format}' does not support backing files", "use qcow2")
         if mode not in ("absolute-paths", "existing"):
             raise CowferryError(f"Parameter 'mode' does not accept value '{mode}'")
-        if any(names.same(n.filename, path) for n in chain(self.old)):
-            raise CowferryError(f"'{path}' is in the chain of '{self.device}' already")
+        targets.check_path("cannot be the overlay", self.disk, path)
         if mode == "absolute-paths":
             if os.path.exists(path) and os.path.getsize(path):
                 raise CowferryError(
@@ -117,6 +116,7 @@ class Snapshot(Part):
     def _take(self, overlay: Node) -> Snapshot:
         self.overlay = overlay
         try:
+            targets.check_node("cannot be the overlay", self.disk, overlay)
             if overlay.size != self.old.size:
                 raise CowferryError(
                     f"The overlay has {overlay.size} bytes and '{self.device}' {self.old.size}",

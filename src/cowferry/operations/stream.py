@@ -52,6 +52,7 @@ def start(
     layer = any(n.backing is top for n in graph.every_node())
     if top.read_only and not layer:
         raise NotSupported(f"'{device}' is read-only", "open it for writing")
+    graph.check_sole(top, "stream")
     below: Node | None = None
     if base is not None:
         below = graph.find_base(disk, base)

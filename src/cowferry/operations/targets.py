@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block import names, origin, sysio
+from cowferry.block import identity, names, origin, sysio
 from cowferry.block.node import Node
-from cowferry.drivers import EXTENSIONS, OVERLAYS, opening
+from cowferry.drivers import EXTENSIONS, OVERLAYS, fdsets, opening
 from cowferry.errors import CowferryError, NotSupported
 
 if TYPE_CHECKING:
+    from cowferry.block.disk import Disk
     from cowferry.daemon import Daemon
 
 
@@ -81,14 +82,28 @@ def unmake(made: list[str]) -> None:
             sysio.unlink(path)
 
 
-def is_file(node: Node, path: str) -> bool:
-    """Whether the node is over that file."""
-    return names.same(node.filename, path)
+def check_path(refusal: str, disk: Disk, path: str, hint: str = "") -> None:
+    """Raise `CowferryError` if a write to what is at `path`, or to a file made there, would change
+    a byte that the disk reads. To be asked before it is made or opened; `refusal` begins the error.
+
+    A URI passes: ask `check_node` once the export is open, before it is written."""
+    places = identity.of_path(fdsets.path_of(path))
+    identity.check_apart(refusal, path, places, layers(disk), hint)
 
 
-def same_image(a: Node, b: Node) -> bool:
-    """Whether both are over one file."""
-    return names.same(a.filename, b.filename)
+def check_node(refusal: str, disk: Disk, node: Node) -> None:
+    """Raise `CowferryError` if a write to an open node would change a byte that the disk reads."""
+    identity.check_apart(refusal, node.filename, identity.of_node(node), layers(disk))
+
+
+def check_folder(refusal: str, disk: Disk, folder: str) -> None:
+    """Raise `CowferryError` if files made in a folder would be stored inside the disk itself."""
+    identity.check_apart(refusal, folder, identity.of_folder(folder), layers(disk))
+
+
+def layers(disk: Disk) -> list[identity.Layer]:
+    """All that a disk lies in, for `identity.check_apart`."""
+    return identity.layers(disk.root, f"disk '{disk.name}'", disk.store)
 
 
 def check_backing(target: Node, backing: Node | None) -> None:
