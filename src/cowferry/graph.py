@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -728,10 +729,17 @@ def parents_first(nodes: list[Node]) -> list[Node]:
 
 
 def actual_size(path: str) -> int:
-    """Bytes that a file occupies on the host; none, if a server holds it. Raises `ImageError`."""
+    """Bytes that a file occupies on the host; none, if a server holds it. Raises `ImageError`.
+
+    A device occupies all of its bytes, although the kernel counts no blocks for its name."""
     if names.is_uri(path):
         return 0
     try:
-        return os.stat(path).st_blocks * 512
+        st = os.stat(path)
+        if stat.S_ISBLK(st.st_mode):
+            number = f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}"
+            with open(f"/sys/dev/block/{number}/size", encoding="ascii") as sectors:
+                return int(sectors.read()) * 512
+        return st.st_blocks * 512
     except OSError as error:
         raise ImageError(f"'{path}': {error.strerror}") from error

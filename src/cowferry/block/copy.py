@@ -251,7 +251,7 @@ class Copier:
             if error.errno not in UNABLE:
                 raise
             # EINVAL may be about this range only: a source that ends inside it, say.
-            if error.errno != errno.EINVAL or os.fstat(source).st_size >= at + length:
+            if error.errno != errno.EINVAL or os.lseek(source, 0, os.SEEK_END) >= at + length:
                 self._cannot_clone.add((source, fd))
             return False
         self.cloned += length

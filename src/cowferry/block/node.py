@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from functools import cached_property
@@ -111,6 +112,15 @@ class Node:
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The runs of `offset, length`, in order, adding up to `length`. Never resolves holes."""
         raise NotImplementedError
+
+    def served(self, offset: int, length: int) -> Iterator[Extent]:
+        """`extents` for a caller that only wants the bytes.
+
+        What reads as zero may be called DATA where that is as quickly read as asked about: in a
+        file that guests write, and on a server."""
+        if self.remote:
+            return iter((Extent(length, State.DATA, -1, offset, not self.read_only),))
+        return self.extents(offset, length)
 
     def pread(self, buf: memoryview, offset: int) -> None:
         """Fill `buf` with the bytes at `offset`, holes looked up through the backing chain."""
@@ -287,7 +297,7 @@ def resolve(
 
     With `base`, what only `base` or a node below it could answer stays a HOLE. A hole that
     no node answers is ZERO with depth -1 (qemu:allocation-depth 0). Only the top node's runs
-    keep `writable`. To `serve`, what a server holds is DATA: it is as quickly read as asked about.
+    keep `writable`. To `serve`, the nodes say what `served` does.
     Iterative: a chain may be hundreds of nodes deep."""
     # A stack of pending runs, deepest first, in place of recursion.
     stack: list[tuple[Node | None, int, int, int]] = [(node, offset, length, 0)]
@@ -303,12 +313,7 @@ def resolve(
             stack.append((None, current.size, at + left - current.size, depth))
             left = current.size - at
         pending: list[tuple[Node | None, int, int, int]] = []
-        if serve and current.remote:
-            whole = Extent(left, State.DATA, -1, at, depth == 0 and not current.read_only)
-            runs: Iterator[Extent] = iter((whole,))
-        else:
-            runs = current.extents(at, left)
-        for e in runs:
+        for e in current.served(at, left) if serve else current.extents(at, left):
             if e.state is State.HOLE:
                 pending.append((current.backing, at, e.length, depth + 1))
             elif pending:
@@ -323,21 +328,29 @@ def with_holes(node: Node, offset: int, length: int) -> Iterator[Extent]:
     """`resolve`, and where a preallocated image has a place that is a hole in its file, ZERO.
 
     Such a run keeps its `fd` and `host`. Slower; for those who tell, not for those who serve."""
-    sparse = {depth for depth, n in enumerate(chain(node)) if n.preallocated}
+    sparse = {depth: list(files(n)) for depth, n in enumerate(chain(node)) if n.preallocated}
     for e in resolve(node, offset, length):
-        if e.state is not State.DATA or e.fd < 0 or e.depth not in sparse:
+        file = None
+        if e.state is State.DATA and e.fd >= 0:
+            file = next((f for f in sparse.get(e.depth, ()) if f.fd == e.fd), None)
+        if file is None:
             yield e
             continue
-        at, end = e.host, e.host + e.length
-        while at < end:
-            try:
-                data = min(os.lseek(e.fd, at, os.SEEK_DATA), end)
-            except OSError:
-                data = end
-            stop = data if data > at else min(os.lseek(e.fd, at, os.SEEK_HOLE), end)
-            state = State.ZERO if data > at else State.DATA
-            yield e._replace(length=stop - at, host=at, state=state)
-            at = stop
+        at = e.host
+        for run in file.extents(at, e.length):
+            yield e._replace(length=run.length, host=at, state=run.state)
+            at += run.length
+
+
+def files(node: Node) -> Iterator[Node]:
+    """The protocol nodes that an image keeps its bytes in."""
+    if node.file is None:
+        yield node
+        return
+    yield from files(node.file)
+    data = getattr(node, "data", None)  # of an image with an external data file
+    if isinstance(data, Node) and data is not node.file:
+        yield from files(data)
 
 
 def chain(node: Node | None) -> Iterator[Node]:
@@ -405,6 +418,8 @@ def clear(buf: memoryview) -> None:
 def read_fully(fd: int, buf: memoryview, host: int, flags: int = 0) -> None:
     """`preadv` until `buf` is full; past the end of the file the bytes are zeroes.
 
+    A device has no bytes past its end: it has been made smaller, and reading fails with EIO.
+
     With `ONCE` pages that it brings into memory leave it at once, where the kernel can do that."""
     while len(buf):
         try:
@@ -415,6 +430,9 @@ def read_fully(fd: int, buf: memoryview, host: int, flags: int = 0) -> None:
             flags = 0
             continue
         if n == 0:
+            if stat.S_ISBLK(os.fstat(fd).st_mode):
+                end = os.lseek(fd, 0, os.SEEK_END)
+                raise OSError(errno.EIO, f"the device ends at {end}, before the bytes at {host}")
             clear(buf)
             return
         buf, host = buf[n:], host + n

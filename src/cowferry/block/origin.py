@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from cowferry.block.node import Node, chain
+from cowferry.block.node import Node, chain, files
 
 READ_WRITE = 0o666  # no execute, setuid, setgid or sticky bit is passed on
 
@@ -73,7 +72,7 @@ def of_node(node: Node) -> Origin | None:
     permissions that are no wider than any. Return None if the topmost image is a server's."""
     found: Origin | None = None
     for image in chain(node):
-        for file in _files(image):
+        for file in files(image):
             more = of(file.fd) if file.fd >= 0 else None
             if found is None:
                 found = more
@@ -82,17 +81,6 @@ def of_node(node: Node) -> Origin | None:
         if found is None:
             return None
     return found
-
-
-def _files(node: Node) -> Iterator[Node]:
-    """The host files that a node keeps its bytes in."""
-    if node.file is None:
-        yield node
-        return
-    yield from _files(node.file)
-    data = getattr(node, "data", None)  # of an image with an external data file
-    if isinstance(data, Node) and data is not node.file:
-        yield from _files(data)
 
 
 def beside(image: str | int) -> Origin:

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -46,6 +47,16 @@ class Recorder(Protocol):
 
 
 recorder: Recorder | None = None
+
+#: By descriptor: a function that hears which bytes `offset, length` of the file may have become a
+#: hole. It belongs to the object that remembers where holes are (`block/holes.py`).
+remapped: dict[int, Callable[[int, int], None]] = {}
+
+
+def _remapped(fd: int, offset: int, length: int) -> None:
+    hears = remapped.get(fd)
+    if hears is not None:
+        hears(offset, length)
 
 
 def create(path: str, flags: int, like: Origin | None = None) -> int:
@@ -121,6 +132,7 @@ def set_attribute(fd: int, name: str, value: bytes | None) -> None:
 def ftruncate(fd: int, size: int) -> None:
     """Set the file's size."""
     os.ftruncate(fd, size)
+    _remapped(fd, size, (1 << 63) - 1 - size)
     if recorder is not None:
         recorder.truncated(fd, size)
 
@@ -132,8 +144,11 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         code = ctypes.get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
+    zeroes = bool(mode & (PUNCH_HOLE | ZERO_RANGE))
+    if zeroes:
+        _remapped(fd, offset, length)
     if recorder is not None:
-        if mode & (PUNCH_HOLE | ZERO_RANGE):
+        if zeroes:
             recorder.wrote(fd, offset, bytes(length))
         elif (after := os.fstat(fd).st_size) > before:
             recorder.truncated(fd, after)
@@ -142,6 +157,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def clone(source: int, source_offset: int, fd: int, offset: int, length: int) -> None:
     """FICLONERANGE. Raises EOPNOTSUPP, EXDEV or EINVAL where it cannot be done."""
     fcntl.ioctl(fd, FICLONERANGE, struct.pack("qQQQ", source, source_offset, length, offset))
+    _remapped(fd, offset, length)
     if recorder is not None:
         recorder.wrote(fd, offset, os.pread(source, length, source_offset))
 
@@ -149,6 +165,7 @@ def clone(source: int, source_offset: int, fd: int, offset: int, length: int) ->
 def copy_range(source: int, source_offset: int, fd: int, offset: int, length: int) -> int:
     """copy_file_range; returns the bytes copied, 0 at the end of the source."""
     n = os.copy_file_range(source, fd, length, source_offset, offset)
+    _remapped(fd, offset, n)
     if recorder is not None and n:
         recorder.wrote(fd, offset, os.pread(source, n, source_offset))
     return n

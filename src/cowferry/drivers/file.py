@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 from cowferry.block import identity, sysio
 from cowferry.block.barrier import Barrier
+from cowferry.block.holes import Holes
 from cowferry.block.identity import Place
 from cowferry.block.node import ZEROES, Extent, Node, State, read_fully
 from cowferry.block.origin import Origin
@@ -70,6 +71,8 @@ class File(Node):
         # by reflink needs a new block, too, so the first way unshares.
         self._room_modes: tuple[int, ...] = (sysio.UNSHARE_RANGE, 0)
         self._barrier = Barrier(fd)
+        self._holes = Holes(fd, self._stable())
+        sysio.remapped[fd] = self._holes.forget
         self._closed = False
 
     @classmethod
@@ -99,6 +102,7 @@ class File(Node):
                 node._alone()
             return node
         except BaseException:
+            sysio.remapped.pop(fd, None)
             os.close(fd)
             raise
 
@@ -166,32 +170,32 @@ class File(Node):
             self._places = identity.of_fd(self.fd, self.filename)
         return self._places
 
+    def _stable(self) -> bool:
+        """Whether nothing can write into the file while we have it open.
+
+        A duplicate of a descriptor that was handed over shares its locks with the others."""
+        passed = self.opened_as.startswith(fdsets.PREFIX)
+        return (
+            self.read_only and not passed and self.lock is not None and self.lock.keeps_writers_out
+        )
+
     # Data ---------------------------------------------------------------------------------
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Data and holes as the file system tells them; a hole is ZERO, and writable in place."""
-        end = offset + length
         writable = not self.read_only
         if self.is_device:
             yield Extent(length, State.DATA, self.fd, offset, writable)
             return
-        while offset < end:
-            try:
-                data = os.lseek(self.fd, offset, os.SEEK_DATA)
-            except OSError as error:
-                data = end if error.errno == errno.ENXIO else offset
-            if data > offset:
-                run = min(data, end) - offset
-                yield Extent(run, State.ZERO, self.fd, offset, writable)
-                offset += run
-                continue
-            try:
-                hole = os.lseek(self.fd, offset, os.SEEK_HOLE)
-            except OSError:
-                hole = end
-            run = max(min(hole, end) - offset, 1)
-            yield Extent(run, State.DATA, self.fd, offset, writable)
+        for run, hole in self._holes.runs(offset, length):
+            yield Extent(run, State.ZERO if hole else State.DATA, self.fd, offset, writable)
             offset += run
+
+    def served(self, offset: int, length: int) -> Iterator[Extent]:
+        """As `extents`; but in a file that may be written nobody asks for holes, time and again."""
+        if self._holes.stable:
+            return self.extents(offset, length)
+        return iter((Extent(length, State.DATA, self.fd, offset, not self.read_only),))
 
     def pread(self, buf: memoryview, offset: int) -> None:
         """Bytes past the end of the file are zeroes."""
@@ -324,6 +328,7 @@ class File(Node):
             lock.fd = self.fd
             self.lock = lock
         self.read_only = read_only
+        self._holes.reset(self._stable())
 
     def _again(self, flags: int) -> int:
         """Another descriptor of the file, with that access.
@@ -366,4 +371,5 @@ class File(Node):
             # Whoever comes too late is refused: the number may be another file's a moment later.
             self._barrier.close()
             fd, self.fd = self.fd, -1
+            sysio.remapped.pop(fd, None)
             os.close(fd)

@@ -42,6 +42,7 @@ class Lock:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.keeps_writers_out = False  # other descriptors that ask for locks cannot write
 
     @classmethod
     def take(cls, fd: int, name: str, read_only: bool, force_share: bool) -> Lock:
@@ -75,6 +76,7 @@ class Lock:
             if error.errno in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 return mine
             raise
+        mine.keeps_writers_out = WRITE in unshared
         return mine
 
     def drop(self) -> None:

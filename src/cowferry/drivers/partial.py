@@ -188,6 +188,14 @@ class Partial(Raw):
             else:
                 yield Extent(n, State.HOLE)
 
+    def served(self, offset: int, length: int) -> Iterator[Extent]:
+        """As `extents`, with the runs that the file serves."""
+        for start, n, ours in self._runs(offset, length):
+            if ours:
+                yield from self.file.served(start, n)
+            else:
+                yield Extent(n, State.HOLE)
+
     def pread(self, buf: memoryview, offset: int) -> None:
         read(self, buf, offset)
 

@@ -74,6 +74,10 @@ class Raw(Node):
         """The file's own runs."""
         return self.file.extents(self.start + offset, length)
 
+    def served(self, offset: int, length: int) -> Iterator[Extent]:
+        """The file's own runs."""
+        return self.file.served(self.start + offset, length)
+
     def pread(self, buf: memoryview, offset: int) -> None:
         self.file.pread(buf, self.start + offset)
 

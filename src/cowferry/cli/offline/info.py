@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from typing import Any
 
@@ -16,6 +15,7 @@ from cowferry.cli.sizes import human
 from cowferry.drivers import opening
 from cowferry.drivers.partial import Partial
 from cowferry.errors import one_line
+from cowferry.graph import actual_size
 
 
 @click.command("info")
@@ -53,7 +53,7 @@ def describe(node: Node) -> dict[str, Any]:
     out["format"] = node.driver
     remote = names.is_uri(node.filename)
     if not remote:
-        out["actual-size"] = os.stat(node.filename).st_blocks * 512
+        out["actual-size"] = actual_size(node.filename)
     specific = node.info()
     if specific:
         out["format-specific"] = {"type": node.driver, "data": specific}

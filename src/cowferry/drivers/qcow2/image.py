@@ -639,8 +639,8 @@ class Qcow2(Node):
         """Whether many clusters had a place but no room in the file when first asked.
 
         QEMU's measure: a tenth, and at least two, more clusters are counted than occupied."""
-        if self.data_fd < 0:
-            return False
+        if self.data_fd < 0 or getattr(self.data, "is_device", False):
+            return False  # a device has bytes for every place
         occupied = -(-os.fstat(self.data_fd).st_blocks * 512 // self.cluster_size)
         enough = max(occupied * 10 // 9, occupied + 2)
         counted = 0
