@@ -154,3 +154,85 @@ def test_B2_bitmaps_of_a_device_lie_in_the_state_folder_and_know_the_device(
             opening.close_chain(node)
         subprocess.run(["losetup", "-d", path], check=True)
         subprocess.run(["losetup", path, str(other)], check=True)
+
+
+def grow(device: str, size: int) -> None:
+    """What lvextend does to a logical volume."""
+    listed = subprocess.run(
+        ["losetup", "-n", "-O", "BACK-FILE", device], capture_output=True, text=True, check=True
+    )
+    with open(listed.stdout.strip(), "ab") as f:
+        f.write(b"\xbb" * (size - f.tell()))
+    subprocess.run(["losetup", "-c", device], check=True)
+
+
+def test_a_disk_on_a_device_grows_when_the_device_has_grown(device: Make) -> None:
+    path = device(SIZE)
+    with a_daemon() as daemon:
+        disk = daemon.open_disk("vm", path, "raw")
+        with pytest.raises(CowferryError, match=f"the device has {SIZE} bytes, not {2 * SIZE}"):
+            daemon.execute("block_resize", {"device": "vm", "size": 2 * SIZE})
+        grow(path, 2 * SIZE)
+        daemon.execute("block_resize", {"device": "vm", "size": 2 * SIZE})
+        assert disk.size == 2 * SIZE
+        disk.pwrite(memoryview(b"new"), 2 * SIZE - 3)
+        assert contents(disk)[:SIZE] == b"\xaa" * SIZE
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_disk_that_moved_to_a_larger_device_grows_there_and_stays_so(
+    scene: tuple[Daemon, Told, bytearray], device: Make, tmp_path: Path, grown: bool
+) -> None:
+    daemon, told, oracle = scene
+    path = device(SIZE if grown else 2 * SIZE)
+    between = tmp_path / "between.raw"
+    pivot(daemon, told, "x-disk-copy", target=str(between), format="raw")
+    pivot(daemon, told, "x-disk-copy", target=path, format="raw")
+    if grown:
+        grow(path, 2 * SIZE)
+    size = SIZE + (1 << 20)
+    with pytest.raises(CowferryError, match=f"has {2 * SIZE} bytes, not {3 * SIZE}"):
+        daemon.execute("block_resize", {"device": "vm", "size": 3 * SIZE})
+    daemon.execute("block_resize", {"device": "vm", "size": size})
+    oracle.extend(bytes(size - SIZE))  # not what the device held
+    disk = daemon.graph.disk("vm")
+    assert disk.size == size and not differs(contents(disk), oracle)
+    disk.pwrite(memoryview(b"end"), size - 3)
+    oracle[size - 3 :] = b"end"
+    for name in (tmp_path / "vm.qcow2", between):  # all names lead to the disk with its new size
+        daemon.remove_disk("vm")
+        disk = daemon.open_disk("vm", str(name))
+        assert disk.root.filename == path
+        assert not differs(contents(disk), oracle)
+    pivot(daemon, told, "x-disk-copy", target=str(tmp_path / "away.raw"), format="raw")
+    pivot(daemon, told, "x-disk-copy", target=path, format="raw")
+    daemon.remove_disk("vm")
+    disk = daemon.open_disk("vm", str(between))
+    assert not differs(contents(disk), oracle)
+    if grown:
+        return
+    daemon.execute("block_resize", {"device": "vm", "size": SIZE})
+    daemon.execute("block_resize", {"device": "vm", "size": size})
+    assert not differs(contents(disk), oracle[:SIZE] + bytes(size - SIZE))
+    daemon.remove_disk("vm")
+    opening.create_image(path, "raw", 2 * SIZE, {})  # another image: no record is about it
+    assert not [p.name for p in (tmp_path / "state").iterdir() if p.name.endswith(".size")]
+
+
+def test_a_window_that_is_not_a_disk_of_its_own_keeps_its_size(
+    device: Make, tmp_path: Path
+) -> None:
+    path = device(2 * SIZE)
+    file = {"driver": "host_device", "filename": path}
+    for options in ({"offset": SIZE, "size": SIZE // 2}, {"offset": SIZE}):
+        node = opening.open_node({"driver": "raw", "file": file, **options})
+        with pytest.raises(CowferryError, match="fixed size"):
+            node.resize(SIZE)
+        node.close()
+    plain = tmp_path / "plain"
+    plain.write_bytes(bytes(SIZE))
+    file = {"driver": "file", "filename": str(plain)}
+    node = opening.open_node({"driver": "raw", "size": SIZE // 2, "file": file})
+    with pytest.raises(CowferryError, match="fixed size"):
+        node.resize(SIZE)
+    node.close()

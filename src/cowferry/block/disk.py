@@ -344,6 +344,7 @@ class Disk:
 
     def resize(self, size: int) -> None:
         """Change the disk's size under a drain."""
+        self.root.prepare_resize(size)
         with self.exclusive():
             self.root.change_size(size)
             for bitmap in self.bitmaps.values():

@@ -22,6 +22,9 @@ part of what was above them. `IMAGE.committing` says so from before the first wr
 is durable (C2); beside layers that were skipped, for good. It is about that very file: another
 one that is made under the name later is not meant.
 
+A disk at the beginning of a larger device has its size in the record of its move. When it is
+resized there, `DEVICE.size` in the state folder says the new size.
+
 While a copy to a raw image runs that can be gone on with after a crash (`block/unfinished.py`),
 `IMAGE.copying` beside it says so, and which bitmap of the source tells what it lacks.
 
@@ -50,7 +53,7 @@ from cowferry.block.origin import Origin
 
 log = logging.getLogger(__name__)
 
-MOVED, COMMITTING, COPYING = ".moved", ".committing", ".copying"
+MOVED, COMMITTING, COPYING, SIZE = ".moved", ".committing", ".copying", ".size"
 MAX_NAME = 200  # characters of a record's name in the state folder
 
 
@@ -128,6 +131,7 @@ def record(moves: list[Move]) -> None:
             sysio.flush_directory(folder)
     for m in moves:
         _forget_others(m)
+        _forget_size(m.current)
     images = [i for m in moves for i in (m.left, m.current)]
     generation = max((s.generation for i in images for s in _steps(i)), default=0) + 1
     bodies = {m.left: _body(m, generation) for m in moves}
@@ -200,6 +204,7 @@ def fresh(image: str) -> None:
     settled(image)
     committed(image)
     copied(image)
+    _forget_size(image)
 
 
 def apart(copy: str, disk: str) -> None:
@@ -209,6 +214,7 @@ def apart(copy: str, disk: str) -> None:
     if _named(follow(copy).path) == _named(disk):
         log.warning("'%s' is a copy, but as a name it goes on meaning the disk it once was", copy)
         committed(copy)
+        _forget_size(copy)
     else:
         fresh(copy)
 
@@ -224,7 +230,24 @@ def follow(image: str, format: str | None = None) -> Current:
     started = [i for i, s in enumerate(steps) if names.real(s.left) == _named(last.current)]
     if started:  # a circle: its youngest record was the last move
         last = max(steps[started[0] :], key=lambda s: s.generation)
-    return Current(last.current, last.format, last.generation, last.size)
+    size = last.size
+    if size is not None and (resized := _load(last.current, SIZE)) is not None:
+        size = int(resized["size"])
+    return Current(last.current, last.format, last.generation, size)
+
+
+def resized(image: str, size: int) -> None:
+    """The disk at the beginning of the device or export `image` has `size` bytes from now on.
+
+    The records of its move there say the size that it had then. There may be several, under names
+    that this process does not know, so the new size stands in a record of its own."""
+    _mark(image, SIZE, {"size": size, "generation": 1}, undo=False)
+
+
+def _forget_size(image: str) -> None:
+    """What `resized` recorded is about another disk, or an older state of this one."""
+    for path in places(image, SIZE):
+        _remove(path)
 
 
 def committing(image: str, top: str) -> None:

@@ -92,6 +92,7 @@ class Node:
     #: Whether room is where a guest's write into the same hole has to go, too, and so waits for it.
     room_is_place: bool = False
     fd: int = -1  # of the host file, if this is one
+    is_device: bool = False  # a protocol node whose size is not ours to change: a device, an export
     from_start: bool = True  # its first byte is the first of what its file name means
     span: tuple[int, int] | None = None  # bytes of its file that it uses; None: all of it
     #: Whether the format has room for dirty bitmaps of its own (`read_bitmaps`, `write_bitmaps`).
@@ -149,6 +150,18 @@ class Node:
     def resize(self, size: int) -> None:
         """Grow (or, where the driver can, shrink) to `size` bytes. New bytes read as zeroes."""
         raise NotSupported(f"{self.driver} node '{self.name or self.filename}' cannot be resized")
+
+    def prepare_resize(self, size: int) -> None:
+        """Do what `resize` needs and what takes long. The caller holds no drain.
+
+        The node's bytes and size stay as they are. `resize` does it itself if it was not done.
+        Raises `OSError`, `CowferryError`."""
+
+    def refresh_size(self) -> int:
+        """Of a protocol node: look at the size of the storage again. Keep and return it, in bytes.
+
+        A device may have grown since it was opened."""
+        return self.size
 
     def change_size(self, size: int) -> None:
         """`resize`, and the bitmaps with it. Inside a drain of the disks over it.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cowferry.block import moves
 from cowferry.block.node import Extent, Node
 from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
@@ -29,6 +31,7 @@ class Raw(Node):
         self.whole = size is None and start == 0
         self.size = file.size - start if size is None else size
         self.span = None if self.whole else (start, start + self.size)
+        self._cleared = 0  # bytes up to which what lies behind the disk has been zeroed
         self.read_only = file.read_only
         self.remote = file.remote
 
@@ -97,13 +100,44 @@ class Raw(Node):
     def flush(self) -> None:
         self.file.flush()
 
+    def prepare_resize(self, size: int) -> None:
+        """Zero what a device holds behind the disk, up to `size`: old bytes of others, perhaps."""
+        if not self.whole and size > self.size:
+            self._check_window(size)
+            self.file.zero(self.start + self.size, size - self.size, unmap=True)
+            self.file.flush()
+            self._cleared = size
+
     def resize(self, size: int) -> None:
-        """Truncate or extend the file, durably; a window into a file cannot be resized."""
-        if not self.whole:
-            raise NotSupported(f"'{self.filename}' is a window into a file and has a fixed size")
-        self.file.resize(size)
-        self.file.flush()  # whoever hears of the new size may rely on it
+        """Truncate or extend the file, durably.
+
+        A disk that is the beginning of a larger device changes its size within the device, and the
+        new size is recorded (`moves.resized`). Other windows into a file have a fixed size."""
+        if self.whole:
+            self.file.resize(size)
+            self.file.flush()  # the caller may rely on the new size
+            self.size = size
+            return
+        if size > max(self.size, self._cleared):
+            self.prepare_resize(size)
+        self._check_window(size)
+        moves.resized(self.filename or self.file.filename, size)
         self.size = size
+        self.span = self.start, self.start + size
+        self._cleared = 0
+
+    def _check_window(self, size: int) -> None:
+        """Raise unless the window may have `size` bytes."""
+        if self.start or not self.file.is_device or "file" in self.lent:
+            raise NotSupported(
+                f"'{self.filename}' is a window into '{self.file.filename}' and has a fixed size",
+                "only a disk at the beginning of a device or an export of its own can be resized",
+            )
+        limit = self.file.refresh_size()
+        if size > limit:
+            raise OSError(
+                errno.ENOSPC, f"{self.filename}: its device has {limit} bytes, not {size}"
+            )
 
     def reopen(self, read_only: bool) -> None:
         """The file's access, and ours."""

@@ -127,8 +127,12 @@ def check_mode(name: str, value: str, known: tuple[str, ...]) -> None:
 def move_of(disk: Disk, left: Node, current: Node) -> Move:
     """The move of a disk from one image to another, to be recorded.
 
-    A raw image at the beginning of a larger device is not to grow when it is opened again."""
+    A raw image on a device, or on an export, has its size recorded: the disk must not grow when it
+    is opened again and the device is, or has become, larger."""
     size = None
-    if current.driver == "raw" and current.file is not None and current.file.size != current.size:
+    image = current
+    while image.filter and image.file is not None:
+        image = image.file
+    if image.driver == "raw" and image.file is not None and image.file.is_device:
         size = current.size
     return Move(disk.name, left.filename, current.filename, current.driver, size, disk.origin)

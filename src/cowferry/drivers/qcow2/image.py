@@ -79,7 +79,7 @@ class Qcow2(Node):
         self.external = data is not None
         self.data = data or file
         self.data_fd: int = getattr(self.data, "fd", -1)
-        self.on_device: bool = getattr(file, "is_device", False)
+        self.on_device: bool = file.is_device
         self.size = header.size
         self.granule = self.cluster_size = header.cluster_size
         self.read_only = read_only
@@ -639,7 +639,7 @@ class Qcow2(Node):
         """Whether many clusters had a place but no room in the file when first asked.
 
         QEMU's measure: a tenth, and at least two, more clusters are counted than occupied."""
-        if self.data_fd < 0 or getattr(self.data, "is_device", False):
+        if self.data_fd < 0 or self.data.is_device:
             return False  # a device has bytes for every place
         occupied = -(-os.fstat(self.data_fd).st_blocks * 512 // self.cluster_size)
         enough = max(occupied * 10 // 9, occupied + 2)

@@ -100,7 +100,7 @@ class Qed(Node):
         create.make(path, size, options, like)
 
     def _prepare_for_writing(self, repair: bool = False) -> None:
-        if getattr(self.file, "is_device", False):
+        if self.file.is_device:
             raise ImageError(
                 f"'{self.filename}' cannot grow, and a QED image takes its room at its file's end",
                 "open it read-only, or convert it",
