@@ -286,7 +286,7 @@ def test_an_answer_that_comes_while_the_client_hangs_up_is_waited_for_by_nobody(
 
     ours, theirs = socket.socketpair()
     leaving = Leaving(fileno=ours.detach())
-    connection = Connection(leaving, house.disk, True, False, [], workers)
+    connection = Connection(leaving, house.disk, True, False, [], workers, workers)
     house.disk.pread(memoryview(bytearray(BLOCK)), 0)  # leased now: the reader answers by itself
     requests = [(nbd.READ, BLOCK), (nbd.FLUSH, 0)]
     head = nbd.REQUEST.pack

@@ -18,8 +18,11 @@ import os
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import groupby
 from typing import Protocol
 
 from cowferry.block import sysio
@@ -28,9 +31,16 @@ from cowferry.block.gate import END, Gate, Slot
 from cowferry.block.lease import DATA, SPAN, SPAN_BITS, WRITABLE, ZERO, Leases
 from cowferry.block.limits import Group, Member
 from cowferry.block.node import Extent, Node, State, clear, far, read, read_fully, with_holes
+from cowferry.block.rates import fitted
 from cowferry.block.throttle import READ, WRITE, Brake, Turnstile, let_through
 
+Buffer = memoryview | None  # bytes, or None for zeroes
+
 COPY_ON_READ_MAX = 1 << 20
+# Bytes of a large TRIM or WRITE_ZEROES that one exclusive section changes: at least, at most, and
+# at most while a tap may have to copy them.
+LEAST, MOST, MOST_TAPPED = 1 << 20, 64 << 20, 4 << 20
+MOMENT = 0.005  # seconds that such a section should take, because guests wait for it
 LOOK = 0.1  # seconds between looks whether somebody is called off
 
 
@@ -76,6 +86,20 @@ class _Exclusive:
 
     def __init__(self, disk: Disk, offset: int, length: int | None) -> None:
         self.disk, self.offset, self.length = disk, offset, length
+
+    def try_enter(self) -> bool:
+        """Enter a range if that needs no waiting. On False nothing has been entered."""
+        assert self.length is not None
+        gate, shift = self.disk.gate, self.disk.leases.shift
+        self.start = self.offset >> shift << shift
+        self.end = -(-(self.offset + self.length) >> shift) << shift
+        claim = gate.try_claim(self.start, self.end)
+        if claim is not None and shift != self.disk.leases.shift:
+            gate.release(claim)  # the disk has another root by now, with other granules
+            claim = None
+        if claim is not None:
+            self.claim = claim
+        return claim is not None
 
     def __enter__(self) -> None:
         leases, gate, length = self.disk.leases, self.disk.gate, self.length
@@ -226,11 +250,14 @@ class Disk:
         finally:
             self.gate.leave(slot)
 
-    def check(self, offset: int, length: int, write: bool = False) -> None:
-        """The one choke point for ranges. Raises EINVAL, ENOSPC (a write past the end), EPERM."""
+    def check(self, offset: int, length: int, write: bool = False, discard: bool = False) -> None:
+        """Check a request's range, for every consumer. Raises EINVAL, ENOSPC, EPERM.
+
+        A request past the end is ENOSPC if it writes. It is EINVAL if it reads or discards (the
+        NBD specification, "Error values")."""
         if offset < 0 or length < 0:
             raise OSError(errno.EINVAL, f"disk '{self.name}': negative offset or length")
-        if write and self.root.read_only:
+        if (write or discard) and self.root.read_only:
             raise OSError(errno.EPERM, f"disk '{self.name}' is read-only")
         if offset + length > self.root.size:
             code = errno.ENOSPC if write else errno.EINVAL
@@ -255,22 +282,49 @@ class Disk:
         if self.copy_on_read:
             self._keep_read(buf, offset)
 
+    def read_pieces(self, offset: int, length: int, worth: int) -> list[tuple[int, Buffer]]:
+        """Read a range: (length, bytes) of each piece, in order.
+
+        The bytes of a piece are None if leases say that it reads as zeroes; such a piece has
+        `worth` bytes at least. Nobody is asked where the zeroes are: where leases do not know,
+        the bytes are read. The caller has passed the turnstiles. Raises `OSError`."""
+        pieces: list[tuple[int, Buffer]] = []
+        with self.shared(offset, length):
+            self.check(offset, length)
+            runs = None if self.copy_on_read else self._leased_or_filled(offset, offset + length)
+            if runs is not None and any(fd < 0 and n >= worth for fd, _, n in runs):
+                for zero, some in groupby(runs, lambda run: run[0] < 0 and run[2] >= worth):
+                    wanted = list(some)
+                    n = sum(run[2] for run in wanted)
+                    part = None if zero else memoryview(bytearray(n))
+                    if part is not None:
+                        _read_runs(wanted, part)
+                    pieces.append((n, part))
+                return pieces
+            data = memoryview(bytearray(length))
+            if runs is not None:
+                _read_runs(runs, data)
+            else:
+                read(self.root, data, offset)
+        if self.copy_on_read:
+            self._keep_read(data, offset)
+        return [(length, data)]
+
     def serve_read(self, buf: memoryview, offset: int) -> bool:
         """Fill `buf` from leases, filling those first. Caller is inside. False: not all leased."""
-        end = offset + len(buf)
+        runs = self._leased_or_filled(offset, offset + len(buf))
+        if runs is None:
+            return False
+        _read_runs(runs, buf)
+        return True
+
+    def _leased_or_filled(self, offset: int, end: int) -> list[tuple[int, int, int]] | None:
+        """`_leased` for reading, after one try to fill what is missing. The caller is inside."""
         runs = self._leased(offset, end, 0)
         if runs is None:
             self.leases.fill(self.root, offset, end - offset)
             runs = self._leased(offset, end, 0)
-            if runs is None:
-                return False
-        for fd, host, length in runs:
-            if fd < 0:
-                clear(buf[:length])
-            else:
-                read_fully(fd, buf[:length], host)
-            buf = buf[length:]
-        return True
+        return runs
 
     def pwrite(self, buf: memoryview, offset: int, fua: bool = False, paid: bool = False) -> None:
         """Write; with `fua` durable on return (N2). A part may be written if it raises."""
@@ -284,6 +338,25 @@ class Disk:
             self._change(offset, length, lambda: self.root.pwrite(buf, offset), buf)
         if fua:
             self.flush()
+
+    def try_pwrite(self, buf: memoryview, offset: int) -> bool:
+        """Write without waiting for anybody else's request, job or server.
+
+        False: nothing was done, and a thread that may wait has to call `pwrite`. The caller has
+        passed the turnstiles, and asks after no lease was found. Raises `OSError`."""
+        length = len(buf)
+        if self.gate.contended:  # cheaper to see here
+            return False
+        alone = _Exclusive(self, offset, length)
+        if not alone.try_enter():
+            return False
+        try:
+            if self.may_wait(offset, length):
+                return False
+            self._change_inside(offset, length, partial(self.root.pwrite, buf, offset), buf)
+        finally:
+            alone.__exit__()
+        return True
 
     def _in_place(self, buf: memoryview, offset: int) -> bool:
         """Write by leases, filling those first. False: not all leased, nothing was done."""
@@ -313,7 +386,8 @@ class Disk:
             return
         if self.turnstiles and not paid:
             self.wait(WRITE, 0)
-        self._change(offset, length, lambda: self.root.zero(offset, length, unmap, fast))
+        for _ in self.zeroing(offset, length, unmap, fast):
+            pass
         if fua:
             self.flush()
 
@@ -323,9 +397,51 @@ class Disk:
             return
         if self.turnstiles and not paid:
             self.wait(WRITE, 0)
-        self._change(offset, length, lambda: self.root.discard(offset, length))
+        for _ in self.discarding(offset, length):
+            pass
         if fua:
             self.flush()
+
+    def zeroing(
+        self, offset: int, length: int, unmap: bool = False, fast: bool = False
+    ) -> Iterator[None]:
+        """`zero` in steps, for a caller that lets other requests go first. Does not flush.
+
+        The caller has passed the turnstiles. Nothing is held when this yields."""
+
+        def work(at: int, n: int) -> None:
+            self.root.zero(at, n, unmap, fast)
+
+        return self._in_steps(offset, length, work, discard=False)
+
+    def discarding(self, offset: int, length: int) -> Iterator[None]:
+        """`discard` in steps, as `zeroing`."""
+
+        def work(at: int, n: int) -> None:
+            self.root.discard(at, n)
+
+        return self._in_steps(offset, length, work, discard=True)
+
+    def _in_steps(
+        self, offset: int, length: int, work: Callable[[int, int], None], discard: bool
+    ) -> Iterator[None]:
+        """Change a range piece by piece, each piece in an exclusive section of its own.
+
+        Requests of other clients get in between two pieces. A piece takes about `MOMENT`. Its
+        borders are borders of granules, so that no granule is changed in part without need."""
+        with self.shared(offset, length):
+            self.check(offset, length, not discard, discard)
+        end, size = offset + length, max(LEAST, self.root.granule)
+        while offset < end:
+            stop = min((offset // size + 1) * size, end)
+            begin = time.monotonic()
+            self._change(offset, stop - offset, partial(work, offset, stop - offset), None, discard)
+            took = time.monotonic() - begin
+            least = max(LEAST, self.root.granule)
+            most = max(MOST_TAPPED if self.taps else MOST, least)
+            size = min(fitted(size, took, MOMENT, least, most), most)
+            offset = stop
+            yield
 
     def flush(self) -> None:
         """Every write that returned before the call is durable on return (N1, N3).
@@ -351,25 +467,41 @@ class Disk:
                 bitmap.resize(size)
 
     def _change(
-        self, offset: int, length: int, work: Callable[[], None], data: memoryview | None = None
+        self,
+        offset: int,
+        length: int,
+        work: Callable[[], None],
+        data: memoryview | None = None,
+        discard: bool = False,
     ) -> None:
         """Do `work`, a change of the root's range, alone in it, with bitmaps and taps there."""
         with self.exclusive(offset, length):
-            self.check(offset, length, write=True)
-            keeper = self.root.keeper
-            if keeper is not None and keeper.holds.any(offset, length):
-                self.leases.drop(*keeper.protect(offset, length))  # they may be written in place
-            self.mark(offset, length)
+            self._change_inside(offset, length, work, data, discard)
+
+    def _change_inside(
+        self,
+        offset: int,
+        length: int,
+        work: Callable[[], None],
+        data: memoryview | None,
+        discard: bool = False,
+    ) -> None:
+        """`_change` by a caller that holds `exclusive` over the range."""
+        self.check(offset, length, not discard, discard)
+        keeper = self.root.keeper
+        if keeper is not None and keeper.holds.any(offset, length):
+            self.leases.drop(*keeper.protect(offset, length))  # they may be written in place
+        self.mark(offset, length)
+        for tap in self.taps:
+            tap.before(offset, length)
+        try:
+            work()
+        except BaseException:
             for tap in self.taps:
-                tap.before(offset, length)
-            try:
-                work()
-            except BaseException:
-                for tap in self.taps:
-                    tap.failed(offset, length)
-                raise
-            for tap in self.taps:
-                tap.after(offset, length, data)
+                tap.failed(offset, length)
+            raise
+        for tap in self.taps:
+            tap.after(offset, length, data)
 
     def mark(self, offset: int, length: int) -> None:
         """A write of the range is about to be visible: tell the bitmaps. Caller is inside."""
@@ -379,8 +511,9 @@ class Disk:
             bitmap.mark(offset, length)
 
     def may_wait(self, offset: int, length: int) -> bool:
-        """Whether a write may have to wait for more than the file it goes to: not to be done by
-        one whose wait would hold up others."""
+        """Whether a write may have to wait for more than the file that it goes to.
+
+        Then a thread whose wait would hold up others must not do it."""
         keeper = self.root.keeper
         if keeper is not None and keeper.holds.any(offset, length):
             return True
@@ -448,6 +581,16 @@ class Disk:
                     read(self.root.backing, part, at)
                     self.root.pwrite(part, at)
                 at += e.length
+
+
+def _read_runs(runs: Iterable[tuple[int, int, int]], buf: memoryview) -> None:
+    """Fill `buf` from (fd, host, length) of each run, fd -1 for zeroes. Raises `OSError`."""
+    for fd, host, length in runs:
+        if fd < 0:
+            clear(buf[:length])
+        else:
+            read_fully(fd, buf[:length], host)
+        buf = buf[length:]
 
 
 def in_order(disks: Iterable[Disk]) -> list[Disk]:

@@ -111,6 +111,20 @@ class Gate:
                 raise
         return mine
 
+    def try_claim(self, start: int, end: int) -> Claim | None:
+        """Claim [start, end) if that needs no waiting. On None nothing has been claimed.
+
+        The caller is not inside: it left first."""
+        mine = Claim(start, end)
+        with self.changed:
+            earlier = self.claims
+            self.claims = (*earlier, mine)
+            if not self._blocked(mine, earlier):
+                return mine
+            self.claims = earlier
+            self.changed.notify_all()  # a newcomer may have seen the claim for a moment
+        return None
+
     def _blocked(self, mine: Claim, earlier: tuple[Claim, ...]) -> bool:
         now = self.claims
         return any(c in now and c.start < mine.end and mine.start < c.end for c in earlier) or any(

@@ -110,7 +110,10 @@ class NbdExport(Export):
         self.lanes: set[Connection] = set()  # guarded by `changed`
         self.changed = threading.Condition()
         # An export's own: one stalled disk (a remote base, say) stalls no other.
-        self.workers = ThreadPoolExecutor(WORKERS, thread_name_prefix=f"nbd {self.name[:32]}")
+        # Reads and changes do not share them, because changes may all wait for a job.
+        prefix = f"nbd {self.name[:32]}"
+        self.workers = ThreadPoolExecutor(WORKERS, thread_name_prefix=prefix)
+        self.readers = ThreadPoolExecutor(WORKERS, thread_name_prefix=prefix)
 
     @property
     def users(self) -> int:
@@ -148,6 +151,7 @@ class NbdExport(Export):
                     lane.hang_up()
             self.changed.wait_for(lambda: not self.lanes)
         self.workers.shutdown()
+        self.readers.shutdown()
 
 
 class NbdServer:
@@ -311,7 +315,7 @@ class NbdServer:
             sock.settimeout(None)
             lane = Connection(
                 sock, found.disk, found.writable, handshake.structured,
-                handshake.contexts, found.workers, found.writethrough,
+                handshake.contexts, found.workers, found.readers, found.writethrough,
             )  # fmt: skip
             try:
                 found.enter(lane)

@@ -3,9 +3,15 @@
 One reader per connection. It parses every request that a single `recv` brought, answers what
 can be answered at once, and sends all those answers with a single `send`. "At once" means: the
 range may be entered without waiting, its leases are there, and the system call will not block
-(`RWF_NOWAIT` for reads; a write goes to the page cache). Everything else is handed to a few
-workers, which answer by themselves: allocation and copy on write under contention, cold reads,
-flushes, trims. So the reader never waits at the gate, and one cold read stalls nobody.
+(`RWF_NOWAIT` for reads; a write goes to the page cache). The reader also allocates, if it gets the
+range for itself without waiting. Everything else is handed to workers, which answer by themselves:
+allocation under contention, cold reads, flushes, trims. So the reader never waits at the gate, and
+one cold read stalls nobody.
+
+Reads and changes have workers of their own, because changes may all wait at the gate for a job.
+A worker does a large TRIM or WRITE_ZEROES in steps (`Disk.discarding`). After a moment it puts the
+rest of the request behind the requests that wait for a worker, so that a few large requests do not
+keep all workers from everybody else.
 
 A disk with limits, or a brake, has turnstiles in front of its gate. A request that they do not
 admit at once waits in their queue, where it is no thread; a timer then hands it to the workers. It
@@ -31,14 +37,15 @@ import logging
 import select
 import socket
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from cowferry.block.disk import Disk
 from cowferry.block.lane import SLOW, ZEROES, Lane
 from cowferry.block.lease import SPAN
-from cowferry.block.node import State, clear
+from cowferry.block.node import clear
 from cowferry.block.throttle import READ, WRITE, let_through
 from cowferry.wire import nbd
 
@@ -50,12 +57,32 @@ INLINE = 256 << 10  # larger reads and writes go to a worker
 PENDING = 64  # requests in the workers' hands; more wait in the socket
 BUDGET = 33 << 20  # bytes of those requests and of their unsent answers
 MAX_RUNS = 4096  # extents in one block status reply
+LOOK_AHEAD = 64 << 10  # bytes, at least, that the first look of a block status covers
+TURN = 0.02  # seconds that a worker spends on a large change before it lets others go first
 SEND_PARTS = 64  # buffers in one sendmsg
 LOOK = 0.5  # seconds after which a reader that waits looks whether its client is still there
 
 Buffer = bytes | memoryview
 Describe = Callable[[Disk, int, int], list[tuple[int, int]]]  # (length, flags) of a range
 Context = tuple[int, str, Describe]
+
+
+class Request:
+    """A request that is in work: handed to a worker, or waiting for its turn."""
+
+    __slots__ = ("cookie", "data", "flags", "kind", "length", "offset", "steps", "weight")
+
+    def __init__(
+        self, kind: int, flags: int, cookie: int, offset: int, length: int, data: bytearray | None
+    ) -> None:
+        self.kind = kind
+        self.flags = flags
+        self.cookie = cookie
+        self.offset = offset
+        self.length = length
+        self.data = data  # of a write
+        self.weight = 4096 + (length if kind in (nbd.READ, nbd.WRITE) else 0)  # bytes
+        self.steps: Iterator[None] | None = None  # what is left of a large change
 
 
 class Connection:
@@ -69,6 +96,7 @@ class Connection:
         structured: bool,
         contexts: list[Context],
         workers: ThreadPoolExecutor,
+        readers: ThreadPoolExecutor,
         writethrough: bool = False,
     ) -> None:
         self.sock = sock
@@ -77,6 +105,7 @@ class Connection:
         self.structured = structured
         self.contexts = contexts
         self.workers = workers
+        self.readers = readers
         self.implied = nbd.CMD_FUA if writethrough else 0  # flags that every write has
         self.lane = Lane(disk)
         self.sending = threading.Lock()  # guards sends; never taken inside the gate
@@ -103,6 +132,8 @@ class Connection:
             if not self.closed:
                 log.info("nbd connection to '%s' ended: %s", self.disk.name, error)
         finally:
+            if not self.goodbye:
+                self.closed = True  # what is left of large changes is dropped
             over = False
             while not over:  # what was on its way to the next turnstile just now waits there
                 self._dismiss(go=self.goodbye)
@@ -164,7 +195,7 @@ class Connection:
                     if disk.turnstiles and self._held_up(kind, flags, cookie, offset, length, None):
                         pass
                     elif flags or length > INLINE or not self._read(cookie, offset, length):
-                        self._hand_over(kind, flags, cookie, offset, length, None)
+                        self._hand_over(Request(kind, flags, cookie, offset, length, None))
                 elif kind == nbd.WRITE:
                     if length > nbd.MAX_REQUEST:  # cannot be skipped at a sane price
                         log.warning("nbd client of '%s' wrote %d bytes", self.disk.name, length)
@@ -178,7 +209,8 @@ class Connection:
                     if disk.turnstiles and self._held_up(kind, flags, cookie, offset, length, data):
                         pass
                     elif flags or length > INLINE or not self._write(cookie, offset, data):
-                        self._hand_over(kind, flags, cookie, offset, length, bytearray(data))
+                        kept = bytearray(data)
+                        self._hand_over(Request(kind, flags, cookie, offset, length, kept))
                     data.release()
                 elif kind == nbd.DISC:
                     self._flush_out()
@@ -188,7 +220,7 @@ class Connection:
                     taken += head
                     if disk.turnstiles and self._held_up(kind, flags, cookie, offset, length, None):
                         continue
-                    self._hand_over(kind, flags, cookie, offset, length, None)
+                    self._hand_over(Request(kind, flags, cookie, offset, length, None))
             if self.filled:
                 self._flush_out()
 
@@ -233,11 +265,10 @@ class Connection:
         if not self.writable or not data:
             return False
         try:
-            if self.lane.write(data, offset, len(data)) == SLOW:
-                if self.disk.gate.contended or self.disk.may_wait(offset, len(data)):
-                    return False
-                # Allocate now: that is cheaper than waking a worker.
-                self.disk.pwrite(data, offset, paid=True)
+            # Allocate now, if nobody is in the way: that is cheaper than waking a worker.
+            answer = self.lane.write(data, offset, len(data))
+            if answer == SLOW and not self.disk.try_pwrite(data, offset):
+                return False
         except OSError:
             return False  # a worker tries again, and tells the client why it failed
         self._simple(cookie, 0)
@@ -305,11 +336,9 @@ class Connection:
 
     # What workers do ---------------------------------------------------------------------
 
-    def _hand_over(
-        self, kind: int, flags: int, cookie: int, offset: int, length: int, data: bytearray | None
-    ) -> None:
-        weight = self._take_room(kind, length)
-        self._submit(kind, flags, cookie, offset, length, data, weight)
+    def _hand_over(self, request: Request) -> None:
+        self._take_room(request)
+        self._submit(request)
 
     def _held_up(
         self, kind: int, flags: int, cookie: int, offset: int, length: int, data: memoryview | None
@@ -328,21 +357,24 @@ class Connection:
             turnstiles = turnstiles[1:]
         if not turnstiles:
             return False
-        weight = self._take_room(kind, length)
         kept = bytearray(data) if data is not None else None
+        request = Request(kind, flags, cookie, offset, length, kept)
+        self._take_room(request)
 
         def go(passed: bool) -> None:
             if passed:
-                self._submit(kind, flags, cookie, offset, length, kept, weight)
+                self._submit(request)
             else:
-                self._finished(weight)
+                self._finished(request.weight)
 
         let_through(turnstiles, direction, moved, go, self)
         return True
 
-    def _take_room(self, kind: int, length: int) -> int:
-        """A place among the requests in work; its weight in bytes, for `_finished`."""
-        weight = 4096 + (length if kind in (nbd.READ, nbd.WRITE) else 0)
+    def _take_room(self, request: Request) -> None:
+        """Take a place among the requests in work, which `_finished` gives back.
+
+        Waits for a place if there is none, so that the client is not read any further."""
+        weight = request.weight
         with self.idle:
             full = not self._room(weight)
         if full:
@@ -355,7 +387,6 @@ class Connection:
                 raise ConnectionError("the client was sent away")
             self.pending += 1
             self.held += weight
-        return weight
 
     def _left(self) -> bool:
         """Whether the client has hung up, as a reader that does not read cannot notice."""
@@ -363,20 +394,12 @@ class Connection:
         poll.register(self.sock, select.POLLRDHUP)
         return bool(poll.poll(0))
 
-    def _submit(
-        self,
-        kind: int,
-        flags: int,
-        cookie: int,
-        offset: int,
-        length: int,
-        data: bytearray | None,
-        weight: int,
-    ) -> None:
+    def _submit(self, request: Request) -> None:
+        reading = request.kind in (nbd.READ, nbd.BLOCK_STATUS, nbd.CACHE)
         try:
-            self.workers.submit(self._work, kind, flags, cookie, offset, length, data, weight)
+            (self.readers if reading else self.workers).submit(self._work, request)
         except RuntimeError:  # the server is stopping; the reader finds out by itself
-            self._finished(weight)
+            self._finished(request.weight)
 
     def _room(self, weight: int) -> bool:
         return not self.pending or (self.pending < PENDING and self.held + weight <= BUDGET)
@@ -387,31 +410,27 @@ class Connection:
             self.held -= weight
             self.idle.notify_all()
 
-    def _work(
-        self,
-        kind: int,
-        flags: int,
-        cookie: int,
-        offset: int,
-        length: int,
-        data: bytearray | None,
-        weight: int,
-    ) -> None:
-        reply: list[Buffer]
+    def _work(self, request: Request) -> None:
+        reply: list[Buffer] | None
+        kind, cookie = request.kind, request.cookie
         try:
-            reply = self._serve(kind, flags, cookie, offset, length, data)
+            reply = self._serve(request)
         except OSError as error:
-            log.warning(
-                "disk '%s': NBD command %d at %d+%d failed: %s",
-                self.disk.name, kind, offset, length, error,
-            )  # fmt: skip
+            if not self.closed:
+                log.warning(
+                    "disk '%s': NBD command %d at %d+%d failed: %s",
+                    self.disk.name, kind, request.offset, request.length, error,
+                )  # fmt: skip
             reply = [self._error(kind, cookie, nbd.to_wire(error.errno), str(error))]
         except MemoryError:
             reply = [self._error(kind, cookie, nbd.to_wire(errno.ENOMEM), "out of memory")]
         except Exception:
             log.exception("disk '%s': NBD command %d failed", self.disk.name, kind)
             reply = [self._error(kind, cookie, nbd.to_wire(errno.EIO), "internal error")]
-        self.queue.append((reply, weight))
+        if reply is None:
+            self._submit(request)
+            return
+        self.queue.append((reply, request.weight))
         self._pump()
 
     def _error(self, kind: int, cookie: int, code: int, text: str) -> bytes:
@@ -419,32 +438,48 @@ class Connection:
             return nbd.error_chunk(cookie, code, text)
         return nbd.SIMPLE.pack(nbd.SIMPLE_MAGIC, code, cookie)
 
-    def _serve(
-        self, kind: int, flags: int, cookie: int, offset: int, length: int, data: bytearray | None
-    ) -> list[Buffer]:
-        disk = self.disk
-        self._check_flags(kind, flags, offset, length)
+    def _serve(self, request: Request) -> list[Buffer] | None:
+        """Do the request, and return its reply. None: more of it is left to be done later."""
+        disk, kind, flags = self.disk, request.kind, request.flags
+        cookie, offset, length = request.cookie, request.offset, request.length
+        if request.steps is None:
+            self._check_flags(kind, flags, offset, length)
         fua = bool((flags | self.implied) & nbd.CMD_FUA)
         if kind == nbd.READ:
             return self._read_reply(cookie, offset, length, bool(flags & nbd.CMD_DF))
+        if kind == nbd.BLOCK_STATUS:
+            return self._status_reply(cookie, offset, length, bool(flags & nbd.CMD_REQ_ONE))
         if kind == nbd.WRITE:
-            assert data is not None
-            disk.pwrite(memoryview(data), offset, fua, paid=True)
+            assert request.data is not None
+            disk.pwrite(memoryview(request.data), offset, fua, paid=True)
         elif kind == nbd.FLUSH:
             disk.flush()
-        elif kind == nbd.TRIM:
-            disk.discard(offset, length, fua, paid=True)
-        elif kind == nbd.WRITE_ZEROES:
-            unmap = not flags & nbd.CMD_NO_HOLE
-            fast = bool(flags & nbd.CMD_FAST_ZERO)
-            disk.zero(offset, length, unmap, fua, fast, paid=True)
+        elif kind in (nbd.TRIM, nbd.WRITE_ZEROES):
+            if length and not self._change(request):
+                return None
+            if fua:
+                disk.flush()
         elif kind == nbd.CACHE:
             self._prefetch(offset, length)
-        elif kind == nbd.BLOCK_STATUS:
-            return self._status_reply(cookie, offset, length, bool(flags & nbd.CMD_REQ_ONE))
         else:
             raise OSError(errno.EINVAL, f"unknown command {kind}")
         return [nbd.SIMPLE.pack(nbd.SIMPLE_MAGIC, 0, cookie)]
+
+    def _change(self, request: Request) -> bool:
+        """Go on with a TRIM or WRITE_ZEROES for a moment. False: not all of it is done yet."""
+        if request.steps is None and request.kind == nbd.TRIM:
+            request.steps = self.disk.discarding(request.offset, request.length)
+        elif request.steps is None:
+            unmap = not request.flags & nbd.CMD_NO_HOLE
+            fast = bool(request.flags & nbd.CMD_FAST_ZERO)
+            request.steps = self.disk.zeroing(request.offset, request.length, unmap, fast)
+        until = time.monotonic() + TURN
+        for _ in request.steps:
+            if self.closed:  # the client will not hear of it
+                raise ConnectionError("the client has left")
+            if time.monotonic() > until:
+                return False
+        return True
 
     FLAGS = {  # noqa: RUF012 - a constant table
         nbd.READ: nbd.CMD_DF | nbd.CMD_FUA,
@@ -463,13 +498,12 @@ class Connection:
             if not self.writable:
                 raise OSError(errno.EPERM, "the export is read-only")
             with self.disk.shared(offset, length):  # outside, a snapshot may be half done
-                self.disk.check(offset, length, write=True)
+                self.disk.check(offset, length, kind != nbd.TRIM, kind == nbd.TRIM)
         elif kind != nbd.FLUSH:
-            if kind == nbd.READ and length > nbd.MAX_REQUEST:
-                raise OSError(errno.EOVERFLOW, f"a read of {length} bytes (32 MiB at most)")
-            if kind == nbd.CACHE and length > nbd.MAX_REQUEST:
-                raise OSError(errno.EINVAL, f"caching {length} bytes (32 MiB at most)")
             self.disk.check(offset, length)
+            if kind in (nbd.READ, nbd.CACHE) and length > nbd.MAX_REQUEST:
+                what = "reading" if kind == nbd.READ else "caching"
+                raise OSError(errno.EINVAL, f"{what} {length} bytes at once (32 MiB at most)")
         if kind == nbd.BLOCK_STATUS and not (self.contexts and length):
             raise OSError(errno.EINVAL, "no metadata context was negotiated, or no bytes asked")
 
@@ -480,35 +514,22 @@ class Connection:
             return [nbd.SIMPLE.pack(nbd.SIMPLE_MAGIC, 0, cookie), data]
         if length == 0:
             return [nbd.CHUNK.pack(nbd.CHUNK_MAGIC, nbd.CHUNK_DONE, nbd.CHUNK_NONE, cookie, 0)]
-        runs = [(length, False)] if whole else self._zero_runs(offset, length)
+        # A chunk of zeroes is worth its header only from a certain length on.
+        worth = nbd.PREFERRED if not whole else length + 1
+        pieces = self.disk.read_pieces(offset, length, worth)
         out: list[Buffer] = []
-        for number, (n, zero) in enumerate(runs):
-            done = nbd.CHUNK_DONE if number == len(runs) - 1 else 0
-            if zero:
+        for number, (n, part) in enumerate(pieces):
+            done = nbd.CHUNK_DONE if number == len(pieces) - 1 else 0
+            if part is None:
                 head = nbd.CHUNK.pack(nbd.CHUNK_MAGIC, done, nbd.CHUNK_HOLE, cookie, 12)
                 out.append(head + offset.to_bytes(8, "big") + n.to_bytes(4, "big"))
             else:
-                data = memoryview(bytearray(n))
-                self.disk.pread(data, offset, paid=True)
                 out.append(
                     nbd.DATA.pack(nbd.CHUNK_MAGIC, done, nbd.CHUNK_DATA, cookie, n + 8, offset)
                 )
-                out.append(data)
+                out.append(part)
             offset += n
         return out
-
-    def _zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """(length, reads as zero) of each run; only long zeroes are worth a chunk."""
-        runs: list[tuple[int, bool]] = []
-        for e in self.disk.extents(offset, length):
-            zero = e.state is State.ZERO and e.length >= nbd.PREFERRED
-            if runs and runs[-1][1] == zero:
-                runs[-1] = (runs[-1][0] + e.length, zero)
-            else:
-                runs.append((e.length, zero))
-        # A guest may write where a zero was seen before the rest is read; each chunk is
-        # right at some moment between request and reply, which is what the protocol asks.
-        return runs
 
     def _prefetch(self, offset: int, length: int) -> None:
         """CACHE: have the bytes read ahead; a copy-on-read disk keeps them, too."""
@@ -529,18 +550,23 @@ class Connection:
     def _runs(
         self, describe: Describe, offset: int, length: int, one: bool
     ) -> list[tuple[int, int]]:
-        """Merged (length, flags), as many as may be told. Up to 4 GiB of clusters of 512 bytes
-        may be asked about, so the disk is asked a piece at a time, and no more than needed."""
+        """Return the merged (length, flags) runs at `offset`, as many as one reply may hold.
+
+        A client may ask about 4 GiB of clusters of 512 bytes. The disk is therefore asked about a
+        piece at a time: two granules at first, then twice as much for as long as the runs are
+        long. So a reply costs about as much as the runs that it tells."""
+        most = 1 if one else MAX_RUNS
+        granule = self.disk.root.granule
+        piece, largest = max(2 * granule, LOOK_AHEAD), max(SPAN * granule, 1 << 20)
         runs: list[tuple[int, int]] = []
-        piece = max(SPAN * self.disk.root.granule, 1 << 20)
         while length:
             now = min(piece, length)
             for n, flags in describe(self.disk, offset, now):
                 if runs and runs[-1][1] == flags:
                     runs[-1] = (runs[-1][0] + n, flags)
-                elif len(runs) == (1 if one else MAX_RUNS):
+                elif len(runs) == most:
                     return runs
                 else:
                     runs.append((n, flags))
-            offset, length = offset + now, length - now
+            offset, length, piece = offset + now, length - now, min(2 * piece, largest)
         return runs
