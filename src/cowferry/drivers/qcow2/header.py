@@ -54,6 +54,7 @@ MAX_REFTABLE = 8 << 20  # bytes
 MAX_SNAPSHOTS = 65536
 MAX_BACKING_NAME = 1023
 SECTOR = 512
+KNOWN_LENGTH = 112  # bytes of the fields of version 3 that we know, padding included
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Header:
     extensions: list[tuple[int, bytes]] = field(default_factory=list)  # those not named above
     backing_offset: int = 0  # where the name lies now
     backing_length: int = 0
+    further: bytes = b""  # fields behind those that we know; kept as they are
 
     @property
     def cluster_size(self) -> int:
@@ -103,7 +105,7 @@ class Header:
     @property
     def header_length(self) -> int:
         """Bytes of the fixed part."""
-        return 72 if self.version == 2 else 112
+        return 72 if self.version == 2 else KNOWN_LENGTH + len(self.further)
 
 
 def parse(name: str, start: bytes, file_size: int) -> Header:
@@ -146,6 +148,7 @@ def parse(name: str, start: bytes, file_size: int) -> Header:
             raise bad(f"invalid header length {length}")
         if length > 104 and len(start) > 104:
             h.compression_type = start[104]
+        h.further = start[KNOWN_LENGTH:length]
     unknown = h.incompatible & ~KNOWN_INCOMPATIBLE
     if unknown:
         names = _feature_names(start, length, h.cluster_size)
@@ -280,8 +283,10 @@ def layout(h: Header, name_offset: int) -> bytes:
         )
     )
     if h.version == 3:
-        out += V3.pack(h.incompatible, h.compatible, h.autoclear, h.refcount_order, 112)
-        out += bytes([h.compression_type]) + bytes(7)
+        out += V3.pack(
+            h.incompatible, h.compatible, h.autoclear, h.refcount_order, h.header_length
+        )
+        out += bytes([h.compression_type]) + bytes(7) + h.further
     extensions = list(h.extensions)
     if h.backing_format and name:
         extensions.insert(0, (EXT_BACKING_FORMAT, h.backing_format.encode()))
