@@ -40,7 +40,8 @@ FLUSHES = ("fdatasync", "fsync", "flush_directory")
 
 # How a flush goes down to the file: whoever is above these has asked for it.
 WAY_DOWN = {
-    "Qcow2.flush", "Qcow2._barrier", "Qcow2._write_tables", "Qcow2.write_header", "Qcow2.reopen",
+    "Qcow2.flush", "Qcow2._barrier", "Qcow2._write_tables", "write_tables",
+    "Qcow2.write_header", "Qcow2.reopen",
     "Qcow2.close_tables", "Qcow2.close", "Qcow2.set_backing", "Qcow2.resize", "Qcow2._bound_dirty",
     "Qcow2.pwrite", "Qcow2.zero", "Qcow2.discard", "Qcow2.link", "record_backing", "grow",
     "give_back",

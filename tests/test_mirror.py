@@ -236,8 +236,8 @@ def test_M1_a_guest_s_change_that_fails_halfway_on_the_source_is_dirty(
     one.until_ready()
     assert one.job.dirty.count() == 0
     inner = "_write_part" if verb == "write" else "_zero_clusters"
-    on_call(monkeypatch, one.source, inner, failing(errno.ENOSPC), nth=2)
-    with pytest.raises(OSError, match="No space"):
+    on_call(monkeypatch, one.source, inner, failing(errno.EIO), nth=2)
+    with pytest.raises(OSError, match="Input/output"):
         getattr(one, verb)(64 * KIB, 96 * KIB)
     assert contents(one.source) != contents(one.target), "the first half has happened"
     assert not one.behind()

@@ -289,5 +289,5 @@ def test_check_does_not_take_what_bitmaps_use_for_leaked(tmp_path: Path) -> None
         for cluster in image.bitmap_clusters:
             image.refcounts.put(cluster, 0)
     with image_at(path) as image, pytest.raises(OSError, match="counted as free"):
-        image.refcounts.hint = 0
+        image.refcounts.forget_free()
         image.refcounts.allocate(1)  # it is never handed out (Q4)

@@ -112,7 +112,7 @@ def test_Q1_a_refcount_block_stays_in_memory_while_a_flush_writes_it(
             if index != block:
                 counts.block(index)
         seen.append(counts.get(taken))
-        counts.hint = 0  # a cluster below was given back
+        counts.forget_free()  # so that it looks for free clusters
         put(image, oracle, 800 << 10, b"B" * CLUSTER)
 
     on_call(monkeypatch, image, "_write", guests)

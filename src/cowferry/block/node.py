@@ -246,6 +246,11 @@ class Node:
         offset; its `length` is that of what lies in it. Needs no gate, and takes its time."""
         raise OSError(errno.EOPNOTSUPP, f"format {self.driver} cannot hold compressed data")
 
+    def take_room(self, offset: int, length: int) -> None:
+        """Have blocks set aside for bytes that are written later, where that can be promised.
+
+        The bytes stay as they are. Raises `OSError` if there is no room for them."""
+
     # The image as a whole ----------------------------------------------------------------
 
     shares: bool = False  # of a protocol node: others may write it meanwhile, its user said

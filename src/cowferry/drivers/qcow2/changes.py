@@ -54,6 +54,12 @@ def grow(image: Qcow2, size: int) -> None:
         raise NotSupported(f"'{image.filename}': cannot resize a version 2 image with snapshots")
     if size > 1 << 62:
         raise CowferryError(f"'{image.filename}': absurd size of {size} bytes")
+    if size % headers.SECTOR and size != image.size:
+        raise CowferryError(
+            f"'{image.filename}': a qcow2 image cannot have {size} bytes, which is no multiple of "
+            f"{headers.SECTOR}",
+            f"use {-(-size // headers.SECTOR) * headers.SECTOR}; nothing was changed",
+        )
     if size == image.size:
         return
     need = -(-size // (image.cluster_size * image.map.per_table))
@@ -104,16 +110,19 @@ def _enlarge_l1(image: Qcow2, entries: int) -> None:
     was = table_map.l1_offset, h.l1_size
     old = range(was[0] >> bits, (was[0] >> bits) + -(-was[1] * 8 // image.cluster_size))
     with image.flushing:
+        with image.meta:
+            first = image.refcounts.contiguous(clusters)
+            image.metadata.update(range(first, first + clusters))
+        trying = False  # to write the header: if that fails, either may be on disk
         try:
             with image.meta:
-                table_map.l1_offset = image.refcounts.contiguous(clusters) << bits
-                first = table_map.l1_offset >> bits
-                image.metadata.update(range(first, first + clusters))
+                table_map.l1_offset = first << bits
                 table_map.l1.extend(array("Q", bytes(8 * (entries - len(table_map.l1)))))
                 table_map.l1_dirty.update(range(entries))
                 image._write(table_map.l1_offset, bytes(clusters << bits))
             image._write_tables()
             h.l1_offset, h.l1_size = table_map.l1_offset, entries
+            trying = True
             image.write_header()
         except BaseException:
             with image.meta:  # the header names the old table: what changes goes there
@@ -121,6 +130,8 @@ def _enlarge_l1(image: Qcow2, entries: int) -> None:
                 h.l1_offset = was[0]
                 del table_map.l1[h.l1_size :]
                 table_map.l1_dirty = set(range(h.l1_size))
+                if not trying:
+                    image._punch(image.refcounts.settle([(first, clusters)]))
             raise
         bitmaps.give_back(image, set(old))
 

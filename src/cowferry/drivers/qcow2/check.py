@@ -252,7 +252,7 @@ def _mend(
                 else:
                     table[slot] = table[slot] & ~COPIED | (COPIED * right)
                     image.map.dirty.add(index)
-            image.refcounts.hint = 0
+            image.refcounts.forget_free()
         else:
             for cluster, have, want in wrong:
                 if have > want:

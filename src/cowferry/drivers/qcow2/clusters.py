@@ -50,6 +50,7 @@ class Map:
         self.writing: set[int] = set()  # tables that a flush is writing: the file may be older
         self.l1_dirty: set[int] = set()  # L1 entries to write
         self.keep = max(CLEAN_BYTES >> self.bits, 4)
+        self._roomy: set[int] = set()  # tables that may be written in place: checked, with room
 
     def offset(self, index: int) -> int:
         """Host offset of L2 table `index`, 0 if there is none. Raises EIO for a bad entry."""
@@ -67,11 +68,20 @@ class Map:
             self.tables.move_to_end(index)
             return found
         offset = self.offset(index)
-        if not offset:
-            return None
+        return self._keep(index, self.load(offset)) if offset else None
+
+    def peek(self, index: int) -> array[int] | None:
+        """L2 table `index`, without keeping it in memory; None if there is none."""
+        offset = self.offset(index)
+        return self.tables.get(index) or (self.load(offset) if offset else None)
+
+    def load(self, offset: int) -> array[int]:
+        """The L2 table at a host offset. Raises `OSError`, also if the file ends before it."""
+        if offset >= self.image.file.size:
+            raise self.image.damaged(f"the L2 table at {offset:#x} lies beyond the end of the file")
         data = bytearray(1 << self.bits)
         self.image.file.pread(memoryview(data), offset)
-        return self._keep(index, big_endian("Q", data))
+        return big_endian("Q", data)
 
     def _keep(self, index: int, table: array[int]) -> array[int]:
         self.tables[index] = table
@@ -83,21 +93,36 @@ class Map:
                     break
         return table
 
+    def prepare(self, cluster: int, count: int = 1) -> None:
+        """Have tables of our own, with their room, for guest clusters that are to be linked.
+
+        After that `link` finds all it needs. Raises `OSError`; no guest byte changes either way."""
+        for index in range(cluster // self.per_table, (cluster + count - 1) // self.per_table + 1):
+            self.for_writing(index)
+
     def for_writing(self, index: int) -> array[int]:
-        """L2 table `index`, ours alone and about to change; made or copied if need be."""
-        image = self.image
+        """L2 table `index`, ours alone, with its room, and about to change; made or copied first
+        if need be. Raises `OSError`; then nothing changed."""
+        image, refs = self.image, self.image.refcounts
         table = self.table(index)
         entry = self.l1[index]
-        if table is None or not entry & COPIED:
-            first = image.refcounts.contiguous(1)
+        old = entry & OFFSET
+        # A flag that contradicts the refcount may hide that a snapshot has the table, too.
+        if table is not None and entry & COPIED and refs.get(old >> self.bits) <= 1:
+            if index not in self._roomy:
+                image.take_room(old, 1 << self.bits)
+                self._roomy.add(index)
+        else:
+            image.take_room(self.l1_offset + 8 * index // 512 * 512, 512)
+            first = refs.contiguous(1)
             image.metadata.add(first)
-            old = entry & OFFSET
             if table is None:
                 table = self._keep(index, array("Q", bytes(1 << self.bits)))
             if old:  # a snapshot has it too: copy on write, and our share of it goes
-                image.refcounts.release(old >> self.bits)
+                refs.release(old >> self.bits)
             self.l1[index] = first << self.bits | COPIED
             self.l1_dirty.add(index)
+            self._roomy.add(index)
         self.dirty.add(index)
         return table
 
@@ -164,7 +189,8 @@ class Map:
                 while slot + run <= last and table[slot + run] == want:
                     run += 1
                     want += size
-                e = Extent(run << bits, State.DATA, fd, host, writable and bool(entry & COPIED))
+                ours = writable and bool(entry & COPIED) and self.ours(host >> bits, run)
+                e = Extent(run << bits, State.DATA, fd, host, ours)
             at = slot << bits
             lead, tail = max(start - at, 0), max(at + e.length - stop, 0)
             if lead or tail:
@@ -194,6 +220,7 @@ class Map:
                     f"the entry of the cluster at guest offset "
                     f"{(index * self.per_table + slot) << bits} is invalid"
                 )
+            ours = writable and bool(entry & COPIED) and self.ours(host >> bits, 1)
             while at < edge:
                 if bitmap in (0, ALL, ALL << SUBCLUSTERS):
                     run = edge - at
@@ -204,20 +231,42 @@ class Map:
                     e = Extent(run, State.ZERO)
                 elif bitmap >> i & 1:
                     place = host + (at & ((1 << bits) - 1))
-                    e = Extent(run, State.DATA, fd, place, writable and bool(entry & COPIED))
+                    e = Extent(run, State.DATA, fd, place, ours)
                 else:
                     e = Extent(run, State.HOLE)
                 _add(out, e)
                 at += run
 
-    def release_data(self, entry: int) -> None:
-        """Our share of what an entry pointed to goes (once the change is durable)."""
+    def ours(self, first: int, count: int) -> bool:
+        """Whether host clusters that entries call COPIED may be written in place: the refcounts
+        agree, and none of them holds a table."""
+        image = self.image
+        if image.external:
+            return True
+        return image.refcounts.sole(first, count) and image.metadata.isdisjoint(
+            range(first, first + count)
+        )
+
+    def host_clusters(self, entry: int) -> range:
+        """The host clusters that an entry points to, if it does.
+
+        Raises EIO, and the image is marked corrupt, where that cannot be guest data: at an odd
+        offset, or where a table lies. Such a cluster must be neither written nor given back."""
         image = self.image
         if entry & COMPRESSED:
             first, last = self.compressed_clusters(entry)
-            image.refcounts.release(first, last - first + 1)
-        elif entry & OFFSET and not image.external:
-            image.refcounts.release((entry & OFFSET) >> self.bits)
+            found = range(first, last + 1)
+        elif not entry & OFFSET or image.external:
+            return range(0)
+        else:
+            if entry & OFFSET & ((1 << self.bits) - 1):
+                raise image.damaged(f"an L2 entry has the odd host offset {entry & OFFSET:#x}")
+            found = range((entry & OFFSET) >> self.bits, ((entry & OFFSET) >> self.bits) + 1)
+        if not image.metadata.isdisjoint(found):
+            raise image.damaged(
+                f"an L2 entry points to host offset {found[0] << self.bits:#x}, where a table lies"
+            )
+        return found
 
     def compressed_place(self, entry: int) -> tuple[int, int]:
         """(host offset, bytes at most) of a compressed cluster."""
@@ -233,42 +282,57 @@ class Map:
     # Changing entries --------------------------------------------------------------------
 
     def link(self, cluster: int, count: int, host: int) -> None:
-        """Guest clusters `cluster, count` lie at `host` from now on, whole and ours."""
+        """Guest clusters `cluster, count` lie at `host` from now on, whole and ours.
+
+        Raises `OSError`; then nothing changed."""
         size = 1 << self.bits
-        while count:
-            index, slot = divmod(cluster, self.per_table)
-            run = min(count, self.per_table - slot)
+        steps: list[tuple[array[int], int, int, list[range]]] = []
+        at, left = cluster, count
+        while left:
+            index, slot = divmod(at, self.per_table)
+            run = min(left, self.per_table - slot)
             table = self.for_writing(index)
+            words = table[slot * self.words : (slot + run) * self.words : self.words]
+            steps.append((table, slot, run, self._gone(words)))
+            at, left = at + run, left - run
+        for table, slot, run, gone in steps:
             first = host | COPIED
             fresh = array("Q", range(first, first + run * size, size))
             if self.words == 1:
-                self._let_go(table[slot : slot + run])
                 table[slot : slot + run] = fresh
             else:
-                at = slice(2 * slot, 2 * (slot + run), 2)
-                self._let_go(table[at])
-                table[at] = fresh
+                table[2 * slot : 2 * (slot + run) : 2] = fresh
                 table[2 * slot + 1 : 2 * (slot + run) : 2] = array("Q", [ALL]) * run
-            cluster, count, host = cluster + run, count - run, host + run * size
+            self._let_go(gone)
+            host += run * size
 
     def set(self, cluster: int, entry: int, bitmap: int = 0) -> None:
-        """One entry; what the old one pointed to, and the new one does not, is let go."""
+        """Change one entry; what the old one pointed to, and the new one does not, is let go.
+
+        Raises `OSError`; then nothing changed."""
         index, slot = divmod(cluster, self.per_table)
         table = self.for_writing(index)
         at = slot * self.words
         old = table[at]
+        gone: list[range] = []
         if old & COMPRESSED or old & OFFSET != entry & OFFSET:
-            self.release_data(old)
+            gone = [self.host_clusters(old)]
         table[at] = entry
         if self.words == 2:
             table[at + 1] = bitmap
+        self._let_go(gone)
 
-    def _let_go(self, old: array[int]) -> None:
+    def _gone(self, old: array[int]) -> list[range]:
+        """The host clusters that these entries point to."""
         if old.count(0) == len(old):
-            return
-        for entry in old:
-            if entry & (COMPRESSED | OFFSET):
-                self.release_data(entry)
+            return []
+        return [self.host_clusters(entry) for entry in old if entry & (COMPRESSED | OFFSET)]
+
+    def _let_go(self, gone: list[range]) -> None:
+        """Our share of these goes, once the change is durable."""
+        for clusters in gone:
+            if clusters:
+                self.image.refcounts.release(clusters[0], len(clusters))
 
     def walk(self) -> Iterator[int]:
         """The L1 indexes that have a table."""

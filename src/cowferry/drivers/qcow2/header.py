@@ -283,9 +283,7 @@ def layout(h: Header, name_offset: int) -> bytes:
         )
     )
     if h.version == 3:
-        out += V3.pack(
-            h.incompatible, h.compatible, h.autoclear, h.refcount_order, h.header_length
-        )
+        out += V3.pack(h.incompatible, h.compatible, h.autoclear, h.refcount_order, h.header_length)
         out += bytes([h.compression_type]) + bytes(7) + h.further
     extensions = list(h.extensions)
     if h.backing_format and name:

@@ -1,17 +1,8 @@
-"""A qcow2 image as a node: the data path, and the ordered flush that makes it durable.
+"""A qcow2 image as a node: the data path, and the image as a whole.
 
 What a guest writes goes to the file at once; what the *tables* say changes in memory only, and
-reaches the disk in `flush`, in this order, each step durable before the next (Q1):
-
-1. refcount blocks, and by the same barrier all data and copied-on-write bytes;
-2. the refcount table, if it has new blocks, and the header, if the table moved;
-3. L2 tables;
-4. L1 entries of new L2 tables;
-5. only now are clusters that nothing points to any more given back.
-
-So a crash between flushes may leak clusters and never corrupts (Q2): whatever subset of a
-step's writes survives, nothing points to what is not there. The cost is a bound on what may
-wait: the daemon flushes every few seconds, and so does an image with many dirty tables.
+reaches the disk in an ordered flush (`flush.py`). The cost is a bound on what may wait: the daemon
+flushes every few seconds, and so does an image with many dirty tables.
 
 Locks: `meta` guards every table, and is a leaf but for loading tables from the file; no data
 I/O happens under it. `flushing` makes flushes take turns; it is taken before `meta`.
@@ -22,18 +13,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import struct
 import threading
-from collections.abc import Iterator, Mapping
-from functools import cached_property
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal, TypeVar
 
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.node import ZEROES, Extent, Node, State, part, read_runs, resolve
 from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
 from cowferry.drivers.qcow2 import bitmaps as store
-from cowferry.drivers.qcow2 import changes, snapshots
+from cowferry.drivers.qcow2 import changes, flush, metadata, snapshots
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2.clusters import (
     ALL,
@@ -44,10 +34,15 @@ from cowferry.drivers.qcow2.clusters import (
     Map,
 )
 from cowferry.drivers.qcow2.compressed import Pieces
-from cowferry.drivers.qcow2.refcounts import OFFSET, Refcounts, swapped
+from cowferry.drivers.qcow2.refcounts import OFFSET, Refcounts
+from cowferry.drivers.qcow2.survey import Survey
 from cowferry.errors import CowferryError, ImageError
 
 MAX_DIRTY = 32 << 20  # bytes of L2 tables that may wait for a flush
+MAX_PENDING = 32 << 20  # bytes that were let go of and may wait for a flush; or an eighth of all
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+T = TypeVar("T")
 
 
 @register("qcow2")
@@ -93,11 +88,8 @@ class Qcow2(Node):
         self.stores_bitmaps = header.version >= 3
         self.broken = False  # found damaged: no more writes (Q4)
         self._closed = False
-        self.map = Map(self)
-        self.refcounts = Refcounts(self)
-        self.pieces = Pieces(self)
         self.snapshots = snapshots.read(self)
-        self._note_metadata()
+        self._load_tables()
 
     @classmethod
     def open(cls, options: Qcow2.Options, children: Mapping[str, Node]) -> Qcow2:
@@ -171,15 +163,15 @@ class Qcow2(Node):
             h.autoclear &= kept
             self.write_header()
 
-    def _note_metadata(self) -> None:
-        h, bits = self.header, self.header.cluster_bits
-        note = self.metadata.update
-        note(range(h.l1_offset >> bits, (h.l1_offset + h.l1_size * 8 + (1 << bits) - 1) >> bits))
-        first = h.reftable_offset >> bits
-        note(range(first, first + h.reftable_clusters))
-        note((e & OFFSET) >> bits for e in self.refcounts.table if e)
-        note((e & OFFSET) >> bits for e in self.map.l1 if e)
-        self.metadata.discard(-1)
+    def _load_tables(self) -> None:
+        """Read the L1 and refcount tables, and note where tables lie. Raises `OSError`."""
+        self.map = Map(self)
+        self.refcounts = Refcounts(self)
+        self.pieces = Pieces(self)
+        self.survey = Survey(self)  # guarded by `meta`
+        self.inactive_tables: set[int] = set()  # host offsets of the L2 tables of snapshots
+        self.overlap = ""  # the place that two tables share, in words: then nothing is written
+        metadata.note(self)
 
     # Reading -----------------------------------------------------------------------------
 
@@ -199,21 +191,35 @@ class Qcow2(Node):
     # Writing -----------------------------------------------------------------------------
 
     def pwrite(self, buf: memoryview, offset: int, fua: bool = False) -> None:
-        """Caller holds `exclusive` over the clusters. Allocates, copies on write, links."""
+        """Caller holds `exclusive` over the clusters. Allocates, copies on write, links.
+
+        Raises `OSError`; then the clusters before some point are written and the others are not."""
         self._change()
         size = self.cluster_size
         while len(buf):
             cluster, within = divmod(offset, size)
             n = 0
             if not within and len(buf) >= size:
-                n = self._write_whole(cluster, buf)
+                n = self._with_room(partial(self._write_whole, cluster, buf))
             if not n:
                 n = min(len(buf), size - within)
-                self._write_part(cluster, within, buf[:n])
+                self._with_room(partial(self._write_part, cluster, within, buf[:n]))
             buf, offset = buf[n:], offset + n
         self._bound_dirty()
         if fua:
             self.flush()
+
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """Do `work`; if there is no room for it, again, once what was let go of is free.
+
+        The work changes nothing if it fails for want of room."""
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in FULL or not self.refcounts.pending:
+                raise
+        self.flush()
+        return work()
 
     def _write_whole(self, cluster: int, buf: memoryview) -> int:
         """Write whole clusters that need a new place, as many as lie in a row. 0: none does."""
@@ -228,11 +234,11 @@ class Qcow2(Node):
         host = first << self.header.cluster_bits
         try:
             self.data.pwrite(buf[: count * self.cluster_size], host)
+            with self.meta:
+                self.map.link(cluster, count, host)
         except BaseException:
             self._give_back(first, count)
             raise
-        with self.meta:
-            self.map.link(cluster, count, host)
         return count * self.cluster_size
 
     def _write_part(self, cluster: int, within: int, data: memoryview) -> None:
@@ -247,11 +253,11 @@ class Qcow2(Node):
             if ours:
                 first = (entry & OFFSET) // size
             else:
-                # Never handed out before, so never written: a hole beyond the end of the file.
+                # Beyond what was ever handed out and the file's first end nothing was written.
                 # (The file's size would not tell: reserved room is filled behind its back.)
-                untouched = self.refcounts.end
+                untouched = self.refcounts.untouched
                 first, _ = self._room(cluster, 1)
-                fresh = first >= untouched and not (self.external or self.on_device)
+                fresh = first >= untouched and not self.external
         host = first * size
         first_sub, last_sub = within // sub, (within + len(data) - 1) // sub
         touched = ((1 << (last_sub + 1)) - 1) & ~((1 << first_sub) - 1)
@@ -268,12 +274,12 @@ class Qcow2(Node):
             start, stop, new_bitmap = 0, size, ALL
         try:
             self._put(cluster * size, host, start, stop, within, data, fresh)
+            with self.meta:
+                self.map.set(cluster, host | COPIED, new_bitmap)
         except BaseException:
             if not ours:
                 self._give_back(first, 1)
             raise
-        with self.meta:
-            self.map.set(cluster, host | COPIED, new_bitmap)
 
     def _put(
         self,
@@ -312,24 +318,40 @@ class Qcow2(Node):
         return length <= 0 or all(e.state is State.ZERO for e in resolve(self, offset, length))
 
     def _in_place(self, entry: int, bitmap: int) -> bool:
-        """Whether the cluster has a place of its own that may be written."""
-        return (
-            bool(entry & COPIED)
-            and not entry & COMPRESSED
-            and (bool(entry & OFFSET) or self.external)
-        )
+        """Whether the cluster has a place of its own that may be written. Caller holds `meta`.
+
+        Raises EIO, and the image is marked corrupt, if that place holds a table."""
+        if not entry & COPIED or entry & COMPRESSED:
+            return False
+        if self.external:
+            return True
+        found = self.map.host_clusters(entry)
+        return bool(found) and self.map.ours(found[0], 1)
 
     def _room(self, cluster: int, count: int) -> tuple[int, int]:
-        """(first host cluster, how many) for new data of guest `cluster`. Caller holds `meta`."""
+        """(first host cluster, how many) for new data of guest `cluster`. Caller holds `meta`.
+
+        The tables that are to point there have their room, too, so that a flush finds it."""
         if self.external:
+            self.map.prepare(cluster, count)
             return cluster, count  # an external data file is laid out like the disk
-        return self.refcounts.allocate(count)
+        first, got = self.refcounts.allocate(count)
+        try:
+            self.map.prepare(cluster, got)
+        except BaseException:
+            self.refcounts.settle([(first, got)])
+            raise
+        return first, got
 
     def _give_back(self, first: int, count: int) -> None:
-        """Room that nothing on disk or in memory points to goes back at once."""
+        """Room that nothing on disk or in memory points to goes back at once, its bytes too."""
         if not self.external:
             with self.meta:
-                self.refcounts.settle([(first, count)])
+                self._punch(self.refcounts.settle([(first, count)]))
+
+    def take_room(self, offset: int, length: int) -> None:
+        """Have room in the file system for bytes of the image's own file. Raises `OSError`."""
+        self.file.take_room(offset, length)
 
     # Zeroes ------------------------------------------------------------------------------
 
@@ -346,29 +368,30 @@ class Qcow2(Node):
             return self._zero_bytes(offset, end, unmap)
         if offset < first * size:
             self._zero_bytes(offset, first * size, unmap)
-        with self.meta:
-            cluster = first
-            while cluster < last:
-                cluster += self._zero_clusters(cluster, last - cluster, unmap, flags)
+        while first < last:
+            first += self._with_room(
+                partial(self._zero_clusters, first, last - first, unmap, flags)
+            )
         if last * size < end:
             self._zero_bytes(last * size, end, unmap)
         self._bound_dirty()
 
     def _zero_clusters(self, cluster: int, count: int, unmap: bool, flags: bool) -> int:
-        """Zero a few whole clusters; returns how many. Caller holds `meta`."""
+        """Zero a few whole clusters; returns how many."""
         index, slot = divmod(cluster, self.map.per_table)
         count = min(count, self.map.per_table - slot)
-        if self.map.table(index) is None and self.backing is None:
-            return count  # nothing there, nothing below
-        for c in range(cluster, cluster + count):
-            entry, bitmap = self.map.entry(c)
-            if not entry and not bitmap and self.backing is None:
-                continue
-            keep = entry & ~ZERO_FLAG if not unmap and self._in_place(entry, bitmap) else 0
-            if self.map.words == 2:
-                self.map.set(c, keep, ALL << SUBCLUSTERS)
-            else:
-                self.map.set(c, keep | ZERO_FLAG if flags else 0)
+        with self.meta:
+            if self.map.table(index) is None and self.backing is None:
+                return count  # nothing there, nothing below
+            for c in range(cluster, cluster + count):
+                entry, bitmap = self.map.entry(c)
+                if not entry and not bitmap and self.backing is None:
+                    continue
+                keep = entry & ~ZERO_FLAG if not unmap and self._in_place(entry, bitmap) else 0
+                if self.map.words == 2:
+                    self.map.set(c, keep, ALL << SUBCLUSTERS)
+                else:
+                    self.map.set(c, keep | ZERO_FLAG if flags else 0)
         return count
 
     def _zero_bytes(self, offset: int, end: int, unmap: bool) -> None:
@@ -402,9 +425,8 @@ class Qcow2(Node):
         flags = self.header.version >= 3
         if first >= last or (not flags and self.backing is not None):
             return None
-        with self.meta:
-            while first < last:
-                first += self._zero_clusters(first, last - first, True, flags)
+        while first < last:
+            first += self._with_room(partial(self._zero_clusters, first, last - first, True, flags))
         self._bound_dirty()
         return None
 
@@ -415,17 +437,28 @@ class Qcow2(Node):
         self._change()
         if self.external or self.data_fd < 0:
             return None
-        size = self.cluster_size
+        return self._with_room(partial(self._reserve, offset, length))
+
+    def _reserve(self, offset: int, length: int) -> list[Extent]:
+        size, bits = self.cluster_size, self.header.cluster_bits
         clusters = -(-length // size)
         out: list[Extent] = []
         with self.meta:
-            while clusters:
-                first, count = self.refcounts.allocate(clusters)
-                clusters -= count
-                out.append(
-                    Extent(min(count * size, length), State.DATA, self.data_fd, first * size, True)
-                )
-                length -= count * size
+            try:
+                self.map.prepare(offset // size, clusters)
+                while clusters:
+                    first, count = self.refcounts.allocate(clusters)
+                    clusters -= count
+                    n = min(count * size, length)
+                    out.append(Extent(n, State.DATA, self.data_fd, first * size, True))
+                    length -= n
+                end = max(e.host + e.length for e in out)
+                if not self.on_device and self.file.size < end:
+                    # What is linked lies in the file, also where the job leaves a hole.
+                    self.file.resize(-(-end >> bits) << bits)
+            except BaseException:
+                self.refcounts.settle([(e.host // size, -(-e.length // size)) for e in out])
+                raise
         return out
 
     def link(self, offset: int, room: Extent) -> None:
@@ -459,7 +492,7 @@ class Qcow2(Node):
     def compress(self, buf: memoryview) -> list[Extent | None]:
         """See `Node` and `compressed`."""
         self._change()
-        return self.pieces.write(buf)
+        return self._with_room(partial(self.pieces.write, buf))
 
     # Durability --------------------------------------------------------------------------
 
@@ -486,67 +519,8 @@ class Qcow2(Node):
             self.data.flush()
 
     def _write_tables(self) -> None:
-        bits, refs, table_map = self.header.cluster_bits, self.refcounts, self.map
-        with self.meta:  # one moment's picture of all tables
-            if self.file.size < refs.end << bits:
-                # Clusters that were taken and not yet written. Under `meta`: room taken a moment
-                # later may be filled beyond this end, and must not be cut off again.
-                self.file.resize(refs.end << bits)
-            blocks = [(refs.table[i] & OFFSET, refs.encode(i)) for i in sorted(refs.dirty)]
-            tables = [
-                (table_map.l1[i] & OFFSET, swapped(table_map.tables[i]))
-                for i in sorted(table_map.dirty)
-            ]
-            roots = [
-                (table_map.l1_offset + 8 * i, struct.pack(">Q", table_map.l1[i]))
-                for i in sorted(table_map.l1_dirty)
-            ]
-            links = [
-                (refs.table_offset + 8 * i, struct.pack(">Q", refs.table[i])) for i in refs.new
-            ]
-            moved = refs.moved
-            if moved:
-                links = [(refs.table_offset, swapped(refs.table))]
-            gone, refs.pending = refs.pending, []
-            was = (refs.dirty, refs.new, table_map.dirty, table_map.l1_dirty)
-            refs.dirty, refs.new, table_map.dirty, table_map.l1_dirty = set(), set(), set(), set()
-            # Not to be thrown out and read again from the file before they are there.
-            refs.writing, table_map.writing = was[0], was[2]
-            refs.moved = False
-        try:
-            for offset, data in blocks:
-                self._write(offset, data)
-            self._barrier()
-            if links:
-                for offset, data in links:
-                    self._write(offset, data)
-                self._barrier()
-                if moved:
-                    self.header.reftable_offset = refs.table_offset
-                    self.header.reftable_clusters = len(refs.table) * 8 >> bits
-                    self.write_header()
-            if tables:
-                for offset, data in tables:
-                    self._write(offset, data)
-                self._barrier()
-            if roots:
-                for offset, data in roots:
-                    self._write(offset, data)
-                self._barrier()
-        except BaseException:
-            with self.meta:  # nothing is forgotten: the next flush, if one can, writes it all
-                refs.writing, table_map.writing = set(), set()
-                refs.dirty |= was[0]
-                refs.new |= was[1]
-                table_map.dirty |= was[2]
-                table_map.l1_dirty |= was[3]
-                refs.moved = refs.moved or moved
-                refs.pending = gone + refs.pending
-            raise
-        with self.meta:
-            refs.writing, table_map.writing = set(), set()
-            free = refs.settle(gone)
-        self._punch(free)
+        """The ordered flush. Caller holds `flushing`."""
+        flush.write_tables(self)
 
     def _write(self, offset: int, data: bytes) -> None:
         self.file.pwrite(memoryview(data), offset)
@@ -557,14 +531,18 @@ class Qcow2(Node):
         punch = getattr(self.file, "punch", None)
         for first, count in free:
             with self.meta:
-                self.metadata.difference_update(range(first, first + count))
                 idle = all(self.refcounts.get(c) == 0 for c in range(first, first + count))
                 if punch is not None and idle:
                     # under the lock, or a new owner's bytes might be the ones to go
                     punch(first << bits, count << bits)
 
     def _bound_dirty(self) -> None:
-        if len(self.map.dirty) * self.cluster_size > MAX_DIRTY:
+        """Flush before too much waits for it: tables in memory, or room that is to be reused."""
+        refs, bits = self.refcounts, self.header.cluster_bits
+        waiting = refs.pending_clusters << bits
+        if len(self.map.dirty) << bits > MAX_DIRTY or (
+            waiting > MAX_PENDING and refs.pending_clusters > refs.end >> 3
+        ):
             self.flush()
 
     def write_header(self) -> None:
@@ -603,6 +581,8 @@ class Qcow2(Node):
     def _writable(self) -> None:
         if self.read_only:
             raise OSError(errno.EPERM, f"{self.filename} is open read-only")
+        if self.overlap and not self.broken:
+            raise self.damaged(self.overlap)
         if self.broken:
             raise OSError(errno.EIO, f"{self.filename}: damaged metadata was found; not writing")
 
@@ -619,11 +599,12 @@ class Qcow2(Node):
 
     def check_overlap(self, first: int, count: int) -> None:
         """Room about to be handed out must not hold a table, whatever the refcounts say (Q4)."""
-        for cluster in range(first, first + count):
-            if cluster in self.metadata:
-                raise self.damaged(
-                    f"the table at host offset {cluster * self.cluster_size} is counted as free"
-                )
+        clusters = range(first, first + count)
+        if not self.metadata.isdisjoint(clusters):
+            cluster = min(self.metadata.intersection(clusters))
+            raise self.damaged(
+                f"the table at host offset {cluster * self.cluster_size:#x} is counted as free"
+            )
 
     def damaged(self, what: str) -> OSError:
         """Note damage: the image is marked corrupt and takes no more writes. Returns the error."""
@@ -631,7 +612,8 @@ class Qcow2(Node):
             self.broken = True
             if self.header.version >= 3:
                 self.header.incompatible |= headers.CORRUPT
-                self.write_header()
+                with contextlib.suppress(OSError):  # without the mark it is found again
+                    self.write_header()
         return OSError(errno.EIO, f"{self.filename}: damaged image: {what} (see: cowferry check)")
 
     @cached_property
@@ -715,9 +697,7 @@ class Qcow2(Node):
             self.read_only = read_only
             if not read_only:
                 with self.meta:
-                    self.refcounts = Refcounts(self)
-                    self.map = Map(self)
-                    self.pieces = Pieces(self)
+                    self._load_tables()
                 self._prepare_for_writing()
                 if self.keeper is not None:
                     self.keeper.resume()
