@@ -133,7 +133,9 @@ class Model(Ground):
         top, base = nodes[i], nodes[j]
         held = nodes[max(i - 1, 0) : j + 1]
         size = base.size if i == 0 else min(base.size, nodes[i - 1].size)
-        may = self.may(g, *held, bad=size > top.size)  # C1: neither shrunk nor shining through
+        # C1: neither shrunk nor shining through; and no other disk stands on the base.
+        elsewhere = sum(os.path.samefile(f, base.filename) for f in files_of(self.daemon)) > 1
+        may = self.may(g, *held, bad=size > top.size or elsewhere)
         given = self.options(g, auto, **{"base-node": base.name, "top-node": top.name})
 
         def done(running: Running) -> None:
@@ -147,8 +149,7 @@ class Model(Ground):
                 assert nodes[i - 1].backing is base
                 assert moves.half_committed(base.filename) is None
 
-        elsewhere = sum(os.path.samefile(f, base.filename) for f in files_of(self.daemon)) > 1
-        if self.begin(g, "block-commit", given, may, done, may_fail=elsewhere):
+        if self.begin(g, "block-commit", given, may, done):
             self.thaw(base, *nodes[max(i - 1, 0) : i])
             self.follow(self.running[-1], ops, then)
 

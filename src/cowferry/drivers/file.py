@@ -100,6 +100,7 @@ class File(Node):
             node.shares = options.force_share or options.locking == "off"
             if options.filename.startswith(fdsets.PREFIX):
                 node._alone()
+                node.shares = node.shares or read_only  # duplicates of one descriptor share locks
             return node
         except BaseException:
             sysio.remapped.pop(fd, None)
