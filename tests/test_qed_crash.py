@@ -123,7 +123,7 @@ class Run:
 Scenario = Callable[[Path], None]
 
 
-def write(folder: Path, count: int = 20, options: dict[str, str] = SMALL) -> None:
+def write(folder: Path, count: int = 20, options: dict[str, str] = SMALL, samples: int = 3) -> None:
     """Requests of all kinds, made read-only and writable again, and closed."""
     run = Run(folder)
     run.make(options)
@@ -142,11 +142,11 @@ def write(folder: Path, count: int = 20, options: dict[str, str] = SMALL) -> Non
         run.write(disk, 30_000)
         opening.close_chain(disk.root)
         run.clean()
-    run.judge(1, 3, count)
+    run.judge(1, samples, count)
 
 
 def every_moment(folder: Path) -> None:
-    write(folder, 1000)
+    write(folder, 1000, samples=12)
 
 
 def grow(folder: Path, count: int = 20, options: dict[str, str] = SMALL) -> None:

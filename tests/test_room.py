@@ -4,61 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from cowferry.drivers.file import File
+from mounts import MiB, Mount, fill, limited, mount
 from tests_support import need, unavailable
 
-Mount = Callable[..., Path]
-MiB = 1 << 20
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Mounts a small file system of a type."""
-    need("mount", "umount")
-    mounted: list[Path] = []
-
-    def make(kind: str, size: str = "3m") -> Path:
-        point = tmp_path / f"mounted{len(mounted)}"
-        point.mkdir()
-        options = ["-t", "tmpfs", "-o", f"size={size}", "small"]
-        if kind != "tmpfs":
-            need(f"mkfs.{kind}")
-            image = tmp_path / f"{point.name}.img"
-            with open(image, "wb") as f:
-                f.truncate(300 * MiB)
-            subprocess.run([f"mkfs.{kind}", "-q", image], check=True, timeout=60)
-            options = ["-o", "loop", str(image)]
-        if subprocess.run(["mount", *options, point], timeout=60).returncode:
-            unavailable("mounting a file system needs root")
-        mounted.append(point)
-        return point
-
-    yield make
-    for point in reversed(mounted):
-        subprocess.run(["umount", "-l", str(point)], check=False, timeout=60)
-
-
-def fill(point: Path, room: int = 0) -> None:
-    """Leave only so many bytes of room."""
-    with open(point / "ballast", "wb", buffering=0) as f:
-        piece = 64 * MiB
-        while piece >= 4096:
-            end = f.seek(0, os.SEEK_END)
-            try:
-                os.posix_fallocate(f.fileno(), end, piece)
-            except OSError:
-                f.truncate(end)
-                piece //= 2
-        f.truncate(max(f.seek(0, os.SEEK_END) - room, 0))
-        os.fsync(f.fileno())
+__all__ = ["mount"]
 
 
 def file_at(path: Path, size: int = 0) -> File:
@@ -128,15 +85,11 @@ def test_room_is_taken_for_bytes_that_another_file_shares(mount: Mount) -> None:
 
 
 def test_a_limit_on_the_size_of_files_refuses_room(tmp_path: Path) -> None:
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     with closing(file_at(tmp_path / "image", MiB)) as file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (MiB, hard))
-        try:
+        with limited(MiB):
             file.take_room(0, MiB)
             with refused(errno.EFBIG):
                 file.take_room(MiB, 4096)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
         assert file.size == os.path.getsize(tmp_path / "image") == MiB
 
 

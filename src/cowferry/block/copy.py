@@ -215,15 +215,16 @@ class Copier:
         if room is None:
             self._write(source, target, offset, length)
             return
+        linked = 0
         try:
             self.fill(source, offset, room)
-        except BaseException:
             for r in room:
+                target.link(offset, r)
+                linked, offset = linked + 1, offset + r.length
+        except BaseException:
+            for r in room[linked:]:
                 target.unreserve(r)
             raise
-        for r in room:
-            target.link(offset, r)
-            offset += r.length
 
     # -------------------------------------------------------------------------------------
 

@@ -157,12 +157,6 @@ class Node:
         The node's bytes and size stay as they are. `resize` does it itself if it was not done.
         Raises `OSError`, `CowferryError`."""
 
-    def refresh_size(self) -> int:
-        """Of a protocol node: look at the size of the storage again. Keep and return it, in bytes.
-
-        A device may have grown since it was opened."""
-        return self.size
-
     def change_size(self, size: int) -> None:
         """`resize`, and the bitmaps with it. Inside a drain of the disks over it.
 
@@ -222,7 +216,9 @@ class Node:
         return None
 
     def link(self, offset: int, room: Extent) -> None:
-        """Point `offset, room.length` at reserved room whose bytes have been written."""
+        """Point `offset, room.length` at reserved room whose bytes have been written.
+
+        Raises `OSError`; then it is reserved room still."""
         raise NotImplementedError
 
     def filled(self, room: list[Extent]) -> None:
@@ -250,6 +246,12 @@ class Node:
         """Have blocks set aside for bytes that are written later, where that can be promised.
 
         The bytes stay as they are. Raises `OSError` if there is no room for them."""
+
+    def refresh_size(self) -> int:
+        """Of a protocol node: look at the size of the storage again. Keep and return it, in bytes.
+
+        A device may have grown since it was opened."""
+        return self.size
 
     # The image as a whole ----------------------------------------------------------------
 

@@ -166,8 +166,9 @@ class Fill:
                     self._write(start, first)
                 if cursor < first:
                     spare.append(room._replace(length=first - cursor, host=room.host + cursor - at))
-                cursor = last
+                cursor = first
                 top.link(first, room._replace(length=last - first, host=room.host + first - at))
+                cursor = last
                 if last < end:
                     self._write(last, end)
         finally:

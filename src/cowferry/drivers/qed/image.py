@@ -12,6 +12,10 @@ at the end of the file may be leaked, and that is all. NEED_CHECK is not what sa
 It is there for others, and for what others left: an image that has it is checked before it is
 written (see `check`). It goes when the image is closed, or made read-only, and all is flushed.
 
+A mapping changes in memory only after the file system has set blocks aside for what a flush will
+write because of it: the page, the L1 entry, the header (`File.take_room`). So on full storage a
+guest's write fails, and no flush does.
+
 Room is only ever taken at the end of the file. A cluster that is zeroed or discarded keeps its
 place, and the room goes back to the host as a hole in the file. Room that was reserved and not
 needed is used for the next clusters. What is left of it when the image is closed is cut off, or,
@@ -28,6 +32,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -144,9 +149,14 @@ class Qed(Node):
     # Room. Caller holds `meta` -------------------------------------------------------------
 
     def at_the_end(self, clusters: int) -> int:
-        """Host offset of new clusters in a row, in which nothing but zeroes has ever been."""
+        """Return the host offset of new clusters in a row, which have never been written.
+
+        The file reaches over them. Raises `OSError` (EFBIG) if it may not; then nothing changed."""
         host = self.end
-        self.end = self.whole = host + clusters * self.cluster_size
+        end = host + clusters * self.cluster_size
+        if self.file.size < end:  # all that was handed out before lies in front of this end
+            self.file.resize(end)
+        self.end = self.whole = end
         return host
 
     def _room(self, clusters: int) -> tuple[int, int, bool]:
@@ -158,9 +168,16 @@ class Qed(Node):
             self.spare.append((host + clusters * self.cluster_size, count - clusters))
         return host, min(count, clusters), False
 
-    def _give_back(self, host: int, clusters: int) -> None:
+    def give_back(self, host: int, clusters: int) -> None:
+        """Keep room that nothing points to for the next clusters."""
         with self.meta:
             self.spare.append((host, clusters))
+
+    def _take_back(self, host: int, clusters: int) -> None:
+        """As `give_back`, after a write that failed: the part of it that was written goes."""
+        with suppress(OSError):
+            self.file.discard(host, clusters * self.cluster_size)
+        self.give_back(host, clusters)
 
     # Writing -----------------------------------------------------------------------------
 
@@ -184,6 +201,7 @@ class Qed(Node):
             within = offset % size
             clusters = 1 if within else max(len(buf) // size, 1)
             with self.meta:
+                self.tables.prepare(offset // size, clusters)
                 host, clusters, fresh = self._room(clusters)
             n = min(len(buf), clusters * size - within)
             try:
@@ -192,11 +210,19 @@ class Qed(Node):
                 else:
                     self._put(offset - within, host, within, buf[:n], fresh)
             except BaseException:
-                self._give_back(host, clusters)
+                self._take_back(host, clusters)
                 raise
-            with self.meta:
-                self.tables.link(offset // size, clusters, host)
+            self._link(offset // size, clusters, host)
             buf, offset = buf[n:], offset + n
+
+    def _link(self, cluster: int, count: int, host: int) -> None:
+        """Let the tables point there, or give the room back. Raises `OSError`."""
+        try:
+            with self.meta:
+                self.tables.link(cluster, count, host)
+        except BaseException:
+            self._take_back(host, count)
+            raise
 
     def _put(self, guest: int, host: int, within: int, data: memoryview, fresh: bool) -> None:
         """A cluster at `host`: what it reads as now, with `data` at `within`.
@@ -285,6 +311,8 @@ class Qed(Node):
             return None
         out: list[Extent] = []
         with self.meta:
+            # So that `link` does not fail for lack of room when the bytes have been written.
+            self.tables.prepare(offset // self.cluster_size, -(-length // self.cluster_size))
             while length > 0:
                 host, count, _ = self._room(-(-length // self.cluster_size))
                 n = min(count * self.cluster_size, length)
@@ -305,7 +333,7 @@ class Qed(Node):
 
     def unreserve(self, room: Extent) -> None:
         """Room that was not needed."""
-        self._give_back(room.host, -(-room.length // self.cluster_size))
+        self.give_back(room.host, -(-room.length // self.cluster_size))
 
     # Durability --------------------------------------------------------------------------
 
@@ -327,10 +355,6 @@ class Qed(Node):
     def _write_tables(self) -> None:
         tables = self.tables
         with self.meta:  # one moment's picture of all tables
-            if self.file.size < self.end:
-                # Room that was taken and not yet written. Under `meta`: what is taken a moment
-                # later may be filled beyond this end, and must not be cut off again.
-                self.file.resize(self.end)
             pages = [(tables.place(p), bytes_of(tables.pages[p])) for p in sorted(tables.dirty)]
             roots = [
                 (self.header.l1_offset + 8 * i, struct.pack("<Q", tables.l1[i]))
@@ -369,6 +393,11 @@ class Qed(Node):
         self._write(0, header.packed())
         self.header = header
 
+    def take_room_for_header(self) -> None:
+        """Blocks for NEED_CHECK, which the next flush sets. Raises `OSError`."""
+        if not self.header.features & headers.NEED_CHECK:
+            self.file.take_room(0, headers.LAYOUT.size)
+
     def bound_dirty(self) -> None:
         """Flush if too much waits for it."""
         if len(self.tables.dirty) * self.tables.page_bytes > MAX_DIRTY:
@@ -394,7 +423,7 @@ class Qed(Node):
             else:
                 self.file.discard(host, length)
         self.spare.clear()
-        if end < self.end:
+        if end < self.file.size:
             self.cut_off(end)
 
     def cut_off(self, end: int) -> None:

@@ -119,17 +119,42 @@ class Tables:
         return entries
 
     def for_writing(self, number: int) -> array[int]:
-        """A page that is about to change, of a table that is made if need be."""
-        index = number // self.pages_per_table
-        if not self.table(index):
-            # At the end of the file, where nothing but zeroes has ever been.
-            self.l1[index] = self.image.at_the_end(self.table_bytes >> self.bits)
-            self.l1_dirty.add(index)
-            self.starts.append(self.l1[index])
+        """Return a page that is about to change, of a table that is made if need be.
+
+        The file system has set blocks aside for what a flush will write. Raises `OSError` if there
+        is no room; then no entry has changed."""
+        index, within = divmod(number, self.pages_per_table)
+        if number not in self.dirty:
+            self.image.take_room_for_header()
+            if self.table(index):
+                self.image.file.take_room(self.place(number), self.page_bytes)
+            else:
+                self._new_table(index, within * self.page_bytes)
         entries = self.page(number)
         assert entries is not None
         self.dirty.add(number)
         return entries
+
+    def _new_table(self, index: int, within: int) -> None:
+        """At the end of the file, where nothing but zeroes has ever been. It is about to change at
+        byte `within`."""
+        image = self.image
+        image.file.take_room(image.header.l1_offset + 8 * index, 8)
+        offset = image.at_the_end(self.table_bytes >> self.bits)
+        try:
+            image.file.take_room(offset + within, self.page_bytes)
+        except BaseException:
+            image.give_back(offset, self.table_bytes >> self.bits)
+            raise
+        self.l1[index] = offset
+        self.l1_dirty.add(index)
+        self.starts.append(offset)
+
+    def prepare(self, cluster: int, count: int) -> None:
+        """Guest clusters `cluster, count` are about to be linked, and that will not fail for lack
+        of room unless the file is copied by reflink meanwhile. Raises `OSError`."""
+        for number in range(cluster // self.per_page, (cluster + count - 1) // self.per_page + 1):
+            self.for_writing(number)
 
     # What entries mean -------------------------------------------------------------------
 
@@ -189,7 +214,9 @@ class Tables:
     # Changing entries --------------------------------------------------------------------
 
     def link(self, cluster: int, count: int, host: int) -> None:
-        """Guest clusters `cluster, count` lie at `host` from now on."""
+        """Guest clusters `cluster, count` lie at `host` from now on: all of them, or none if this
+        raises `OSError` for lack of room."""
+        self.prepare(cluster, count)
         size = 1 << self.bits
         while count:
             number, slot = divmod(cluster, self.per_page)
