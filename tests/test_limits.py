@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +302,126 @@ def test_a_stricter_limit_counts_at_once_too(clock: ByHand) -> None:
     before = guest.count
     clock.advance(10)
     assert guest.count - before == pytest.approx(100, abs=4)
+
+
+BURST = {"iops": 100, "iops_max": 1000, "iops_max_length": 2}
+
+
+def same(guest: Guest, clock: ByHand) -> None:
+    guest.member.group.change(limits(**BURST))
+
+
+def another_member(guest: Guest, clock: ByHand) -> None:
+    bps = 10**12 + guest.count
+    guest.member.group.change(limits(**BURST, bps=bps, iops_size=1 << 20))
+
+
+def a_smaller_burst_and_back(guest: Guest, clock: ByHand) -> None:
+    guest.member.group.change(limits(**BURST | {"iops_max": 200}))
+    same(guest, clock)
+
+
+def a_larger_burst_and_back(guest: Guest, clock: ByHand) -> None:
+    guest.member.group.change(limits(**BURST | {"iops_max_length": 3}))
+    same(guest, clock)
+
+
+def no_burst_and_back(guest: Guest, clock: ByHand) -> None:
+    guest.member.group.change(limits(iops=100))
+    same(guest, clock)
+
+
+def a_little_more_or_less(guest: Guest, clock: ByHand) -> None:
+    guest.member.group.change(limits(**BURST | {"iops": 100 + guest.count % 2}))
+
+
+def parts_instead_of_the_total(guest: Guest, clock: ByHand) -> None:
+    guest.member.group.change(
+        limits(**{f"{k[:4]}{end}{k[4:]}": v for k, v in BURST.items() for end in ("_rd", "_wr")})
+    )
+    same(guest, clock)
+
+
+def a_new_group(guest: Guest, clock: ByHand) -> None:
+    guest.member.move(Group("new", limits(**BURST), clock))
+
+
+def an_empty_group_and_back(guest: Guest, clock: ByHand) -> None:
+    group = guest.member.group
+    guest.member.move(Group("empty", limits(iops=100), clock))
+    guest.member.move(group)
+
+
+WAYS = [
+    same, another_member, a_smaller_burst_and_back, a_larger_burst_and_back, no_burst_and_back,
+    a_little_more_or_less, parts_instead_of_the_total, a_new_group, an_empty_group_and_back,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_change_of_limits_refills_no_burst(
+    clock: ByHand, way: Callable[[Guest, ByHand], None]
+) -> None:
+    guest = Guest(Group("g", limits(**BURST), clock), depth=8)
+    for _ in range(100):
+        way(guest, clock)
+        clock.advance(0.1)
+    # The burst, and the rate for ten seconds; a bucket that is just full lets one pass.
+    larger = 1000 if way is a_larger_burst_and_back else 0
+    assert -60 < guest.count - (2000 + 10 * 100 + larger) < 260
+
+
+@pytest.mark.parametrize("rate", [1, 7, 100])
+def test_the_same_limit_again_lets_nothing_through(clock: ByHand, rate: int) -> None:
+    group = Group("g", limits(iops=rate), clock)
+    guest = Guest(group, depth=8)
+    for _ in range(1000):
+        group.change(limits(iops=rate))
+        clock.advance(0.01)
+    assert guest.count == pytest.approx(10 * rate, abs=0.1 * rate + 2)
+
+
+def test_a_debt_stays_a_debt_and_is_paid_at_the_better_of_both_rates(clock: ByHand) -> None:
+    for rate, wait in ((MB, 9.9), (2 * MB, 4.9), (100, 9.9)):
+        group = Group("g", limits(bps=MB), clock)
+        guest = Guest(group, length=10 * MB)
+        guest.send("large")
+        group.change(limits(bps=rate))
+        guest.send("next")
+        clock.advance(wait - 0.01)
+        assert guest.passed == ["large"], rate
+        clock.advance(0.02)
+        assert guest.passed == ["large", "next"], rate
+
+
+def test_a_burst_that_was_used_comes_back_as_it_would_without_a_change(clock: ByHand) -> None:
+    group = Group("g", limits(**BURST), clock)
+    guest = Guest(group, depth=0)
+    clock.advance(1)
+    for change in (limits(iops=100), limits(**BURST)):
+        for n in range(3000):
+            guest.send(n)
+            clock.advance(0.001)
+        group.change(change)
+    clock.advance(100)
+    had = guest.count
+    clock.advance(30)  # idle: everything leaks
+    for n in range(500):
+        guest.send(n)
+        clock.advance(0.001)
+    assert guest.count - had == 500
+
+
+def test_a_group_with_other_disks_keeps_its_own_account(clock: ByHand) -> None:
+    crowd, alone = Group("crowd", limits(**BURST), clock), Group("a", limits(**BURST), clock)
+    stays, guest = Guest(crowd), Guest(alone, depth=8)
+    clock.advance(5)
+    guest.member.move(crowd)
+    stays.busy = True
+    for _ in range(8):
+        stays.send()
+    clock.advance(1)
+    assert stays.count + guest.count >= 2000 + 300 + 900, "its burst was taken away"
 
 
 def test_no_limit_lets_all_who_wait_go_on_in_order(clock: ByHand) -> None:

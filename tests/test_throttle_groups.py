@@ -496,3 +496,67 @@ def test_operations_on_a_disk_over_a_throttle_node(house: House, name: str) -> N
     node = opening.open_image(now, format)
     assert not differs(contents(node), oracle)
     opening.close_chain(node)
+
+
+def bursting(house: House, way: str) -> None:
+    """Set the same limits once more, in one of the ways that there are."""
+    given = {"device": "vm", "iops": 1, "iops_max": 20}
+    execute = house.daemon.execute
+    if way == "block_set_io_throttle":
+        house.limit(iops=1, iops_max=20)
+    elif way == "x-disk-limit":
+        execute("x-disk-limit", given)
+    elif way == "another limit":
+        execute("x-disk-limit", {"device": "vm", "bps": 10**9})
+    elif way == "another group":
+        execute("x-disk-limit", given | {"group": "other"})
+        execute("x-disk-limit", given | {"group": "vm"})
+    elif way == "qom-set":
+        value = {"iops-total": 1, "iops-total-max": 20}
+        execute("qom-set", {"path": "owned", "property": "limits", "value": value})
+    elif way == "human":
+        assert not house.daemon.human("block_set_io_throttle vm 0 0 0 1 0 0")
+        house.limit(iops=1, iops_max=20)
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["block_set_io_throttle", "x-disk-limit", "another limit", "another group", "qom-set", "human"],
+)
+def test_the_same_limits_again_refill_no_burst(house: House, way: str) -> None:
+    group = {}
+    if way == "qom-set":
+        object_add(house, "owned", iops_total=1, iops_total_max=20)
+        group = {"group": "owned"}
+    house.limit(iops=1, iops_max=20, **group)
+    guest = house.guest()
+    for n in range(60):
+        guest.write(n)
+    house.waiting(39)  # twenty, and the one that fills the bucket
+    for _ in range(5):
+        bursting(house, way)
+        member = house.disk.limits
+        assert member is not None
+        assert member.waiting >= 39 - 10  # a bucket that is just full lets one pass
+    house.limit()
+    guest.answers(60)
+
+
+def test_limits_taken_away_and_set_again_refill_no_burst(house: House) -> None:
+    for _ in range(3):
+        house.limit(iops=1, iops_max=20)
+        guest = house.guest()
+        for n in range(40):
+            guest.write(n)
+        until(lambda: house.disk.limits is not None and house.disk.limits.waiting > 0, "none waits")
+        house.clock.advance(0)
+        member = house.disk.limits
+        assert member is not None
+        until(lambda member=member: member.waiting >= 19, "they wait")  # type: ignore[misc]
+        house.limit()
+        guest.answers(40)
+        guest.close()
+        house.limit(iops=1, iops_max=20)
+        member = house.disk.limits
+        assert member is not None and not member.admit(1, 4096)
+        house.limit()

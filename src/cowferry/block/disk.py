@@ -145,6 +145,7 @@ class Disk:
         # Its places in groups of limits, the first of them: one that `limit` sets, and those of
         # the throttle nodes below the topmost one. Changed by `limit`.
         self.members: tuple[Member, ...] = ()
+        self._was_in: Group | None = None  # the group that it left when its limits were taken away
         self._brake: Brake | None = None  # the last of them. Set by `brake`
         self._turning = threading.Lock()  # guards the three above
         self.copy_on_read = copy_on_read and not root.read_only
@@ -175,11 +176,13 @@ class Disk:
             old = self.members
             if group is None or not old:
                 groups = (group, *others) if group is not None else ()
-                self.members = tuple(Member(g) for g in groups)
+                first = [Member(g, self._was_in) for g in groups[:1]]
+                self.members = (*first, *(Member(g) for g in groups[1:]))
                 self._turn()
         if group is None:
             for member in old:
                 member.leave()
+            self._was_in = old[0].group if old else self._was_in
         elif old:
             old[0].move(group)
 

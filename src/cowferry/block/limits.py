@@ -11,6 +11,12 @@ what is scarce, be it bytes or operations, counted in seconds of the limit; so o
 requests, or many, gets no more than its part. One that comes after a pause begins where the others
 are and cannot save up. Reads and writes that share a rate take turns.
 
+A change of limits refills nothing. What was used of a bucket stays used, and what was moved beyond
+it stays owed: as many units, or as many seconds if that is less. What was used of a burst is
+remembered while the burst is smaller, or while there is none. A disk that moves to a group in which
+it is alone takes with it what it has used. The buckets of a group with other disks belong to the
+group, and stay as they are.
+
 What counts: reads and writes by their bytes and as an operation (or, with `iops_size`, one for each
 so many bytes of a large one). TRIM and WRITE_ZEROES are operations that write no bytes. Flushes are
 free, and so is what jobs do: they have a `speed` of their own. Only a backup passes the turnstiles
@@ -22,6 +28,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping
+from copy import copy
 from typing import NamedTuple
 
 from cowferry.block.throttle import READ, SLICE, TIMER, WRITE, Bucket, Go, Timer
@@ -149,6 +156,7 @@ class Limits(NamedTuple):
 
 
 RATES = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+ENDS = ("_rd", "_wr")
 
 #: What `throttle-group` objects and `-drive throttling.*` call the same.
 QOM_RATES = ("bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write")
@@ -158,6 +166,12 @@ QOM_NAMES = {
     for end in ("", "_max", "_max_length")
 } | {"iops_size": "iops-size"}
 
+
+#: Whose use says something about a rate that has not been used itself.
+FAMILY = {
+    **{f"{total}{end}": (f"{total}{end}", total) for total in ("bps", "iops") for end in ENDS},
+    **{total: (total, *(f"{total}{end}" for end in ENDS)) for total in ("bps", "iops")},
+}
 
 NONE = Limits()
 
@@ -186,26 +200,62 @@ class Group:
         self.limits = limits
         self._timer = timer or TIMER
         self._waiting: tuple[list[Member], list[Member]] = ([], [])  # by direction; in no order
+        self._members = 0  # disks in it
         self._turn = READ  # the direction that is looked at first
         self._floor = 0.0  # seconds of the limit that those who wait have had at least
         self._alarm: float | None = None  # when the timer calls next
-        self._fill(limits)
+        self._buckets: dict[str, list[Bucket]] = {name: [] for name in RATES}
+        self._last_used: dict[str, Bucket] = {}  # the first bucket that each rate has, or had last
+        self._fill()
 
-    def _fill(self, limits: Limits) -> None:
-        """Empty buckets. Caller holds the lock, or is the only one."""
-        made = {name: getattr(limits, name).buckets() for name in RATES}
+    def _fill(self) -> None:
+        """Make the buckets for `limits`, with what was used of those before.
+
+        The caller holds the lock, or is the only user. It has seen to it that they have leaked."""
+        self._last = self._timer.clock()
+        before, made = self._buckets, {n: getattr(self.limits, n).buckets() for n in RATES}
+        for name, buckets in made.items():
+            for old, new in zip(before[name], buckets, strict=False):
+                new.level = min(old.level, old.size, new.size) + old.debt(new.rate)
+            family = [self._last_used[n] for n in FAMILY[name] if n in self._last_used]
+            if buckets and family:
+                first, used = buckets[0], max(bucket.used for bucket in family)
+                if getattr(self.limits, name).burst:
+                    first.level = max(first.level, min(used, first.size))
+                first.beyond = max(used - first.level, 0.0)
+        self._last_used |= {name: buckets[0] for name, buckets in made.items() if buckets}
+        self._buckets = made
         self._bytes = tuple(made["bps"] + made[d] for d in ("bps_rd", "bps_wr"))
         self._operations = tuple(made["iops"] + made[d] for d in ("iops_rd", "iops_wr"))
         self._all = [b for buckets in made.values() for b in buckets]
-        self._last = self._timer.clock()
+        self._all += [b for name, b in self._last_used.items() if not made[name]]
 
     def change(self, limits: Limits) -> None:
-        """Other limits from now on; they begin with nothing owed, and who waits is looked at."""
+        """Keep to other limits from now on. Requests that wait may go on at once."""
         with _lock:
+            self._leak()
             self.limits = limits
-            self._fill(limits)
+            self._fill()
             ready = self._ready()
         _go(ready)
+
+    def _join(self, before: Group | None) -> None:
+        """A disk comes, from another group perhaps. The caller holds the lock."""
+        self._members += 1
+        if before is None or before is self or self._members > 1:
+            return
+        before._leak()
+        self._leak()
+        for name, old in before._last_used.items():
+            mine = self._last_used.get(name)
+            if mine is None or mine.used < old.used:
+                self._last_used[name] = copy(old)
+        for name, buckets in before._buckets.items():
+            if buckets and sum(b.level for b in buckets) > sum(
+                b.level for b in self._buckets[name]
+            ):
+                self._buckets[name] = buckets
+        self._fill()
 
     def _leak(self) -> None:
         now = self._timer.clock()
@@ -280,11 +330,14 @@ class Group:
 class Member:
     """One disk in a group: a turnstile, with the requests that wait at it. Thread-safe."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, before: Group | None = None) -> None:
+        """`before`: the group that the disk was in, until now or a while ago."""
         self.group = group
         self.queues: tuple[deque[Waiting], deque[Waiting]] = (deque(), deque())  # by direction
         self.had = 0.0  # seconds of the group's limit
         self._gone = False
+        with _lock:
+            group._join(before)
 
     @property
     def waiting(self) -> int:
@@ -332,7 +385,9 @@ class Member:
         with _lock:
             taken = self._take(None)
             ready = self.group._ready()
-            self.group, self.had = group, 0.0
+            before, self.group, self.had = self.group, group, 0.0
+            before._members -= 1
+            group._join(before)
             for direction, waiting in taken:
                 group._add(self, direction, waiting)
             ready += group._ready()
@@ -341,6 +396,7 @@ class Member:
     def leave(self, go: bool = True) -> None:
         """No limit any more: all who wait `go` on, or are dropped."""
         with _lock:
+            self.group._members -= not self._gone
             self._gone = True
             mine = [waiting.go for _, waiting in self._take(None)]
             ready = self.group._ready()

@@ -39,14 +39,30 @@ class Bucket:
         self.rate = rate
         self.size = size
         self.level = 0.0  # units; more than `size` is a debt
+        # Units that a larger bucket, which this one has replaced, held beyond the level of this
+        # one. They leak once this one is empty, and count if it is replaced by a larger one.
+        self.beyond = 0.0
 
     def leak(self, seconds: float) -> None:
         """So much time has passed."""
-        self.level = max(self.level - seconds * self.rate, 0.0)
+        level = self.level - seconds * self.rate
+        if level < 0.0:
+            self.beyond = max(self.beyond + level, 0.0)
+            level = 0.0
+        self.level = level
 
     def wait(self) -> float:
         """Seconds until it holds no more than it should."""
         return max(self.level - self.size, 0.0) / self.rate
+
+    @property
+    def used(self) -> float:
+        """Units that were moved and have not leaked yet, without a debt."""
+        return min(self.level, self.size) + self.beyond
+
+    def debt(self, rate: float) -> float:
+        """Units owed that are to be paid at another rate: as many, or as many seconds if less."""
+        return max(self.level - self.size, 0.0) * min(rate / self.rate, 1.0)
 
 
 class Throttle:
