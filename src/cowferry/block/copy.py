@@ -37,6 +37,7 @@ CLONE_ALIGN = 4096  # what reflink file systems ask of offsets and lengths
 KERNEL_COPY = 16 << 20  # bytes asked of one copy_file_range
 REMOTE = 1 << 20  # bytes moved at once to or from a server
 ON_THE_WAY = 4  # such pieces at the same time: an answer takes its time
+COMPARED = 1 << 20  # bytes of each of two images that are read at once to compare them
 BLOCK = 16 << 20  # bytes whose runs are looked up together
 SHORT = 64 << 10  # bytes; a run that is shorter is not worth system calls of its own
 WRITEBACK = 1 << 20  # copies of this size are handed to the disk at once
@@ -90,6 +91,33 @@ def spans(
         stop = piece.offset + piece.length
     if stop > start:
         yield Span(start, stop - start, kind)
+
+
+def differing(
+    base: Node | None, target: Node, offset: int, length: int, unit: int, holes: bool
+) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) of the units of a range in which the target does not read as `base`.
+
+    Without `holes` the holes of the target are trusted to show `base`, and are not read. Nobody may
+    write to the range of either meanwhile. Raises `OSError`."""
+    at, end = offset, offset + length
+    for e in list(target.extents(offset, length)):
+        stop = min(at + e.length, end)
+        if e.state is State.HOLE and not holes:
+            at = stop
+            continue
+        while at < stop:
+            step = min(COMPARED - at % unit, stop - at)
+            ours, theirs = (memoryview(bytearray(step)) for _ in range(2))
+            read(base, ours, at)
+            read(target, theirs, at)
+            if ours != theirs:
+                edge = unit - at % unit
+                for first in [0, *range(edge, step, unit)]:
+                    last = min(first + edge if not first else first + unit, step)
+                    if ours[first:last] != theirs[first:last]:
+                        yield at + first, last - first
+            at += step
 
 
 def _pieces(runs: Iterator[Extent], offset: int, length: int, granule: int) -> Iterator[Span]:

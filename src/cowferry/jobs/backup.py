@@ -37,7 +37,7 @@ from cowferry.block import sysio
 from cowferry.block.behind import LEAST, Behind
 from cowferry.block.bitmap import Bitmap, finest
 from cowferry.block.compress import Compressed
-from cowferry.block.copy import Copier, Kind, Span, spans
+from cowferry.block.copy import Copier, Kind, Span, differing, spans
 from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
 from cowferry.block.node import ONCE, Extent, Node, State, far, read, resolve
@@ -122,7 +122,10 @@ class Lost(Node):
 class Backup(Job):
     """The job. `target` is the disk over the node that is written.
 
-    `base`: what only it, or a layer below, could answer is not copied (sync top). `bitmap`: what is
+    `base`: what only it, or a layer below, could answer is not copied (sync top). With `look` the
+    target was not made just now: where it has bytes of its own, or everywhere if it is to be
+    `compare`d, it is read, and what it does not show is copied. `record`: the backing file and its
+    format that the target's header has to name in the end. `bitmap`: what is
     pending at T0 is what it says if `by_bitmap`, and `bitmap_mode` says what becomes of it.
     `everything` False: only what is about to be overwritten (sync none). `lasting` False: nobody
     wants the target once the job is over. `compress`: the target can, and is to hold whole granules
@@ -136,6 +139,9 @@ class Backup(Job):
         target: Disk,
         *,
         base: Node | None = None,
+        look: bool = False,
+        compare: bool = False,
+        record: tuple[str, str | None] | None = None,
         everything: bool = True,
         bitmap: Bitmap | None = None,
         by_bitmap: bool = False,
@@ -157,6 +163,10 @@ class Backup(Job):
         self.target = target
         target.rank = disk.rank + 1
         self.base = base
+        # Whether the target may hide what is not copied, and lie over something else than `base`.
+        self.look = look and base is not None
+        self.compare = compare
+        self._record = record  # what its header has to name in the end
         self.everything = self.paced = everything
         check_speed(self.throttle.speed, self.paced)
         self.bitmap = bitmap
@@ -299,7 +309,7 @@ class Backup(Job):
                 ahead = min(step, stop - end)
                 with self.disk.shared(end, ahead):
                     for e in resolve(self.source, end, ahead, self.base):
-                        if e.state is State.DATA:
+                        if e.state is State.DATA or (self.look and e.state is State.HOLE):
                             stop = end
                             break
                         end += e.length
@@ -375,6 +385,11 @@ class Backup(Job):
                     saved = self.spill.pieces(span.offset, span.length)
                     if span.kind is Kind.KEEP and not saved:
                         self.missing.clear(span.offset, span.length)
+                        for start, wrong in self._hidden(span):
+                            self.missing.set(start, wrong)
+                            buf = memoryview(bytearray(wrong))
+                            read(self.base, buf, start, ONCE)
+                            hand.parts.append((start, buf))
                     elif span.kind is Kind.ZERO and not saved:
                         hand.parts += [
                             (unit, None)
@@ -460,6 +475,9 @@ class Backup(Job):
                 for span in spans(self.source, at, n, UNIT, self.base):
                     if span.kind is not Kind.KEEP:
                         moved += self._place(span)
+                    else:
+                        for start, wrong in self._hidden(span):
+                            moved += self._place(Span(start, wrong, Kind.COPY))
                     for p in self.spill.pieces(span.offset, span.length):
                         buf = memoryview(bytearray(p.length))
                         self.spill.fill(buf, p)
@@ -471,6 +489,13 @@ class Backup(Job):
         if self.clones is None and (self.copier.cloned or self.copier.moved):
             self.clones = bool(self.copier.cloned)
         return moved
+
+    def _hidden(self, span: Span) -> list[tuple[int, int]]:
+        """Where the target does not show what only `base` answers for. Inside the gate."""
+        if not self.look:
+            return []
+        base, root, unit = self.base, self.target.root, self.unit
+        return list(differing(base, root, span.offset, span.length, unit, self.compare))
 
     def _place(self, span: Span) -> int:
         try:
@@ -514,7 +539,7 @@ class Backup(Job):
     def _save(self, unit: int, start: int, end: int) -> None:
         """Of one unit, the bytes from `start` to `end`, if they are pending."""
         whole = min(unit + UNIT, self.disk.size) - unit
-        if self.base is not None and self._kept(unit, whole):
+        if self.base is not None and not self.look and self._kept(unit, whole):
             for bitmap in (self.pending, self.todo, self.missing):
                 bitmap.clear(unit, whole)  # or what the guest writes would look like old bytes
             return
@@ -581,6 +606,8 @@ class Backup(Job):
         self._lose()
         if self.lasting:
             self.target.flush()
+            if self._record is not None:
+                self.target.root.set_backing(*self._record)
 
     def suffice(self) -> None:
         """Whoever reads the overlay of a pull backup has all of it: end, and end well.

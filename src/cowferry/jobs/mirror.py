@@ -35,13 +35,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from cowferry.block import keeper, moves, names
+from cowferry.block import keeper, moves
 from cowferry.block.bitmap import Bitmap, finest
-from cowferry.block.copy import Copier, Kind, spans
+from cowferry.block.copy import Copier, Kind, differing, spans
 from cowferry.block.disk import Disk
 from cowferry.block.gate import Gate
 from cowferry.block.moves import Move
-from cowferry.block.node import Node, chain
+from cowferry.block.node import Node, State, chain
 from cowferry.block.rates import WINDOW, Rates, fitted
 from cowferry.block.throttle import Brake
 from cowferry.block.unfinished import Unfinished
@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 MIN_CHUNK = 1 << 20
 MAX_CHUNK = 64 << 20
 STEP = 0.02  # seconds a chunk should take: a guest's allocating write waits for as long
+LOOKED = 4 << 20  # bytes compared between yields
 SCAN = 64 << 20  # bytes looked at between yields when the first bits are set
 CHECKPOINT = 5.0  # seconds of copying that a crash may cost at most
 IDLE = 0.05  # seconds between looks at the bitmap when nothing is dirty
@@ -96,6 +97,8 @@ class Mirror(Job):
         on_target_error: str = "report",
         converge_by: float = 0,
         backing: Node | None = None,
+        compare: bool = False,
+        record: tuple[str, str | None] | None = None,
         unfinished: Unfinished | None = None,
         carry: bool = False,
         note: str = "",
@@ -142,6 +145,8 @@ class Mirror(Job):
         self._bitmaps: dict[str, Bitmap] | None = None  # those that the target had, if so
         self._moving = move
         self._backing = backing
+        self.compare = compare  # what the target lies over is not known to read as `base`
+        self._record = record  # what its header has to name in the end: (backing file, format)
         self._switched = switched
         self._detached = detached
         self._released = released
@@ -165,6 +170,8 @@ class Mirror(Job):
         self._began = self._clock()
         if self.everything:
             yield from self._first_bits()
+        elif self.target.backing is self.source:
+            yield from self._own_bits()
         self._first = self.dirty.count()
         told = False
         while True:
@@ -272,8 +279,37 @@ class Mirror(Job):
             for s in wanted:
                 if s.kind is not Kind.KEEP:
                     self.dirty.set(s.offset, s.length)
+                elif not self.inside:
+                    yield from self._compare(s.offset, s.length)
             at += length
             yield self._progress(0, 0)
+
+    def _own_bits(self) -> Iterator[Progress]:
+        """Set the bits where an overlay of the disk has bytes of its own, which hide the disk's."""
+        for at in range(0, self.disk.size, SCAN):
+            start = at
+            for e in list(self.target.extents(at, min(SCAN, self.disk.size - at))):
+                if e.state is not State.HOLE:
+                    self.dirty.set(start, e.length)
+                start += e.length
+            yield self._progress(0, 0)
+
+    def _compare(self, offset: int, length: int) -> Iterator[Progress]:
+        """Set the bits where the target does not show `base` by itself, as it has to: it may have
+        bytes of its own there, or lie over something else."""
+        for at in range(offset, offset + length, LOOKED):
+            part = min(LOOKED, offset + length - at)
+            found = yield from self.attempt("write", partial(self._wrong, at, part))
+            for start, n in found if found is not None else [(at, part)]:
+                self.dirty.set(start, n)
+            yield self._progress(0, 0)
+
+    def _wrong(self, offset: int, length: int) -> list[tuple[int, int]]:
+        base, unit = self.base, self.unit
+        try:
+            return list(differing(base, self.target, offset, length, unit, self.compare))
+        except OSError as error:
+            raise blame(error, self.source, offset, length) from error
 
     def _next(self) -> list[tuple[int, int]]:
         """The next dirty runs after the last one, together no longer than a chunk."""
@@ -659,9 +695,8 @@ class Mirror(Job):
 
     def settle(self) -> None:
         self._copy_all()
-        below = self._backing
-        if self._lent and self._lasts and below is not None and self.target.backing_spec is None:
-            self.target.set_backing(names.absolute(below.filename), below.driver)
+        if self._record is not None and self._lasts:
+            self.target.set_backing(*self._record)
         elif not self.inside and self.target.backing is None and self.target.backing_spec:
             self.target.set_backing(None, None)  # a whole copy: what it was over must not show
         self.target.flush()

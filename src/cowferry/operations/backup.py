@@ -93,6 +93,7 @@ class Start(Part):
         job_id: str,
         *,
         sync: str,
+        under: targets.Below | None = None,
         bitmap: Bitmap | None = None,
         bitmap_mode: str = "on-success",
         made: list[str] | None = None,
@@ -114,6 +115,9 @@ class Start(Part):
             disk,
             self.target,
             base=disk.root.backing if sync == "top" else None,
+            look=under is not None,
+            compare=under is not None and under.compare,
+            record=under.record if under is not None else None,
             everything=sync != "none",
             bitmap=bitmap,
             by_bitmap=sync in BY_BITMAP,
@@ -246,9 +250,9 @@ def into_node(
     _check_target(daemon, node, target)
     targets.check_node(SAME, disk, node)
     check_source(daemon, disk, device, node)
-    _check_sync(source, node, what.sync)
     return Start(
         daemon, so_far, disk, node, job_name(daemon, device, job_id), sync=what.sync,
+        under=_check_sync(source, node, what.sync),
         bitmap=bitmap, bitmap_mode=mode, max_chunk=chunk, compress=what.compress, **more,
     )  # fmt: skip
 
@@ -380,8 +384,9 @@ def check_source(daemon: Daemon, disk: Disk, device: str, target: Node | None) -
     free(daemon, device, "backup", beside="backup")
 
 
-def _check_sync(source: Node, target: Node, sync: str) -> None:
-    """Raise unless what is not copied can be seen through the target."""
+def _check_sync(source: Node, target: Node, sync: str) -> targets.Below:
+    """Return how what is not copied is seen through the target. Raises `CowferryError` if it
+    cannot be."""
     if sync == "none":
         if target.backing is not None and target.backing is not source:
             raise CowferryError(
@@ -390,8 +395,7 @@ def _check_sync(source: Node, target: Node, sync: str) -> None:
             )
         if target.driver not in OVERLAYS:
             targets.check_backing(target, source)
-    elif sync == "top":
-        targets.check_backing(target, source.backing)
+    return targets.below(target, source.backing if sync == "top" else None)
 
 
 # By file ----------------------------------------------------------------------------------
@@ -428,6 +432,10 @@ def into_file(
     made: list[str] = []
     if mode == "existing":
         format = format or format_of(target)
+        if sync == "top":
+            node = targets.existing(daemon, target, format, below, source.size, node_name)
+        else:
+            node = _open(daemon, target, format, sync, below, made, source.size, node_name)
     else:
         format = format or (source.driver if source.driver in ("raw", *OVERLAYS) else "raw")
         driver(format)
@@ -437,7 +445,7 @@ def into_file(
                 "use format=qcow2 or sync=full",
             )
         targets.create(target, format, source.size, source, below, made, goal=False)
-    node = _open(daemon, target, format, sync, below, made, source.size, node_name)
+        node = _open(daemon, target, format, sync, below, made, source.size, node_name)
     try:
         targets.check_node(SAME, disk, node)
         if node.size != source.size:
@@ -446,9 +454,9 @@ def into_file(
                 f"'{device}' has {source.size} bytes and '{target}' {node.size}",
             )
         _check_compression(what, node, target)
-        _check_sync(source, node, sync)
         return Start(
-            daemon, so_far, disk, node, job_id, sync=sync, bitmap=bitmap,
+            daemon, so_far, disk, node, job_id, sync=sync,
+            under=_check_sync(source, node, sync), bitmap=bitmap,
             bitmap_mode=bitmap_mode, made=made, adopted=True, max_chunk=chunk,
             compress=what.compress, **more,
         )  # fmt: skip

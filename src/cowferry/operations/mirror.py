@@ -105,13 +105,32 @@ def into_node(
             f"Node '{node.name}' is in use: it is a disk of its own, or exported",
             "mirror into a node that nobody else uses",
         )
-    backing = {"full": None, "top": disk.root.backing, "none": disk.root}[sync]
-    targets.check_backing(node, backing)
-    base = disk.root.backing if sync == "top" else None
     return _start(
-        daemon, device, disk, node, job_id=job_id, base=base, everything=sync != "none",
-        backing=backing, granularity=granularity, group=group, **more,
+        daemon, device, disk, node, job_id=job_id, granularity=granularity, group=group,
+        **_partly(disk, node, sync), **more,
     )  # fmt: skip
+
+
+def _partly(disk: Disk, node: Node, sync: str) -> dict[str, Any]:
+    """What the job has to know of what is not copied to `node`, and shows through it.
+
+    Raises `CowferryError` if it cannot."""
+    root = disk.root
+    shown = {"full": None, "top": root.backing, "none": root}[sync]
+    under = targets.below(node, shown)
+    if sync == "none" and under.compare:  # the guest writes what would have to be compared
+        assert node.backing is not None
+        raise CowferryError(
+            f"'{node.filename}' lies over '{node.backing.filename}', and not over '{disk.name}'",
+            "sync=none wants an overlay of the disk; or copy all of it with sync=full",
+        )
+    return {
+        "base": root.backing if sync == "top" else None,
+        "everything": sync != "none",
+        "backing": under.lent,
+        "compare": under.compare,
+        "record": under.record,
+    }
 
 
 def _start(
@@ -201,18 +220,18 @@ def into_file(
     root = disk.root
     targets.check_path(SAME, disk, target)
     backing = {"full": None, "top": root.backing, "none": root}[sync]
+    # The job itself lays the target over the root: others may write there, as nobody else could.
+    below = backing if sync == "top" else None
     made: list[str] = []
     if mode == "existing":
         format = format or format_of(target)
+        node = targets.existing(daemon, target, format, below, disk.size, node_name)
     else:
         format = format or (root.driver if root.driver in ("raw", *OVERLAYS) else "raw")
         if backing is not None and format == "raw":
             raise NotSupported("a raw image has no backing file", "use format=qcow2 or sync=full")
         targets.create(target, format, disk.size, root, backing, made)
-    # The job itself lays the target over the root: others may write there, as nobody else could.
-    below = backing if sync == "top" else None
-    node = targets.opened(daemon, target, format, below, made, disk.size, node_name)
-    base = root.backing if sync == "top" else None
+        node = targets.opened(daemon, target, format, below, made, disk.size, node_name)
 
     def abandoned(job: Job) -> None:
         graph.let_go(node)
@@ -221,11 +240,9 @@ def into_file(
 
     try:
         targets.check_node(SAME, disk, node)
-        targets.check_backing(node, backing)
         return _start(
-            daemon, device, disk, node, job_id=job_id, base=base, everything=sync != "none",
-            backing=backing, granularity=granularity, group=group,
-            abandoned=abandoned, **more,
+            daemon, device, disk, node, job_id=job_id, granularity=granularity, group=group,
+            abandoned=abandoned, **_partly(disk, node, sync), **more,
         )  # fmt: skip
     except BaseException:
         graph.let_go(node)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowferry.block import identity, names, origin, sysio
 from cowferry.block.node import Node
@@ -31,10 +32,8 @@ def create(
         if like.driver == format:
             options |= getattr(like, "geometry", {"cluster_size": like.granule})
         if backing is not None:
-            below = names.absolute(backing.filename)
-            options |= {"backing_file": below, "backing_fmt": backing.driver}
-            if os.path.dirname(below) == os.path.dirname(os.path.abspath(path)):
-                options["backing_file"] = os.path.basename(below)
+            name, kind = _named(path, backing)
+            options |= {"backing_file": name, "backing_fmt": kind}
     existed = os.path.exists(path)
     opening.create_image(path, format, size, options, goal=goal, like=origin.of_node(like))
     if not existed:
@@ -60,6 +59,29 @@ def opened(
     except BaseException:
         unmake(made)
         raise
+
+
+def existing(
+    daemon: Daemon, path: str, format: str, below: Node | None, size: int,
+    node_name: str | None = None,
+) -> Node:  # fmt: skip
+    """Open an image that is there: over `below` if its header names that image or none, else over
+    the images that its header names. With `below` None, over nothing. Raises `CowferryError`."""
+    if format in OVERLAYS and below is not None:
+        look = opening.image_options(path, format, read_only=True)
+        seen = daemon.graph.adopt({**look, "backing": None})
+        try:
+            spec = seen.backing_spec
+            elsewhere = spec is not None and not leads_to(seen.filename, spec, below)
+        finally:
+            daemon.graph.let_go(seen)
+        if elsewhere:
+            options = opening.image_options(path, format)
+            if node_name is not None:
+                options["node-name"] = node_name
+            return daemon.graph.adopt(options, explicit=node_name is not None)
+        below = below if spec is not None else None  # whoever lends it has the header name it
+    return opened(daemon, path, format, below, [], size, node_name)
 
 
 def is_there(path: str) -> bool:
@@ -106,22 +128,96 @@ def layers(disk: Disk) -> list[identity.Layer]:
     return identity.layers(disk.root, f"disk '{disk.name}'", disk.store)
 
 
-def check_backing(target: Node, backing: Node | None) -> None:
-    """Raise unless the target can show what lies below it, now and when it is opened again."""
-    if backing is None or target.backing is not None:
-        return
+Spec = tuple[str, str | None]  # a backing file's name as a header records it, and its format
+
+
+class Below(NamedTuple):
+    """How a target shows what is not copied to it, now and when it is opened again.
+
+    `lent` is the node that it lies over as long as the job runs, if it lies over none. `compare`:
+    it lies over another image than the disk does, so what it shows is to be compared. `record` is
+    the (name, format) that its header has to name in the end; None: it is right already."""
+
+    lent: Node | None = None
+    compare: bool = False
+    record: Spec | None = None
+
+
+def below(target: Node, shown: Node | None) -> Below:
+    """Return how the target is to show `shown` where nothing is copied. Raises `CowferryError` if
+    it cannot."""
+    if shown is None:
+        return Below()
+    if target.backing is None:
+        check_backing(target, shown)
+        return Below(lent=shown, record=_to_record(target, shown))
+    record = _to_record(target, target.backing)
+    if record is not None:
+        target.check_backing(*record)
+    return Below(compare=not _one_image(target.backing, shown), record=record)
+
+
+def _named(path: str, backing: Node) -> tuple[str, str]:
+    """What an image at `path` is to record of its backing file: name and format."""
+    below = names.absolute(backing.filename)
+    if os.path.dirname(below) == os.path.dirname(os.path.abspath(path)):
+        below = os.path.basename(below)
+    return below, backing.driver
+
+
+def _to_record(target: Node, backing: Node) -> Spec | None:
+    """Return what the header of `target` has to name for `backing`; None: it does so already."""
+    spec = target.backing_spec
+    if spec is None or not leads_to(target.filename, spec, backing):
+        return _named(target.filename, backing)
+    return None if spec[1] else (spec[0], backing.driver)
+
+
+def leads_to(image: str, spec: Spec, node: Node) -> bool:
+    """Whether the (backing name, format) that `image` records means the image of `node`, by
+    whatever name. A format that is not recorded may be any."""
+    recorded, format = spec
+    if format and {"file": "raw", "host_device": "raw"}.get(format, format) != node.driver:
+        return False
+    if opening.leads_to(image, recorded, node.filename):
+        return True
+    try:
+        there = identity.of_path(opening.backing_path(image, recorded))
+    except CowferryError:
+        return False
+    return _stores(there) == _stores(identity.of_node(node)) != set()
+
+
+def _stores(places: Sequence[identity.Place]) -> set[tuple[str, int, int]]:
+    return {(p.store, p.start, p.stop) for p in places if not p.within}
+
+
+def _one_image(a: Node | None, b: Node | None) -> bool:
+    """Whether two nodes read the same, because they and all below them are the same files."""
+    while a is not b:
+        if a is None or b is None or a.driver != b.driver or a.size != b.size:
+            return False
+        if a.remote or _stores(identity.of_node(a)) != _stores(identity.of_node(b)):
+            return False
+        a, b = a.backing, b.backing
+    return True
+
+
+def check_backing(target: Node, backing: Node) -> None:
+    """Raise `CowferryError` unless a target that lies over nothing can show `backing`, now and when
+    it is opened again."""
     if target.driver in ("raw", "file"):
         raise NotSupported(
             f"'{target.filename}' is a {target.driver} image, which has no backing file: what is "
             "not copied would read as zeroes",
             "use sync=full, or a qcow2 target",
         )
-    if target.backing_spec is not None:
-        recorded = target.backing_spec[0]
-        if not opening.leads_to(target.filename, recorded, backing.filename):
-            raise CowferryError(
-                f"'{target.filename}' names another backing file: '{recorded}'",
-                f"make it over '{backing.filename}', which is not copied",
-            )
-    else:
+    spec = target.backing_spec
+    if spec is None:
         target.check_backing(names.absolute(backing.filename), backing.driver)
+    elif not leads_to(target.filename, spec, backing):
+        raise CowferryError(
+            f"'{target.filename}' names another backing file: '{spec[0]}', format {spec[1]}",
+            f"make it over '{backing.filename}' ({backing.driver}), which is not copied; or open "
+            "it with the backing file that it names",
+        )
