@@ -17,7 +17,7 @@ from typing import Any
 
 from chains import contents
 from cowferry.block.bitmap import Bitmap
-from cowferry.drivers import driver
+from cowferry.drivers import driver, opening
 from cowferry.drivers.qcow2.image import Qcow2
 from test_qcow2_peers import qemu_img
 from tests_support import need
@@ -61,7 +61,7 @@ def image_at(path: Path, read_only: bool = False) -> Iterator[Qcow2]:
 
 def make(path: Path, size: int = SIZE, **options: Any) -> Path:
     """An empty image."""
-    Qcow2.create(str(path), size, options)
+    opening.create_image(str(path), "qcow2", size, options)
     return path
 
 

@@ -20,10 +20,11 @@ import pytest
 import crashes
 import test_crash_bitmaps as bitmaps
 import test_crash_commit as commits
+import test_crash_create as creates
 import test_crash_moves as copies
 import test_crash_partial as partials
 import test_crash_snapshot as snapshots
-from cowferry.block import bitmap_file, moves, sysio
+from cowferry.block import bitmap_file, keeper, moves, sysio
 from cowferry.block.keeper import Keeper
 from cowferry.commands import change as change_command
 from cowferry.drivers import opening, partial
@@ -232,6 +233,46 @@ def gone_at_once(file: File, path: str) -> None:
     partial.unmark(file.fd)
 
 
+def replaced(folder: Path) -> None:
+    with creates.as_replayed():
+        creates.test_a_new_image_takes_the_place_of_an_old_one_at_one_moment(
+            folder, "qcow2", creates.plain, {"old", "new"}
+        )
+
+
+def with_data_file(folder: Path) -> None:
+    with creates.as_replayed():
+        creates.test_an_image_and_its_data_file_change_together(folder, "on", "metadata")
+
+
+def in_place(folder: Path, format: str = "qcow2") -> None:
+    creates.test_in_place_one_finds_the_old_image_or_the_new_one_or_a_refusal(
+        folder, format, creates.with_bitmap_in_use
+    )
+
+
+def qed_in_place(folder: Path) -> None:
+    in_place(folder, "qed")
+
+
+def raw_in_place(folder: Path) -> None:
+    in_place(folder, "raw")
+
+
+def filled_in_place(folder: Path) -> None:
+    with creates.as_replayed():
+        creates.made_over_a_partial_image(folder, "whole", in_place=True)
+
+
+def kept(image: str, keep: Any = ()) -> None:
+    """Bitmap files of an older image stay."""
+
+
+def retired(image: str) -> Callable[[], None]:
+    """The map of an older image stays as it is until the end."""
+    return lambda: None
+
+
 def active(folder: Path) -> None:
     commits.test_C1_C2_M2_an_active_commit_and_its_pivot(folder, "raw", "background", 40 << 10)
 
@@ -245,15 +286,23 @@ def unmarked(self: Keeper, offset: int, length: int) -> tuple[int, int]:
 
 
 ROWS: list[tuple[str, Scenario, Break]] = [
-    ("a new overlay's bytes", snapshot, Without("make", "Snapshot.approach")),
+    (
+        "a new overlay's bytes",
+        snapshot,
+        Without("_make", "_Target.complete", "Snapshot.approach"),
+    ),
     (
         "a new overlay's name",
         snapshot,
-        Without("File.create", "Snapshot.approach", "record", unless="_store"),
+        Without("_Target.replace", "Snapshot.approach", "record", unless="_store"),
     ),
     ("the record's bytes and name", snapshot, Without("_store")),
     ("the old image of a snapshot", snapshot, Without("Snapshot.settle")),
-    ("a new QED overlay's bytes", qed_snapshot, Without("make", "Snapshot.approach")),
+    (
+        "a new QED overlay's bytes",
+        qed_snapshot,
+        Without("_make", "_Target.complete", "Snapshot.approach"),
+    ),
     ("the QED target at the pivot", qed_copy, Without("Mirror.settle")),
     (
         "the QED base of a commit",
@@ -269,7 +318,7 @@ ROWS: list[tuple[str, Scenario, Break]] = [
     ("the target at the pivot", copy, Without("Mirror.settle")),
     ("the copy's record", copy, Without("_store")),
     ("a finished copy's bytes", raw_copy, Without("Mirror.settle")),
-    ("a finished copy's name", raw_copy, Without("File.create")),
+    ("a finished copy's name", raw_copy, Without("_Target.replace")),
     ("a finished copy's past", raw_copy, Without("apart")),
     ("a given target's name", given_target, Without("record", unless="_store")),
     ("the layers of a copied chain", chain, Without("Mirror._copy_layer")),
@@ -313,9 +362,21 @@ ROWS: list[tuple[str, Scenario, Break]] = [
     ("the map goes first", filled, instead(partial, "end", gone_at_once)),
     ("the map of a larger file", grows, Without("Partial.resize", unless="Filling.store")),
     ("a new map", made, Without("Marks.__init__")),
-    ("a new mark", made, Without("mark")),
-    ("a new raw image", made, Without("File.create")),
+    ("a new mark", made, Without("mark", "_Target.complete")),
+    ("a new raw image", made, Without("_Target.replace")),
     ("the old name's record", there_and_back, instead(opening, "create_image", not_kept)),
+    (
+        "a replaced image's bytes",
+        replaced,
+        Without("_Target.complete", "_make", "_preallocate"),
+    ),
+    ("a replaced image's name", replaced, Without("_Target.replace")),
+    ("a data file's old name", with_data_file, Without("_Target.set_aside")),
+    ("both old names are gone", with_data_file, Without("_Target.forget")),
+    ("the header of an image that is made in place", in_place, Without("_make")),
+    ("the bytes of an image that is lost", qed_in_place, Without("_Target.begin")),
+    ("bitmaps of an image that is lost", raw_in_place, instead(keeper, "fresh", kept)),
+    ("the map of an image that is lost", filled_in_place, instead(partial, "retire", retired)),
     ("another disk's record", older_record, instead(moves, "_forget_others", lambda m: None)),
 ]
 
@@ -350,11 +411,12 @@ def test_every_flush_of_an_operation_has_a_row_here(
 
             patch.setattr(sysio, flush, noting)
 
-    def each(judge: crashes.Judge, *arguments: Any, **more: Any) -> int:
+    def each(*_: Any, **__: Any) -> int:
         raise Recorded
 
     monkeypatch.setattr(crashes, "BREAK", [note])
     monkeypatch.setattr(crashes.Judge, "each", each)
+    monkeypatch.setattr(creates, "states", each)
     for number, scenario in enumerate(dict.fromkeys(row[1] for row in ROWS)):
         folder = tmp_path / str(number)
         folder.mkdir()

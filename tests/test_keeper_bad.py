@@ -18,7 +18,6 @@ from cowferry.block.disk import Disk
 from cowferry.block.node import Node
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
-from cowferry.drivers.file import File
 from cowferry.errors import CowferryError, DeviceInUse, ImageError
 from test_keeper import K64, REGION, SIZE, a_disk, crash, keep, look, on_disk, write
 from tests_support import need
@@ -49,7 +48,8 @@ def another(path: Path) -> None:
 def made_anew(path: Path) -> None:
     """File systems use an inode number again at once."""
     path.unlink()
-    File.create(str(path), SIZE, {})
+    with open(path, "wb") as f:
+        f.truncate(SIZE)
 
 
 def touched(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -29,6 +30,9 @@ SIZE = 1 << 20
 OWNER, GROUP = 12345, 23456
 
 
+NEW = re.compile(r"^\.(.*)\.[0-9a-f]{8}\.new")  # a new image before it has its name
+
+
 class Watch:
     """A recorder that looks at each file in the moment in which it was made, and at its end."""
 
@@ -39,7 +43,7 @@ class Watch:
         self.wide: list[str] = []
 
     def created(self, path: str) -> None:
-        self.made.append(os.path.basename(path))
+        self.made.append(NEW.sub(r"\1", os.path.basename(path)))
         self.look(path)
 
     def look(self, path: str) -> None:

@@ -44,6 +44,7 @@ import os
 import secrets
 import stat
 import threading
+from collections.abc import Collection
 
 from bitarray import bitarray
 
@@ -599,10 +600,13 @@ def there(image: str) -> bool:
     return any(os.path.lexists(path) for path in moves.places(image, SUFFIX))
 
 
-def fresh(image: str) -> None:
-    """There is a new image under this name: bitmaps of an older one go. Raises `OSError`."""
+def fresh(image: str, keep: Collection[str] = ()) -> None:
+    """Durably remove the bitmap files of an older image under this name, but for those to `keep`.
+
+    Raises `OSError`."""
     for path in moves.places(image, SUFFIX):
-        bitmap_file.remove(path)
+        if path not in keep:
+            bitmap_file.remove(path)
 
 
 def _find(node: Node) -> tuple[list[Bitmap], int, bytes]:

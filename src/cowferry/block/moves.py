@@ -55,6 +55,8 @@ log = logging.getLogger(__name__)
 
 MOVED, COMMITTING, COPYING, SIZE = ".moved", ".committing", ".copying", ".size"
 MAX_NAME = 200  # characters of a record's name in the state folder
+LONGEST = 255  # bytes of a file's name
+NEW = 9  # bytes that a record's name has in addition while it is being written
 
 
 class Move(NamedTuple):
@@ -106,13 +108,14 @@ def state_folder() -> str:
 def places(image: str, suffix: str) -> list[str]:
     """Where an image's record may lie: beside it, if it is a file, or in the state folder."""
     name = _named(image)
-    text = quote(name, safe="")
+    text = quote(os.fsencode(name), safe="")
     if len(text) > MAX_NAME:
         text = hashlib.sha256(text.encode()).hexdigest()
     apart = os.path.join(state_folder(), text + suffix)
     elsewhere = name.startswith(("/dev/", "/proc/")) or names.is_uri(name)
     # An image may have been handed over as a descriptor, out of a folder that is closed to us.
     elsewhere = elsewhere or not os.access(os.path.dirname(name), os.X_OK)
+    elsewhere = elsewhere or len(os.fsencode(os.path.basename(name) + suffix)) + NEW > LONGEST
     return [apart] if elsewhere else [name + suffix, apart]
 
 
@@ -200,11 +203,13 @@ def settled(image: str) -> None:
 
 
 def fresh(image: str) -> None:
-    """There is a new image under this name: records of an older one go."""
-    settled(image)
+    """There is a new image under this name: records of an older one go.
+
+    The last one is that of a move: as long as it is there it leads to the disk of the old image."""
     committed(image)
     copied(image)
     _forget_size(image)
+    settled(image)
 
 
 def apart(copy: str, disk: str) -> None:

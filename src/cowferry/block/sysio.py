@@ -29,8 +29,17 @@ _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _sync_file_range = _libc.sync_file_range
 _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
+_renameat2 = _libc.renameat2
+_renameat2.argtypes = [
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
+]  # fmt: skip
+AT_FDCWD, NOREPLACE = -100, 1
+
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, UNSHARE_RANGE = 0x01, 0x02, 0x10, 0x40
 FICLONERANGE = 0x4020940D
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_NOCOW = 0x80086601, 0x40086602, 0x00800000
+FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR, FS_XFLAG_EXTSIZE = 0x801C581F, 0x401C5820, 0x800
+FSXATTR = struct.Struct("5I8x")  # flags, extent size, extents, project, extent size for copies
 
 
 class Recorder(Protocol):
@@ -129,6 +138,26 @@ def set_attribute(fd: int, name: str, value: bytes | None) -> None:
         recorder.attributed(fd, name, value)
 
 
+def set_nocow(fd: int) -> None:
+    """Let writes into an empty file stay in place, on a file system that otherwise copies on write
+    (btrfs). No other file system needs it, and one that has no such flag is no error."""
+    with contextlib.suppress(OSError):
+        (flags,) = struct.unpack("i", fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(4)))
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("i", flags | FS_NOCOW))
+
+
+def set_extent_size(fd: int, size: int) -> None:
+    """Have an empty file grow in steps of `size` bytes on the disk. Raises `OSError` where the file
+    system has no such thing."""
+    flags, _, extents, project, cow = FSXATTR.unpack(
+        fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(FSXATTR.size))
+    )
+    wanted = FSXATTR.pack(flags | FS_XFLAG_EXTSIZE, size, extents, project, cow)
+    fcntl.ioctl(fd, FS_IOC_FSSETXATTR, wanted)
+    if FSXATTR.unpack(fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(FSXATTR.size)))[1] != size:
+        raise OSError(errno.EOPNOTSUPP, "the file system has no extent size hints")
+
+
 def ftruncate(fd: int, size: int) -> None:
     """Set the file's size."""
     os.ftruncate(fd, size)
@@ -211,6 +240,19 @@ def let_go(own: int, offset: int, length: int) -> None:
 def rename(source: str, target: str) -> None:
     """Atomically replace `target`; durable only after `flush_directory`."""
     os.rename(source, target)
+    if recorder is not None:
+        recorder.renamed(source, target)
+
+
+def rename_new(source: str, target: str) -> None:
+    """`rename`, but raise `FileExistsError` if `target` is there."""
+    if _renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), NOREPLACE):
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), source, None, target)
+        if os.path.lexists(target):  # the file system cannot do both at once
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+        os.rename(source, target)
     if recorder is not None:
         recorder.renamed(source, target)
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from cowferry.block import moves
 from cowferry.block.node import Node, chain
 from cowferry.commands import Args, NoArgs, command
 from cowferry.commands.throttle import shown
-from cowferry.drivers import driver, opening
+from cowferry.drivers import driver
 from cowferry.drivers.file import File
+from cowferry.drivers.making import create_image
 from cowferry.errors import CowferryError
 from cowferry.graph import actual_size
 from cowferry.jobs.create import Create
@@ -67,7 +67,7 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     kind = options.pop("driver", None)
     if not isinstance(kind, str):
         raise CowferryError("Parameter 'options.driver' is missing")
-    cls = driver(kind)
+    driver(kind)  # there is such a driver
     size = options.pop("size", None)
     if not isinstance(size, int) or isinstance(size, bool):
         raise CowferryError("Parameter 'options.size' is missing")
@@ -92,9 +92,9 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     target = path
 
     def make() -> None:
-        moves.fresh(target)
-        with node.unlocked() if node is not None else contextlib.nullcontext():
-            cls.create(target, size, plain, opening.like_backing(target, plain))
+        create_image(target, kind, size, plain, node=node)
+        if node is not None:
+            node.refresh_size()
 
     why = "block device is in use by block job: create"
     if node is not None:

@@ -21,7 +21,7 @@ import msgspec
 
 from cowferry.block import names
 from cowferry.block.node import Node
-from cowferry.block.origin import Origin
+from cowferry.drivers.plan import Plan
 from cowferry.errors import CowferryError, ImageError
 
 MODULES = {
@@ -78,12 +78,11 @@ class Driver(Protocol):
         ...
 
     @classmethod
-    def create(
-        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
-    ) -> None:
-        """Make a new image file. `options` are qemu-img's `-o` names.
+    def plan(cls, path: str, size: int, options: Mapping[str, Any]) -> Plan:
+        """Return how to make a new image of `size` bytes, and change nothing.
 
-        A file that is not there yet gets the permissions `like`; None: 0644 less the umask."""
+        `options` are qemu-img's `-o` names; `path` is for messages. Raises `CowferryError` for a
+        size or an option that is wrong."""
         ...
 
 

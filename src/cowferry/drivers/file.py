@@ -10,7 +10,7 @@ What every driver has, in the order in which you will want to write it:
 4. `extents`: the more it says (states, descriptors, what is writable) the less the lane and
    the jobs have to ask;
 5. `pread`/`pwrite`/`zero`/`discard`/`flush`, raising `OSError`;
-6. `create`, if there is something to create.
+6. `plan`, if there is something to create (`drivers/plan.py`).
 
 One duty is this driver's alone: its flush is the one that counts. A failed fdatasync is *sticky*
 (N6) until the file is opened again, and flushes that arrive together are one system call
@@ -25,8 +25,7 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from cowferry.block import identity, sysio
@@ -34,13 +33,15 @@ from cowferry.block.barrier import Barrier
 from cowferry.block.holes import Holes
 from cowferry.block.identity import Place
 from cowferry.block.node import ZEROES, Extent, Node, State, read_fully
-from cowferry.block.origin import Origin
 from cowferry.drivers import Common, fdsets, register
 from cowferry.drivers.locks import Lock
+from cowferry.drivers.options import flag, number, word
+from cowferry.drivers.plan import Plan, is_device
 from cowferry.errors import CowferryError, DeviceInUse, ImageError
 
 #: errnos by which a file system says that it cannot do this with a range.
 UNABLE = (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS)
+CREATION = frozenset({"preallocation", "nocow", "extent_size_hint"})
 _handed_over: weakref.WeakSet[File] = weakref.WeakSet()  # nodes over descriptors of fdsets
 
 
@@ -98,7 +99,7 @@ class File(Node):
                 lock = Lock.take(fd, options.filename, read_only, options.force_share)
             node = cls(fd, options.filename, read_only, lock)
             node.shares = options.force_share or options.locking == "off"
-            if options.filename.startswith(fdsets.PREFIX):
+            if lock is not None and options.filename.startswith(fdsets.PREFIX):
                 node._alone()
                 node.shares = node.shares or read_only  # duplicates of one descriptor share locks
             return node
@@ -108,48 +109,43 @@ class File(Node):
             raise
 
     @classmethod
-    def create(
-        cls,
-        path: str,
-        size: int,
-        options: Mapping[str, Any],
-        like: Origin | None = None,
-        locked: Callable[[int], None] | None = None,
-    ) -> None:
-        """An empty file of `size` bytes. `preallocation`: off, falloc or full.
+    def plan(cls, path: str, size: int, options: Mapping[str, Any]) -> Plan:
+        """A file of `size` bytes, all zero; or a device, whose bytes stay as they are.
 
-        A file that is not there yet gets the permissions `like`; None: 0644 less the umask.
-        `locked` is called with the descriptor once nobody else can have the file, and before any
-        byte of it is changed."""
-        how = options.get("preallocation", "off")
-        if how not in ("off", "falloc", "full"):
-            raise CowferryError(f"Parameter 'preallocation' does not accept value '{how}'")
-        if size < 0 or size >= 1 << 63:
+        The options are `preallocation` (off, falloc, or full, which also fills a device with
+        zeroes), `nocow` and `extent_size_hint`."""
+        unknown = set(options) - CREATION
+        if unknown:
+            raise CowferryError(f"raw images have no option '{min(unknown)}'")
+        how = word(options, "preallocation", "off", "falloc", "full")
+        nocow = flag(options, "nocow")
+        hint = number(options, "extent_size_hint", 0)
+        if not 0 <= hint < 1 << 32:
+            raise CowferryError(f"Parameter 'extent_size_hint' cannot be {hint}")
+        if not 0 <= size < 1 << 63:
             raise CowferryError(f"'{path}': an image cannot have {size} bytes")
-        is_device = os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
-        if is_device:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        else:
-            fd = sysio.create(path, os.O_RDWR, like)
-        try:
-            lock = Lock.take(fd, path, read_only=False, force_share=False)
-            if is_device and os.lseek(fd, 0, os.SEEK_END) < size:
-                raise ImageError(f"device '{path}' is smaller than {size} bytes")
-            if locked is not None:
-                locked(fd)
-            if not is_device:
-                sysio.ftruncate(fd, 0)
-                sysio.ftruncate(fd, size)
+
+        def make(path: str, _: str | None) -> None:
+            fd = fdsets.open_fd(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if not is_device(fd):
+                    if nocow:
+                        sysio.set_nocow(fd)
+                    if hint:
+                        sysio.set_extent_size(fd, hint)
+                    sysio.ftruncate(fd, size)
                 if how != "off" and size:
-                    sysio.fallocate(fd, 0, 0, size)
-                for at in range(0, size if how == "full" else 0, len(ZEROES)):
-                    sysio.pwrite(fd, ZEROES[: min(len(ZEROES), size - at)], at)
-            sysio.fdatasync(fd)
-            lock.drop()
-        finally:
-            os.close(fd)
-        if not is_device:
-            sysio.flush_directory(os.path.dirname(os.path.abspath(path)))
+                    _fill(fd, size, how == "full")
+            finally:
+                os.close(fd)
+
+        return Plan(
+            size=size,
+            needs=size,
+            takes=size if how != "off" else 0,
+            zero_on_device=how == "full",
+            make=make,
+        )
 
     def _alone(self) -> None:
         """Duplicates of one descriptor share its locks, so these have to be told apart by us."""
@@ -348,21 +344,6 @@ class File(Node):
             )
         return fresh
 
-    @contextmanager
-    def unlocked(self) -> Iterator[None]:
-        """Without our locks meanwhile: somebody in this process makes an image in the file.
-
-        Afterwards the locks are held again and the size is what the file has grown to. Raises
-        `DeviceInUse` if another process was quicker."""
-        if self.lock is not None:
-            self.lock.drop()
-        try:
-            yield
-        finally:
-            if self.lock is not None:
-                self.lock = Lock.take(self.fd, self.filename, self.read_only, False)
-            self.refresh_size()
-
     def close(self) -> None:
         """Let the file and its locks go. Does not flush: the format above did."""
         if not self._closed:
@@ -374,3 +355,20 @@ class File(Node):
             fd, self.fd = self.fd, -1
             sysio.remapped.pop(fd, None)
             os.close(fd)
+
+
+def _fill(fd: int, size: int, write: bool) -> None:
+    """Give all bytes of a new file their room, and with `write` zeroes; on a device zeroes only."""
+    if is_device(fd):
+        if not write:
+            return  # a device has its room
+        try:
+            sysio.fallocate(fd, sysio.ZERO_RANGE, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in UNABLE:
+                raise
+    else:
+        sysio.fallocate(fd, 0, 0, size)
+    for at in range(0, size if write else 0, len(ZEROES)):
+        sysio.pwrite(fd, ZEROES[: min(len(ZEROES), size - at)], at)

@@ -36,9 +36,9 @@ from typing import Any
 from cowferry.block import identity
 from cowferry.block.identity import Place
 from cowferry.block.node import ZEROES, Extent, Node, State, clear
-from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
 from cowferry.drivers.nbd_link import Address, Broken, Call, Link, Refused, connect, parse_uri
+from cowferry.drivers.plan import Plan
 from cowferry.errors import CowferryError, ImageError, NotSupported
 from cowferry.wire import nbd
 
@@ -162,9 +162,7 @@ class Nbd(Node):
         return node
 
     @classmethod
-    def create(
-        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
-    ) -> None:
+    def plan(cls, path: str, size: int, options: Mapping[str, Any]) -> Plan:
         """There is no such thing: the server makes its exports."""
         raise NotSupported(f"'{path}': an export is made by its server", "use one that is there")
 

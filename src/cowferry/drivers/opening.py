@@ -23,12 +23,11 @@ from typing import Any
 
 import msgspec
 
-from cowferry.block import identity, keeper, moves, names, origin, sysio
+from cowferry.block import identity, keeper, moves, names
 from cowferry.block.node import Node, chain
-from cowferry.block.origin import Origin
 from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of, partial
-from cowferry.drivers.locks import Lock
-from cowferry.errors import CowferryError, ImageError, NotSupported
+from cowferry.drivers.making import create_image, new_image
+from cowferry.errors import CowferryError, ImageError
 
 CHILDREN = ("file", "data-file")
 Lookup = Callable[[str], Node]
@@ -203,59 +202,6 @@ def close_chain(node: Node | None) -> None:
             first = first or error
     if first is not None:
         raise first
-
-
-def create_image(
-    path: str, format: str, size: int, options: Mapping[str, Any], *, goal: bool = False,
-    like: Origin | None = None,
-) -> None:  # fmt: skip
-    """Make a new image of `size` bytes. `options` are qemu-img's `-o` names.
-
-    A file that is not there yet gets the permissions `like`. Without them it gets those of its
-    backing file, less the umask; and without a backing file mode 0644, less the umask.
-
-    Bitmaps of an older image under this name go. So does what is recorded of it, unless the new one
-    is the `goal` of a disk that has yet to move there: until then the old name leads where it led.
-    Raises `CowferryError`; an unfinished file is removed if it was made here."""
-    if names.is_uri(path):
-        raise NotSupported(
-            f"'{path}' is an export: no image can be made there",
-            "write into what is there: convert -n, or mode=existing",
-        )
-    existed = os.path.lexists(path)
-    try:
-        _forget_bitmaps(path)
-        if not goal:
-            moves.fresh(path)
-        driver(format).create(path, size, options, like or like_backing(path, options))
-    except BaseException as error:
-        if not existed and os.path.lexists(path):
-            sysio.unlink(path)
-        if isinstance(error, OSError):
-            raise ImageError(f"{path}: {error.strerror or error}") from error
-        raise
-
-
-def like_backing(path: str, options: Mapping[str, Any]) -> Origin | None:
-    """The permissions for an image that its creation options put over a backing file."""
-    backing = options.get("backing_file")
-    if not backing or names.is_uri(str(backing)):
-        return None
-    found = origin.of(os.path.join(os.path.dirname(path), str(backing)))
-    return found and found.masked()
-
-
-def _forget_bitmaps(path: str) -> None:
-    """Bitmaps beside an image that is about to be replaced go, unless somebody has it open."""
-    if not keeper.there(path):
-        return
-    if os.path.exists(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            Lock.take(fd, path, read_only=False, force_share=False).drop()
-        finally:
-            os.close(fd)
-    keeper.fresh(path)
 
 
 def backing_path(image: str, recorded: str) -> str:
@@ -448,6 +394,7 @@ __all__ = [
     "create_image",
     "file_options",
     "image_options",
+    "new_image",
     "open_image",
     "open_node",
     "typed",

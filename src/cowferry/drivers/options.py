@@ -11,10 +11,32 @@ SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
 def number(options: Mapping[str, Any], key: str, default: int) -> int:
-    """A number, which may have a suffix of `SUFFIXES`. Raises `CowferryError`."""
+    """Return a number, which may have a suffix of `SUFFIXES`. Raises `CowferryError`."""
     value = str(options.get(key, default)).strip().lower().removesuffix("b")
     shift = SUFFIXES.get(value[-1:], 0)
     try:
         return int(value[:-1] if shift else value) << shift
     except ValueError:
         raise CowferryError(f"Parameter '{key}' expects a size, not '{options[key]}'") from None
+
+
+def flag(options: Mapping[str, Any], key: str) -> bool:
+    """Return whether an option is on; without it, False. Raises `CowferryError`."""
+    value = options.get(key, False)
+    if value in (True, "on", "yes", "true", "y"):
+        return True
+    if value in (False, "off", "no", "false", "n"):
+        return False
+    raise CowferryError(f"Parameter '{key}' expects 'on' or 'off', not '{value}'")
+
+
+def word(options: Mapping[str, Any], key: str, *words: str) -> str:
+    """Return the value of an option that takes one of `words`; without it, the first of them.
+
+    Raises `CowferryError`."""
+    value = str(options.get(key, words[0]))
+    if value not in words:
+        raise CowferryError(
+            f"Parameter '{key}' does not accept value '{value}'", f"it takes {', '.join(words)}"
+        )
+    return value

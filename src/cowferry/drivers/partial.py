@@ -44,8 +44,8 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -55,8 +55,10 @@ from cowferry.block import bitmap_file, keeper, moves, origin, sysio
 from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Unknown
 from cowferry.block.node import ZEROES, Extent, Node, State, read, resolve
 from cowferry.block.origin import Origin
+from cowferry.drivers import fdsets
 from cowferry.drivers.file import File
 from cowferry.drivers.options import number
+from cowferry.drivers.plan import Plan, is_device
 from cowferry.drivers.raw import Raw
 from cowferry.errors import CowferryError, ImageError, NotSupported
 
@@ -625,51 +627,83 @@ def check_bare(node: Node) -> None:
 # Making and mending -------------------------------------------------------------------------
 
 
-def create(path: str, size: int, options: Mapping[str, Any], like: Origin | None = None) -> None:
-    """A raw image. With `backing_file` and `backing_fmt` it is to be filled from that one, in
-    granules of `granularity` bytes; a device keeps its own size."""
-    file_options = {k: v for k, v in options.items() if k not in CREATION}
+def plan(path: str, size: int, options: Mapping[str, Any]) -> Plan:
+    """Return how to make a raw image. With `backing_file` and `backing_fmt` it is to be filled from
+    that one, in granules of `granularity` bytes; a device keeps its own size."""
+    whole = File.plan(path, size, {k: v for k, v in options.items() if k not in CREATION})
     backing, format = options.get("backing_file"), options.get("backing_fmt")
     if backing and not format:
         raise CowferryError("backing file specified without backing format", "add -F FORMAT")
-    spec = (str(backing), str(format)) if backing else None
     granule = _granule(options)
-    if not backing and set(options) & CREATION:
-        raise CowferryError(
-            f"'{path}': backing_fmt and granularity are for an image with a backing file",
-            "add -b FILE",
-        )
-    image = os.path.realpath(path)
-    existed = os.path.lexists(image)
-
-    def locked(fd: int) -> None:
-        for old in moves.places(image, FILLING):
-            bitmap_file.remove(old)
-        if spec is not None:
-            device = stat.S_ISBLK(os.fstat(fd).st_mode)
-            total = os.lseek(fd, 0, os.SEEK_END) if device else size
-            token = secrets.token_bytes(16)
-            bits = bitarray(-(-total // granule), endian="little")
-            bits.setall(False)
-            entry = Entry(NAME, "allocated", granule, bits)
-            stamp = keeper.stamp_of(fd)._replace(mtime_ns=0)  # it is about to change
-            contents = Contents(total, token=token, stamp=stamp, backing=spec, entries=[entry])
-            bitmap_file.write(moves.place(image, FILLING), contents, origin.beside(fd))
-            mark(fd, token)
-
-    try:
-        File.create(path, size, file_options, like, locked)
-    except BaseException:
-        if not existed:
-            for made in moves.places(image, FILLING):
-                bitmap_file.remove(made)
-        raise
     if not backing:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        if set(options) & CREATION:
+            raise CowferryError(
+                f"'{path}': backing_fmt and granularity are for an image with a backing file",
+                "add -b FILE",
+            )
+        return whole
+
+    def make(path: str, _: str | None) -> None:
+        _write_map(path, size, (str(backing), str(format)), granule)
+        whole.make(path, None)
+
+    return replace(whole, make=make, has_map=True)
+
+
+def _write_map(path: str, size: int, backing: tuple[str, str], granule: int) -> None:
+    """Durably say that nothing of the image in the file is there yet. `size` is not a device's."""
+    fd = fdsets.open_fd(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        total = os.lseek(fd, 0, os.SEEK_END) if is_device(fd) else size
+        token = secrets.token_bytes(16)
+        bits = bitarray(-(-total // granule), endian="little")
+        bits.setall(False)
+        entry = Entry(NAME, "allocated", granule, bits)
+        stamp = keeper.stamp_of(fd)._replace(mtime_ns=0)  # it is about to change
+        contents = Contents(total, token=token, stamp=stamp, backing=backing, entries=[entry])
+        image = os.path.realpath(fdsets.path_of(path))
+        bitmap_file.write(moves.place(image, FILLING), contents, origin.beside(fd))
+        mark(fd, token)
+    finally:
+        os.close(fd)
+
+
+def tied(fd: int) -> bool:
+    """Whether a map that says which part of an image is there can be told from one of another image
+    in the same place: by the mark, which a device and some file systems cannot have."""
+    return marked(fd) is not None
+
+
+def retire(image: str) -> Callable[[], None]:
+    """Durably let the map of an image that is about to be replaced fit no image at all.
+
+    The image is refused until the map is removed (`forget`) or put back by the function that is
+    returned. Raises `OSError`, `ImageError`."""
+    undo = ExitStack()
+    for path in moves.places(image, FILLING):
         try:
-            unmark(fd)
-        finally:
-            os.close(fd)
+            contents = bitmap_file.read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (Damaged, Unknown):
+            continue  # the image is refused because of it
+        if contents is not None and contents.backing is not None:
+            like = origin.beside(image)
+            undo.callback(bitmap_file.write, path, contents, like)
+            wrong = Entry(NAME, "dirty", MAX_GRANULE, bitarray(endian="little"))
+            bitmap_file.write(
+                path, replace(contents, size=0, next_size=None, entries=[wrong]), like
+            )
+    return undo.close
+
+
+def forget(image: str, keep: Collection[str] = ()) -> None:
+    """Durably remove the maps of an older image under this name, but for those to `keep`.
+
+    Raises `OSError`."""
+    for path in moves.places(image, FILLING):
+        if path not in keep:
+            bitmap_file.remove(path)
 
 
 def _granule(options: Mapping[str, Any]) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 
 from cowferry.block import moves
 from cowferry.block.node import Extent, Node
-from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
 from cowferry.drivers.file import File
+from cowferry.drivers.plan import Plan
 from cowferry.errors import CowferryError, NotSupported
 
 
@@ -62,16 +62,11 @@ class Raw(Node):
         return partial.Partial(file, filling)
 
     @classmethod
-    def create(
-        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
-    ) -> None:
+    def plan(cls, path: str, size: int, options: Mapping[str, Any]) -> Plan:
         """A raw image of `size` bytes; with a backing file, to be filled from it."""
         from cowferry.drivers import partial
 
-        unknown = set(options) - {"preallocation", "extent_size_hint", "nocow"} - partial.CREATION
-        if unknown:
-            raise CowferryError(f"raw images have no option '{min(unknown)}'")
-        partial.create(path, size, options, like)
+        return partial.plan(path, size, options)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The file's own runs."""

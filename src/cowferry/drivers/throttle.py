@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cowferry.block.node import Node
-from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
+from cowferry.drivers.plan import Plan
 from cowferry.errors import CowferryError
 
 
@@ -44,9 +44,7 @@ class Throttle(Node):
         return cls(children["file"], options.throttle_group)
 
     @classmethod
-    def create(
-        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
-    ) -> None:
+    def plan(cls, path: str, size: int, options: Mapping[str, Any]) -> Plan:
         """There is no such image."""
         raise CowferryError("Driver 'throttle' does not support image creation")
 

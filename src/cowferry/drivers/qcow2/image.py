@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.node import ZEROES, Extent, Node, State, part, read_runs, resolve
-from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
+from cowferry.drivers.plan import Plan
 from cowferry.drivers.qcow2 import bitmaps as store
 from cowferry.drivers.qcow2 import changes, flush, metadata, snapshots
 from cowferry.drivers.qcow2 import header as headers
@@ -141,13 +141,11 @@ class Qcow2(Node):
         return {"data-file": header.data_file}
 
     @classmethod
-    def create(
-        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
-    ) -> None:
-        """Make a new image; see `create.make`."""
+    def plan(cls, path: str, size: int, options: Mapping[str, Any]) -> Plan:
+        """See `create.plan`."""
         from cowferry.drivers.qcow2 import create
 
-        create.make(path, size, options, like)
+        return create.plan(path, size, options)
 
     def _prepare_for_writing(self) -> None:
         h = self.header
@@ -393,6 +391,14 @@ class Qcow2(Node):
                 else:
                     self.map.set(c, keep | ZERO_FLAG if flags else 0)
         return count
+
+    def zero_in_place(self, cluster: int, count: int) -> None:
+        """Let clusters that have a place read as zeroes, and keep the place, which may hold other
+        bytes. For version 3."""
+        with self.meta:
+            while count:
+                n = self._zero_clusters(cluster, count, unmap=False, flags=True)
+                cluster, count = cluster + n, count - n
 
     def _zero_bytes(self, offset: int, end: int, unmap: bool) -> None:
         while offset < end:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from typing import Any
 
 from cowferry.block import sysio
-from cowferry.block.origin import Origin
-from cowferry.drivers import driver
+from cowferry.drivers import fdsets
 from cowferry.drivers.options import number
+from cowferry.drivers.plan import Plan
 from cowferry.drivers.qed import header as headers
-from cowferry.errors import CowferryError, ImageError
+from cowferry.errors import CowferryError
 
 KNOWN = {"cluster_size", "table_size", "backing_file", "backing_fmt", "size"}
 
 
-def plan(path: str, size: int, options: Mapping[str, Any]) -> tuple[headers.Header, bytes]:
+def plan(path: str, size: int, options: Mapping[str, Any]) -> Plan:
+    """Return how to make an image of `size` bytes, rounded up to 512.
+
+    Raises `CowferryError` naming the option that is wrong."""
+    h, name = _header(path, size, options)
+    whole = h.l1_offset + h.table_bytes
+    return Plan(
+        size=h.size,
+        needs=whole,
+        never_on_device="a QED image grows at the end of its file: use raw or qcow2",
+        make=lambda path, _: _make(path, h, name),
+    )
+
+
+def _header(path: str, size: int, options: Mapping[str, Any]) -> tuple[headers.Header, bytes]:
     """The header that the options ask for, and the backing name's bytes.
 
     Raises `CowferryError` naming the wrong option."""
@@ -44,22 +57,14 @@ def plan(path: str, size: int, options: Mapping[str, Any]) -> tuple[headers.Head
     return h, b""
 
 
-def make(path: str, size: int, options: Mapping[str, Any], like: Origin | None = None) -> None:
-    """Create the image at `path`, of `size` bytes (rounded up to 512). Durable on return.
-
-    A crash leaves no header, or all of the image."""
-    h, name = plan(path, size, options)
-    if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-        raise ImageError(
-            f"'{path}' is a device: a QED image grows at the end of its file", "use raw or qcow2"
-        )
-    driver("file").create(path, h.l1_offset + h.table_bytes, {}, like)
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+def _make(path: str, h: headers.Header, name: bytes) -> None:
+    """Build the image in an empty file. A crash leaves no header, or all of the image."""
+    fd = fdsets.open_fd(path, os.O_RDWR | os.O_CLOEXEC)
     try:
+        sysio.ftruncate(fd, h.l1_offset + h.table_bytes)
         if name:
             sysio.pwrite(fd, name, h.name_offset)
-            sysio.fdatasync(fd)
-        sysio.pwrite(fd, h.packed(), 0)
         sysio.fdatasync(fd)
+        sysio.pwrite(fd, h.packed(), 0)
     finally:
         os.close(fd)

@@ -37,8 +37,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from cowferry.block.node import Extent, Node, State, part, read_runs, resolve
-from cowferry.block.origin import Origin
 from cowferry.drivers import Common, register
+from cowferry.drivers.plan import Plan
 from cowferry.drivers.qed import header as headers
 from cowferry.drivers.qed.tables import ZERO, Tables, bytes_of
 from cowferry.drivers.result import Result
@@ -96,13 +96,11 @@ class Qed(Node):
         return image
 
     @classmethod
-    def create(
-        cls, path: str, size: int, options: Mapping[str, Any], like: Origin | None = None
-    ) -> None:
-        """Make a new image; see `create.make`."""
+    def plan(cls, path: str, size: int, options: Mapping[str, Any]) -> Plan:
+        """See `create.plan`."""
         from cowferry.drivers.qed import create
 
-        create.make(path, size, options, like)
+        return create.plan(path, size, options)
 
     def _prepare_for_writing(self, repair: bool = False) -> None:
         if self.file.is_device:
