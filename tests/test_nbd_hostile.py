@@ -19,9 +19,10 @@ import pytest
 from cowferry.block.node import State
 from cowferry.drivers import opening
 from cowferry.drivers.nbd import MANY, Nbd
-from cowferry.drivers.nbd_link import Link, connect, parse_uri
+from cowferry.drivers.nbd_link import Link, connect
 from cowferry.errors import CowferryError
 from cowferry.wire import nbd
+from cowferry.wire.address import parse_uri
 from daemons import PATIENCE
 from nbd_servers import (
     CONTEXT,

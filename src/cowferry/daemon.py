@@ -31,6 +31,7 @@ from cowferry.exports.nbd import NbdExport, NbdServer
 from cowferry.graph import Graph
 from cowferry.jobs.job import Job, Jobs
 from cowferry.jobs.states import Status
+from cowferry.wire.address import from_qmp
 
 if TYPE_CHECKING:
     from cowferry.operations.pull import Pull
@@ -169,12 +170,9 @@ class Daemon:
         if self.nbd is not None:
             raise CowferryError("NBD server already running")
         server = NbdServer(max_connections, handshake)
-        kind, where = socket_address(addr)
+        address = from_qmp(addr, listen=True)
         try:
-            if kind == "unix":
-                server.listen_unix(where["path"])
-            else:
-                server.listen_tcp(where["host"], int(where["port"]))
+            server.listen(address)
         except BaseException:
             server.stop()
             raise
@@ -408,29 +406,3 @@ def _flush(disk: Disk) -> None:
         disk.flush()
     except OSError as error:
         log.error("disk '%s' cannot be flushed: %s", disk.name, error)
-
-
-def socket_address(addr: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """("unix", {path}) or ("inet", {host, port}) of a SocketAddress, legacy or flat.
-
-    Raises `CowferryError` naming what is missing."""
-    kind = addr.get("type")
-    data = addr.get("data", addr)
-    if kind is None:
-        raise CowferryError("Parameter 'addr.type' is missing")
-    if not isinstance(data, Mapping):
-        raise CowferryError("Invalid parameter type for 'addr.data', expected: object")
-    if kind == "unix":
-        wanted: tuple[str, ...] = ("path",)
-    elif kind == "inet":
-        wanted = ("host", "port")
-    else:
-        raise CowferryError(
-            f"Parameter 'addr.type' does not accept value '{kind}'", "unix and inet are known"
-        )
-    for key in wanted:
-        if not isinstance(data.get(key), str | int):
-            raise CowferryError(f"Parameter 'addr.{key}' is missing")
-    if kind == "inet" and not str(data["port"]).isdigit():
-        raise CowferryError(f"Parameter 'addr.port' expects a number, not '{data['port']}'")
-    return str(kind), {key: str(data[key]) for key in wanted}

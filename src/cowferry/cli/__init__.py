@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
 from typing import Any
 
 import click
@@ -91,6 +93,10 @@ def complain(error: CowferryError) -> None:
 
 def main(argv: list[str] | None = None) -> Any:
     """The entry point: never a traceback for a mistake of the user's."""
+    if threading.current_thread() is threading.main_thread():
+        # Their default action is the end of the process. Commands that show progress set SIGUSR1.
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
     try:
         status = group.main(argv, prog_name="cowferry", standalone_mode=False)
     except click.exceptions.Abort:

@@ -16,7 +16,6 @@ import socket
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 import click
 
@@ -25,6 +24,7 @@ from cowferry.cli.keyval import parse_option, split
 from cowferry.cli.limits import numbers, parse_limits
 from cowferry.cli.run import make_run_folder
 from cowferry.errors import CowferryError
+from cowferry.wire.address import Address, from_qmp, parse_tcp, parse_uri
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -41,7 +41,7 @@ SWITCH = 0.0002
 def disk_name(argument: str) -> tuple[str, str]:
     """(name, path) of NAME=FILE or FILE, whose name is then its stem; a URI's is the export's."""
     if names.is_uri(argument):
-        export = unquote(urlsplit(argument).path).rpartition("/")[2]
+        export = parse_uri(argument)[1].rpartition("/")[2]
         return export or "nbd", argument
     name, equals, path = argument.partition("=")
     if equals and name and "/" not in name and not os.path.exists(argument):
@@ -74,7 +74,10 @@ class OrderedOptions(click.Command):
 @click.option("--copy-on-read", is_flag=True, help="Keep what is read from the backing chain.")
 @click.option("-r", "--read-only", is_flag=True, help="Open the FILEs read-only.")
 @click.option("--socket", "socket_path", metavar="PATH", help="NBD socket [run folder/nbd.sock].")
-@click.option("--tcp", metavar="HOST:PORT", help="Serve NBD on TCP as well.")
+@click.option(
+    "--tcp", metavar="HOST:PORT",
+    help="Serve NBD on TCP as well. IPv6 in brackets; FIRST-LAST tries these ports.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print what is served as JSON.")
 @click.option("--blockdev", multiple=True, metavar="OPTS", help="Open a node (QMP blockdev-add).")
 @click.option("--export", multiple=True, metavar="OPTS", help="Export a node.")
@@ -94,7 +97,7 @@ class OrderedOptions(click.Command):
 @click.option("-v", "--verbose", is_flag=True, help="Log to standard error.")
 @click.pass_context
 def serve_command(ctx: click.Context, /, **given: Any) -> None:
-    """Serve disks over NBD until SIGINT or SIGTERM.
+    """Serve disks over NBD until SIGINT, SIGTERM or SIGHUP (unless it is ignored, as by nohup).
 
     Each FILE is exported under NAME (or the file's own name); its NBD URI is printed once it can
     be used. The sockets nbd.sock, qmp.sock and hmp.sock lie in the run folder.
@@ -126,6 +129,8 @@ class Serving:
         sys.setswitchinterval(SWITCH)
         daemon = Daemon()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: the end of the terminal is not to be the end of the daemon
             # In a thread of its own: the main one may hold the event's lock just now.
             signal.signal(number, lambda *_: threading.Thread(target=daemon.quit).start())
         try:
@@ -178,10 +183,7 @@ class Serving:
             daemon.start_nbd({"type": "unix", "path": os.path.abspath(path)})
         assert daemon.nbd is not None
         if self.given["tcp"]:
-            host, _, port = self.given["tcp"].rpartition(":")
-            if not port.isdigit():
-                raise CowferryError(f"--tcp expects HOST:PORT, not '{self.given['tcp']}'")
-            daemon.nbd.listen_tcp(host or "127.0.0.1", int(port))
+            daemon.nbd.listen(parse_tcp(self.given["tcp"], "--tcp", "127.0.0.1"))
         from cowferry.drivers import opening
 
         listed: list[dict[str, Any]] = []
@@ -273,7 +275,12 @@ class Serving:
             )
         if ident in self.chardevs:
             raise CowferryError(f"Chardev with id '{ident}' already exists")
+        known = CHARDEV if kind == "socket" else {"backend", "id"}
+        for name in sorted(set(options) - known):
+            raise CowferryError(f"--chardev {ident}: Parameter '{name}' is unexpected")
         self.chardevs[ident] = options
+        if kind == "socket":
+            chardev_address(options)
 
     def _monitor(self, daemon: Daemon, text: str) -> None:
         from cowferry.monitor import hmp, qmp
@@ -291,26 +298,46 @@ class Serving:
             thread = server.attach(qmp.Pipe(0, 1))
             del thread
             return
-        path, host, port = (chardev.get(k) for k in ("path", "host", "port"))
-        if chardev.get("server", "off") in ("on", True, "yes"):
-            if path:
-                server.listen_unix(path)
-            elif port:
-                server.listen_tcp(host or "127.0.0.1", int(port))
-            else:
-                raise CowferryError(f"chardev '{ident}': 'path' or 'port' is missing")
+        address, listen = chardev_address(chardev)
+        if listen:
+            server.listen_at(address)
             return
         try:
-            if path:
+            if address.path:
                 sock = socket.socket(socket.AF_UNIX)
-                sock.connect(path)
+                sock.connect(address.path)
             else:
-                sock = socket.create_connection((host or "127.0.0.1", int(port or 0)))
+                sock = socket.create_connection((address.host, address.port))
         except OSError as error:
             raise CowferryError(
-                f"chardev '{ident}': cannot connect to '{path or port}': {error.strerror}"
+                f"chardev '{ident}': cannot connect to '{address}': {error.strerror}"
             ) from error
         server.connect(sock)
+
+
+#: Options of a socket chardev. `wait` is taken and changes nothing: cowferry never waits.
+CHARDEV = {"backend", "id", "path", "host", "port", "to", "ipv4", "ipv6", "server", "wait"}
+
+
+def chardev_address(options: dict[str, Any]) -> tuple[Address, bool]:
+    """Where a socket chardev is, and whether it listens there. Raises `CowferryError`."""
+    flags = retyped(
+        {k: v for k, v in options.items() if k in ("server", "wait")}, {"server", "wait"}
+    )
+    listen = bool(flags.get("server"))
+    members = {
+        k: options[k] for k in options.keys() & {"path", "host", "port", "to", "ipv4", "ipv6"}
+    }
+    if "path" in members:
+        if len(members) > 1:
+            other = min(set(members) - {"path"})
+            raise CowferryError(
+                f"chardev '{options['id']}': 'path' and '{other}' exclude each other"
+            )
+        return from_qmp({"type": "unix", **members}, "chardev", listen), listen
+    if "port" not in members:
+        raise CowferryError(f"chardev '{options['id']}': 'path' or 'port' is missing")
+    return from_qmp({"type": "inet", "host": "127.0.0.1", **members}, "chardev", listen), listen
 
 
 def retyped(options: dict[str, Any], names: set[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import sys
@@ -232,7 +233,7 @@ def follow(
 
     `asked_to_stop`: a cancel is what was wanted, and no failure."""
     show = progress(words.title, as_json)
-    with interrupted_once(), contextlib.closing(show):
+    with interrupted_once(), told_at_signal(show), contextlib.closing(show):
         try:
             return _until_over(work, words, show, at_ready, asked_to_stop)
         except KeyboardInterrupt:
@@ -269,6 +270,24 @@ def interrupted_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def told_at_signal(show: Progress) -> Iterator[None]:
+    """Meanwhile SIGUSR1 has the progress written to standard error, as by qemu-img."""
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        # Not through `sys.stderr`: the signal may have come while a line is written to it.
+        os.write(2, show.line().encode())
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _until_over(
@@ -345,6 +364,14 @@ class Progress:
     def update(self, state: State) -> None:
         """So far."""
         self.last = state
+
+    def line(self) -> str:
+        """Return the progress as one line."""
+        state = self.last
+        if state is None:
+            return f"{self.title}: begins\n"
+        share = 100 * state.offset / max(state.length, 1)
+        return f"{self.title}: {state.status}, {share:.2f}% of {human(state.length)}\n"
 
     def tell(self, notes: list[str]) -> None:
         """The job's notes of now. One that differs in its numbers only is told once; a pause, as

@@ -77,7 +77,7 @@ def block_export_add(daemon: Daemon, args: BlockExportAdd) -> None:
         raise NotSupported(f"Export type '{args.type}' is not supported", "type=nbd is")
     if args.iothread is not None and args.iothread not in daemon.iothreads:
         raise CowferryError(f'iothread "{args.iothread}" not found')
-    if len((args.description or "").encode()) > 4096:
+    if len((args.description or "").encode(errors="surrogatepass")) > 4096:
         raise CowferryError("description 'description' too long")
     if not valid_id(args.id):
         raise CowferryError("Invalid block export id", "a letter, then letters, digits, -._")

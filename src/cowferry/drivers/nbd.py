@@ -37,10 +37,11 @@ from cowferry.block import identity
 from cowferry.block.identity import Place
 from cowferry.block.node import ZEROES, Extent, Node, State, clear
 from cowferry.drivers import Common, register
-from cowferry.drivers.nbd_link import Address, Broken, Call, Link, Refused, connect, parse_uri
+from cowferry.drivers.nbd_link import Broken, Call, Link, Refused, connect
 from cowferry.drivers.plan import Plan
 from cowferry.errors import CowferryError, ImageError, NotSupported
 from cowferry.wire import nbd
+from cowferry.wire.address import Address, from_qmp, parse_uri
 
 ALLOCATION = "base:allocation"
 HANDSHAKE = 10.0  # seconds for a connection and its handshake
@@ -135,9 +136,8 @@ class Nbd(Node):
         ):  # fmt: skip
             if not 0 <= value < 1 << 32:
                 raise CowferryError(f"Parameter '{name}' expects a number of seconds")
-        if len(options.export.encode()) > nbd.MAX_STRING:
-            raise CowferryError("Parameter 'export': the name is too long")
-        node = cls(address_of(options.server), options.export, options.reconnect_delay)
+        nbd.check_string(options.export, "Parameter 'export'")
+        node = cls(from_qmp(options.server, "server"), options.export, options.reconnect_delay)
         link = node._first(options.open_timeout)
         node.size, node.align = link.size, link.minimum
         node.minimum = link.minimum
@@ -601,31 +601,6 @@ class Nbd(Node):
 def _is_loss(error: Exception) -> bool:
     """Whether it may go better another time."""
     return isinstance(error, ConnectionError | TimeoutError) and not isinstance(error, Broken)
-
-
-def address_of(server: Mapping[str, Any]) -> Address:
-    """QMP's SocketAddress: unix or inet. Raises `CowferryError` naming what is wrong."""
-    kind = server.get("type")
-    known = {"unix": {"type", "path"}, "inet": {"type", "host", "port"}}
-    if kind is None:
-        raise CowferryError("Parameter 'server.type' is missing", "unix or inet")
-    if kind not in known:
-        raise CowferryError(f"Parameter 'server.type' does not accept value '{kind}'")
-    for key in server:
-        if key not in known[kind]:
-            raise CowferryError(f"Parameter 'server.{key}' is unexpected")
-    for key in sorted(known[kind]):
-        if not isinstance(server.get(key), str | int) or isinstance(server[key], bool):
-            raise CowferryError(f"Parameter 'server.{key}' is missing")
-    if kind == "unix":
-        path = str(server["path"])
-        if not path or len(path.encode()) > 107 or "\0" in path:
-            raise CowferryError(f"Parameter 'server.path': '{path}' is no path of a socket")
-        return Address(path)
-    port = str(server["port"])
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
-        raise CowferryError(f"Parameter 'server.port': '{port}' is no port")
-    return Address("", str(server["host"]), int(port))
 
 
 def options_of(uri: str) -> dict[str, Any]:

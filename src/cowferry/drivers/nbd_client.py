@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from cowferry.drivers.nbd_link import Link, connect, parse_uri
+from cowferry.drivers.nbd_link import Link, connect
 from cowferry.errors import CowferryError, ImageError
 from cowferry.wire import nbd
+from cowferry.wire.address import parse_uri
 
 
 class NbdClient:

@@ -25,12 +25,11 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
-from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from cowferry.block.identity import STORAGE
-from cowferry.errors import CowferryError, one_line
+from cowferry.errors import one_line
 from cowferry.wire import nbd
+from cowferry.wire.address import Address, parse_uri
 
 BUFFER = 32 << 10  # bytes received ahead: several small answers in one system call
 MAX_SIZE = 1 << 62  # bytes of an export
@@ -42,42 +41,6 @@ MAX_RUNS = 1 << 17  # in one block status
 
 class Broken(ConnectionError):
     """The server broke the protocol: there is no use in asking it again."""
-
-
-class Address(NamedTuple):
-    """Where a server is: a unix socket if `path` is not empty."""
-
-    path: str
-    host: str = ""
-    port: int = 0
-
-    def uri(self, export: str) -> str:
-        """The URI of an export there."""
-        if self.path:
-            return f"nbd+unix:///{quote(export)}?socket={quote(self.path)}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"nbd://{host}:{self.port}/{quote(export)}"
-
-
-def parse_uri(uri: str) -> tuple[Address, str]:
-    """(server, export) of nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH.
-
-    Raises `CowferryError`."""
-    try:
-        parts = urlsplit(uri)
-        name = unquote(parts.path.removeprefix("/"))
-        if parts.scheme == "nbd+unix":
-            paths = parse_qs(parts.query).get("socket")
-            if not paths:
-                raise CowferryError(f"'{uri}': no socket=PATH")
-            return Address(paths[0]), name
-        if parts.scheme == "nbd":
-            return Address("", parts.hostname or "localhost", parts.port or 10809), name
-    except ValueError as error:
-        raise CowferryError(f"'{uri}': {error}") from error
-    if parts.scheme.startswith("nbds"):
-        raise CowferryError(f"'{uri}': TLS is not supported", "use a tunnel, and nbd:// through it")
-    raise CowferryError(f"'{uri}' is not an NBD URI", "nbd://HOST/NAME, nbd+unix:///NAME?socket=P")
 
 
 def canonical(uri: str) -> str:

@@ -10,6 +10,7 @@ under it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -19,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import quote
 
 from cowferry.block import identity
 from cowferry.block.bitmap import Bitmap
@@ -30,6 +30,7 @@ from cowferry.errors import CowferryError
 from cowferry.exports import Export
 from cowferry.exports.nbd_lane import Connection, Context, Describe
 from cowferry.wire import nbd
+from cowferry.wire.address import Address
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,8 @@ class NbdExport(Export):
     ) -> None:
         super().__init__(id, disk, writable and not disk.read_only)
         self.name = id if name is None else name
-        if len(self.name.encode()) > nbd.MAX_STRING or len(description.encode()) > nbd.MAX_STRING:
-            raise CowferryError(f"export '{id}': name and description have 4096 bytes at most")
+        nbd.check_string(self.name, f"the name of export '{id}'")
+        nbd.check_string(description, f"the description of export '{id}'")
         self.description = description
         self.default = default
         self.writethrough = writethrough  # every write is durable when it is answered
@@ -174,16 +175,20 @@ class NbdServer:
         sock = bind_unix(path, mode)
         self.listen_socket(sock, path)
 
+    def listen(self, address: Address) -> Address:
+        """Listen on an address, and return it with the port that was free.
+
+        Raises `CowferryError`."""
+        if address.path:
+            self.listen_unix(address.path)
+            return address
+        sock = bind_tcp(address)
+        self.listen_socket(sock)
+        return address_of(sock)
+
     def listen_tcp(self, host: str, port: int) -> int:
         """Listen on an address; returns the port (useful with port 0)."""
-        try:
-            sock = socket.create_server((host, port), backlog=128)
-        except OSError as error:
-            raise CowferryError(
-                f"cannot listen on {host}:{port}: {error.strerror}", "is another server there?"
-            ) from error
-        self.listen_socket(sock)
-        return int(sock.getsockname()[1])
+        return self.listen(Address("", host, port)).port
 
     def listen_socket(self, sock: socket.socket, path: str | None = None) -> None:
         """Serve a socket that listens already (socket activation)."""
@@ -199,21 +204,16 @@ class NbdServer:
         """The NBD URI of an export on each listener."""
         with self.lock:
             listeners = list(self.listeners)
-        quoted = quote(name, safe="")
-        out = []
-        for sock, path in listeners:
-            if path is not None:
-                out.append(f"nbd+unix:///{quoted}?socket={quote(path)}")
-                continue
-            host, port = sock.getsockname()[:2]
-            host = f"[{host}]" if ":" in host else host
-            out.append(f"nbd://{host}:{port}/{quoted}")
-        return out
+        addresses = [
+            address_of(sock) if path is None else Address(path) for sock, path in listeners
+        ]
+        return [address.uri(name) for address in addresses]
 
     # Exports -----------------------------------------------------------------------------
 
     def check_name(self, name: str) -> None:
-        """Raise `CowferryError` if an export has it."""
+        """Raise `CowferryError` if an export has the name, or none may have it."""
+        nbd.check_string(name, "the name of the export")
         with self.lock:
             if name in self.exports:
                 raise CowferryError(f"NBD server already has export named '{name}'")
@@ -340,6 +340,47 @@ def close_listeners(listeners: list[tuple[socket.socket, str | None]]) -> None:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         sock.close()
+
+
+def address_of(sock: socket.socket) -> Address:
+    """The address on which a TCP socket listens."""
+    return Address("", *sock.getsockname()[:2])
+
+
+def bind_tcp(address: Address) -> socket.socket:
+    """A listening TCP socket on the first port of the address that is free.
+
+    A host name that means several addresses is listened to on the first that can be had, IPv4
+    before IPv6. Without a host it is every address. Raises `CowferryError`."""
+    families = [(socket.AF_INET, address.ipv4), (socket.AF_INET6, address.ipv6)]
+    wanted = [f for f, use in families if use] or [f for f, use in families if use is None]
+    failure: OSError = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    for port in range(address.port, max(address.port, address.last) + 1):
+        try:
+            found = socket.getaddrinfo(
+                address.host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except OSError as error:
+            failure = error
+            break
+        for family, where in sorted((f[0], f[4]) for f in found if f[0] in wanted):
+            both = address.host == "::" and socket.AF_INET in wanted
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+                try:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not both))
+                    sock.bind(where)
+                    sock.listen(128)
+                except BaseException:
+                    sock.close()
+                    raise
+                return sock
+            except OSError as error:
+                failure = error
+    hint = "is another server there?" if failure.errno == errno.EADDRINUSE else ""
+    raise CowferryError(f"cannot listen on {address}: {failure.strerror}", hint) from failure
 
 
 def bind_unix(path: str, mode: int) -> socket.socket:

@@ -21,8 +21,9 @@ from typing import Any, Protocol
 from cowferry.commands.monitor import VERSION
 from cowferry.drivers import fdsets
 from cowferry.errors import CommandNotFound, CowferryError
-from cowferry.exports.nbd import bind_unix, close_listeners
+from cowferry.exports.nbd import address_of, bind_tcp, bind_unix, close_listeners
 from cowferry.wire import qmp
+from cowferry.wire.address import Address
 
 log = logging.getLogger(__name__)
 
@@ -211,14 +212,20 @@ class Server:
         """Listen on a socket file. Raises `CowferryError`."""
         self.listen(bind_unix(path, mode), path)
 
+    def listen_at(self, address: Address) -> Address:
+        """Listen on an address, and return it with the port that was free.
+
+        Raises `CowferryError`."""
+        if address.path:
+            self.listen_unix(address.path)
+            return address
+        sock = bind_tcp(address)
+        self.listen(sock)
+        return address_of(sock)
+
     def listen_tcp(self, host: str, port: int) -> int:
         """Listen on an address; returns the port. Raises `CowferryError`."""
-        try:
-            sock = socket.create_server((host, port))
-        except OSError as error:
-            raise CowferryError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-        self.listen(sock)
-        return int(sock.getsockname()[1])
+        return self.listen_at(Address("", host, port)).port
 
     def listen(self, sock: socket.socket, path: str | None = None) -> None:
         """Serve a socket that listens already."""

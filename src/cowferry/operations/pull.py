@@ -156,8 +156,7 @@ def begin(
             job_id = f"{id}-{wanted.device}"
             if job_id in daemon.exports:
                 raise CowferryError(f"Block export id '{job_id}' is already in use")
-            if daemon.nbd.find(wanted.name) is not None:
-                raise CowferryError(f"NBD server already has export named '{wanted.name}'")
+            daemon.nbd.check_name(wanted.name)
             source = node_named(daemon, wanted.device)
             check_source(daemon, daemon.graph.disk(wanted.device), wanted.device, None)
             found, first = _bitmap(daemon, so_far, source, wanted.device, bitmap, anew)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import errno
 import struct
+import unicodedata
 from collections.abc import Iterable
+
+from cowferry.errors import CowferryError
 
 # Handshake -------------------------------------------------------------------------------
 NBDMAGIC = 0x4E42444D41474943
@@ -74,6 +77,22 @@ ERRNOS = {
 }
 LOCAL = {wire: code for code, wire in ERRNOS.items()}
 ALIASES = {errno.EACCES: 1, errno.EROFS: 1, errno.EDQUOT: 28, errno.EFBIG: 28, errno.EBADF: 1}
+
+
+def check_string(text: str, what: str) -> None:
+    """Raise `CowferryError` for a name or description that a peer could not take or show.
+
+    The specification wants at most 4096 bytes of UTF-8 without NUL. Other control characters
+    would end a line, or move the cursor, where clients list exports. `what` is the error's
+    subject."""
+    odd = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
+    if odd is not None:
+        raise CowferryError(
+            f"{what} contains the character U+{ord(odd):04X}, which is no printable text"
+        )
+    size = len(text.encode())
+    if size > MAX_STRING:
+        raise CowferryError(f"{what} has {size} bytes; {MAX_STRING} are allowed")
 
 
 def to_wire(code: int | None) -> int:
