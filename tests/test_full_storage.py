@@ -81,7 +81,7 @@ def guest(path: Path, size: int = SIZE, **options: str) -> Iterator[Guest]:
         opening.close_chain(made.disk.root)
 
 
-FORMATS = ["qed"]
+FORMATS = ["qcow2", "qed"]
 
 
 @pytest.mark.parametrize("format", FORMATS)
