@@ -10,6 +10,7 @@ import struct
 import threading
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bitarray import bitarray
@@ -393,7 +394,7 @@ def test_a_file_that_could_not_be_replaced_is_the_old_or_the_new_one(
     bitmap_file.write(path, old)
 
     def broken(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
         patch.setattr(sysio, call, broken)
@@ -401,6 +402,35 @@ def test_a_file_that_could_not_be_replaced_is_the_old_or_the_new_one(
             bitmap_file.write(path, new)
     assert bitmap_file.read(path) == (new if call == "flush_directory" else old)
     assert os.listdir(tmp_path) == ["f"]
+
+
+def test_on_full_storage_a_file_can_be_taken_into_use_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "f")
+    old, used = contents(), contents(generation=8, in_use=True)
+    bitmap_file.write(path, old)
+    plain = sysio.create
+
+    def full(name: str, *more: Any) -> int:
+        fd = plain(name, *more)
+        os.close(fd)
+        return os.open("/dev/full", os.O_RDWR)  # every write finds no room
+
+    monkeypatch.setattr(sysio, "create", full)
+    others = contents(generation=8, in_use=True)
+    others.entries[0].bits.setall(True)
+    for different in (contents(generation=8), others):
+        with pytest.raises(OSError):
+            bitmap_file.write(path, different)
+        assert bitmap_file.read(path) == old and os.listdir(tmp_path) == ["f"]
+    marks = Marks(path, used)
+    assert bitmap_file.read(path) == used and os.listdir(tmp_path) == ["f"]
+    marks.set(used.entries[0], 5, 6)
+    marks.flush()
+    marks.close()
+    found = bitmap_file.read(path)
+    assert found is not None and found.entries[0].bits[5]
 
 
 def test_the_header_is_as_documented(tmp_path: Path) -> None:

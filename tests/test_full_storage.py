@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from chains import contents, differs
+from cowferry.block import keeper
+from cowferry.block.bitmap import Bitmap
 from cowferry.block.copy import Copier, Kind, Span
 from cowferry.block.disk import Disk
 from cowferry.drivers import opening
@@ -190,3 +192,99 @@ def test_a_copy_into_full_storage_fails_leaks_nothing_and_can_be_repeated(
         check = subprocess.run(["qemu-img", "check", path], capture_output=True, text=True)
         assert check.returncode == 0, f"leaks or worse: {check.stdout}"
     below.close()
+
+
+# What lies beside an image -----------------------------------------------------------------
+
+
+def with_bitmap(path: Path) -> None:
+    disk = Disk(opening.open_image(str(path)), "vm")
+    with disk.exclusive():
+        keeper.keep(disk.root, Bitmap("b0", disk.size))
+    opening.close_chain(disk.root)
+
+
+def dirty(path: Path) -> Bitmap:
+    """The bitmap of an image at rest."""
+    node = opening.open_image(str(path), read_only=True)
+    found = node.bitmaps["b0"]
+    opening.close_chain(node)
+    assert not found.inconsistent
+    return found
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2", "qed"])
+def test_an_image_with_bitmaps_on_full_storage_is_read_and_written_as_far_as_there_is_room(
+    mount: Mount, format: str
+) -> None:
+    path = mount("tmpfs", "6m") / f"vm.{format}"
+    with guest(path, 4 * MiB) as g:
+        g.write(0)
+        g.write(3 * MiB)
+        opening.close_chain(g.disk.root)
+        with_bitmap(path)
+        fill(path.parent)
+        g.open()
+        assert not differs(contents(g.disk), g.oracle)
+        if format == "qcow2":  # its bitmaps need a file, for which there is no room
+            g.refused(0)
+            with g.disk.exclusive(), pytest.raises(OSError):
+                g.disk.root.change_size(8 * MiB)
+            assert g.disk.size == 4 * MiB
+        else:  # the file only has to say that it is in use
+            g.write(0)
+        with suppress(OSError):  # they stay in use, as by a crash, where there is no room
+            opening.close_chain(g.disk.root)
+        g.open()
+        empty(path.parent)
+        g.write(MiB)
+        g.write(3 * MiB)
+        g.check()
+        opening.close_chain(g.disk.root)
+        bitmap = dirty(path)
+        for at in (MiB, 3 * MiB):
+            assert bitmap.any(at, PIECE)
+        assert bitmap.any(0, PIECE) == (format != "qcow2") and not bitmap.any(2 * MiB, PIECE)
+
+
+def test_bitmaps_that_waited_for_room_are_right_after_a_crash(mount: Mount) -> None:
+    path = mount("tmpfs", "6m") / "vm.qcow2"
+    with guest(path, 4 * MiB) as g:
+        g.write(0)
+        g.write(3 * MiB)
+        opening.close_chain(g.disk.root)
+        with_bitmap(path)
+        fill(path.parent)
+        g.open()
+        g.refused(3 * MiB)
+        empty(path.parent)
+        g.write(3 * MiB)
+        g.disk.flush()
+        left = path.parent / "crashed"
+        left.mkdir()
+        for file in (path, Path(f"{path}.bitmaps")):  # as a crash leaves them
+            subprocess.run(["cp", file, left], check=True)
+        assert dirty(left / path.name).any(3 * MiB, PIECE)
+
+
+def test_an_image_that_is_being_filled_is_read_and_written_on_full_storage(
+    mount: Mount, tmp_path: Path
+) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(random.Random(9).randbytes(4 * MiB))
+    path = mount("tmpfs", "6m") / "vm.raw"
+    with guest(path, 4 * MiB, backing_file=str(base), backing_fmt="raw") as g:
+        g.oracle[:] = base.read_bytes()
+        g.write(0)
+        g.write(MiB)
+        g.disk.flush()
+        opening.close_chain(g.disk.root)
+        fill(path.parent)
+        g.open()
+        assert not differs(contents(g.disk), g.oracle)
+        g.write(MiB, 512)
+        g.refused(2 * MiB)
+        g.check()
+        empty(path.parent)
+        g.write(2 * MiB)
+        g.check()

@@ -6,9 +6,10 @@ fdatasync at a time. A raw image that is still being filled from another one has
 in the same format: which of its granules it holds already.
 
 There is one way to make or replace the file, `write`: a new file, flushed, renamed into place, the
-folder flushed; whoever crashes finds the old or the new one. And one way to change it, `Marks`: the
-sectors of some bits are written in place. Sectors do not tear, so a crash leaves each of them as
-it was before or after; that is all right for bits whose meaning is "perhaps".
+folder flushed. A crash leaves the old file or the new one. Where storage is too full for a new one,
+and only the header changes, the header's sector is written in place. And there is one way to change
+the bits, `Marks`: the sectors of some bits are written in place. Sectors do not tear, so a crash
+leaves each of them as it was before or after. Bits whose meaning is "perhaps" may be so.
 
 The checksums of the bits count in a file *at rest* only. One *in use* has bits that somebody was
 setting, and that may say more than they have to, never less. One that is *void* does not count at
@@ -47,6 +48,8 @@ MAX_BACKING = 4095  # bytes
 MAX_DIRECTORY = 8 << 20
 MAX_BITS = 512 << 20  # bytes of bits in one file
 MIN_GRANULARITY, MAX_GRANULARITY = 512, 1 << 31
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errnos that say that there is no room
 
 AT_REST, IN_USE, VOID = 0, 1, 2  # what state a file is in
 KINDS = ("dirty", "allocated")
@@ -273,6 +276,7 @@ class Marks:
         """`write`, and keep it open. Raises as that does."""
         self.path = path
         self.contents = contents
+        self._fd = -1
         sector, directory, places = _layout(path, contents)
         self._offsets = {id(e): offset for e, offset in zip(contents.entries, places, strict=True)}
         # Duty: what is written of a sector is the picture, and no older one is written after it.
@@ -283,26 +287,76 @@ class Marks:
         new = f"{path}.new"
         with contextlib.suppress(FileNotFoundError):
             sysio.unlink(new)  # of somebody who crashed
-        self._fd = sysio.create(new, os.O_RDWR | os.O_EXCL | os.O_NOFOLLOW, like)
-        self._barrier = Barrier(self._fd)
-        renamed = False
         try:
-            sysio.pwrite(self._fd, directory, SECTOR)
-            for (
-                e
-            ) in contents.entries:  # with the rest of the last sector: marking lets nothing grow
-                self._put(e, 0, len(e.bits))
-            sysio.pwrite(self._fd, sector, 0)
-            sysio.fdatasync(self._fd)
-            sysio.rename(new, path)
-            renamed = True
+            self._replace(new, sector, directory, like)
+        except OSError as error:
+            if error.errno not in FULL or not self._adopt(sector, directory):
+                raise
+            return
+        try:
             sysio.flush_directory(folder)
         except BaseException:
             os.close(self._fd)
             self._fd = -1
-            if not renamed:
-                with contextlib.suppress(OSError):
-                    sysio.unlink(new)
+            raise
+
+    def _replace(self, new: str, sector: bytes, directory: bytes, like: Origin) -> None:
+        """Write the file anew, as `new`, and let it have the name."""
+        self._fd = sysio.create(new, os.O_RDWR | os.O_EXCL | os.O_NOFOLLOW, like)
+        self._barrier = Barrier(self._fd)
+        try:
+            sysio.pwrite(self._fd, directory, SECTOR)
+            # With the rest of the last sector: marking lets nothing grow.
+            for e in self.contents.entries:
+                self._put(e, 0, len(e.bits))
+            sysio.pwrite(self._fd, sector, 0)
+            sysio.fdatasync(self._fd)
+            sysio.rename(new, self.path)
+        except BaseException:
+            os.close(self._fd)
+            self._fd = -1
+            with contextlib.suppress(OSError):
+                sysio.unlink(new)
+            raise
+
+    def _adopt(self, sector: bytes, directory: bytes) -> bool:
+        """Use the file that is there, if it only has to say that it is in use: that needs no room.
+
+        Return False, and leave it as it was, if more of it differs."""
+        if not self.contents.in_use:
+            return False
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            end = SECTOR + len(directory)
+            same = os.pread(fd, len(directory), SECTOR) == directory
+            for e in self.contents.entries if same else ():
+                bits = _sectors(e.bits)
+                same = same and os.pread(fd, len(bits), self._offsets[id(e)]) == bits
+                end = max(end, self._offsets[id(e)] + len(bits))
+            if same:
+                sysio.take_room(fd, 0, end)
+                self._write_header(fd, sector)
+        except OSError:
+            same = False
+        if same:
+            self._fd, self._barrier = fd, Barrier(fd)
+        else:
+            os.close(fd)
+        return same
+
+    @staticmethod
+    def _write_header(fd: int, sector: bytes) -> None:
+        """Durably. Raises `OSError`; then the old one is there, or the new one."""
+        old = os.pread(fd, SECTOR, 0)
+        try:
+            sysio.pwrite(fd, sector, 0)
+            sysio.fdatasync(fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                sysio.pwrite(fd, old, 0)
             raise
 
     def set(self, entry: Entry, first: int, stop: int) -> None:
@@ -338,8 +392,7 @@ class Marks:
         a, b = first // UNIT, -(-stop // UNIT)
         step = (1 << 20) // SECTOR
         for at in range(a, b, step):
-            part = entry.bits[at * UNIT : min(at + step, b) * UNIT].tobytes()
-            part = part.ljust(-(-len(part) // SECTOR) * SECTOR, b"\0")
+            part = _sectors(entry.bits[at * UNIT : min(at + step, b) * UNIT])
             try:
                 sysio.pwrite(self._fd, part, self._offsets[id(entry)] + at * SECTOR)
             except OSError as error:
@@ -374,6 +427,12 @@ class Marks:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             os.close(self._fd)
+
+
+def _sectors(bits: bitarray) -> bytes:
+    """Bits as they are written: whole sectors."""
+    data = bits.tobytes()
+    return data.ljust(-(-len(data) // SECTOR) * SECTOR, b"\0")
 
 
 def remove(path: str) -> None:

@@ -19,6 +19,10 @@ Where bitmaps are at rest, while nobody writes the image:
 * in the file otherwise. At rest it says the image's inode and time of change, and counts if they
   are the same. In use it counts if the inode is the same: who crashed could not say the time.
 
+Where storage is too full for the file, an image opened for writing can still be read. Its keeper
+*waits*: all of the image is held, and each write tries to take the file into use first. A write for
+which there is no room fails.
+
 Bitmaps that cannot be relied on any more are *inconsistent*: listed, and removed, no more.
 
 The order of things, at each of which the power may fail:
@@ -44,7 +48,7 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from bitarray import bitarray
 
@@ -93,6 +97,7 @@ class Keeper:
         # over writes of the file, never over its fdatasync on behalf of a guest's write.
         self._lock = threading.Lock()
         self._marks: Marks | None = None  # None: at rest
+        self._waiting = False  # at rest only because there is no room for the file
         self._entries: dict[int, Entry] = {}  # id(bitmap) -> what the file has of it
         self._epoch = 0  # how often bits in the file may have been cleared
         self._run = 0, 0  # where the last range that was marked ends, and its length
@@ -119,15 +124,17 @@ class Keeper:
             self._run = end, end - start
         while True:
             with self._lock:
+                if self._waiting:
+                    self._wake((start, end))
+                    self.holds.clear(start, end - start)
+                    return start, end
                 if self._marks is None:
                     raise OSError(errno.EROFS, f"{self._name}: its bitmaps are at rest")
                 pairs = [(b, self._entries.get(id(b))) for b in self._kept()]
                 stale = any(e is None or not (e.recording or e.guarded) for _, e in pairs)
                 if self._broken or stale:
-                    try:
+                    with _as_os_error():
                         self._renew(precise=False, mark=(start, end))
-                    except CowferryError as error:
-                        raise OSError(errno.EIO, error.desc) from error
                     self.holds.clear(start, end - start)
                     return start, end
                 for bitmap, entry in pairs:
@@ -176,6 +183,8 @@ class Keeper:
         then the old set is on disk, or the new one, and the caller undoes its change."""
         self._settle()
         with self._lock:
+            if self._waiting:
+                self._begin()
             if self._marks is None:
                 raise CowferryError(
                     f"'{self._name}' is read-only, and so are its persistent bitmaps"
@@ -199,7 +208,9 @@ class Keeper:
         with self._lock:
             self._next_size = size
             try:
-                if self._marks is not None:
+                if self._waiting:
+                    self._begin()
+                elif self._marks is not None:
                     self._renew()
             except BaseException:
                 self._next_size = None
@@ -225,6 +236,7 @@ class Keeper:
         Before the node is closed or becomes read-only, after its driver's last write. Raises
         `OSError`, `CowferryError`; then they are in use still."""
         with self._lock:
+            self._waiting = False
             if self._marks is None:
                 return
             try:
@@ -251,6 +263,22 @@ class Keeper:
                     for bitmap in self._persistent():
                         _distrusted(bitmap, "the image was changed by another program")
                 self._begin()
+
+    def wait(self) -> None:
+        """There was no room for the file: hold all of the image, and let each write try again.
+
+        Before there is a disk over the node."""
+        with self._lock:
+            self._waiting = True
+            self.holds.set(0, self.node.size)
+
+    def wake(self) -> None:
+        """A waiting keeper takes the file into use, for a change that no bitmap records.
+
+        Raises `OSError`; then nothing may be written."""
+        with self._lock:
+            if self._waiting:
+                self._wake((0, 0))
 
     def close(self) -> None:
         """Let the file go as it is: after `rest` has failed, or as if the power had."""
@@ -401,14 +429,20 @@ class Keeper:
         self._entries = {}
         self._hold()
 
-    def _begin(self) -> None:
-        """In use from now on."""
+    def _wake(self, mark: tuple[int, int]) -> None:
+        """`_begin` outside a drain, with a range that is marked."""
+        with _as_os_error():
+            self._begin(mark)
+
+    def _begin(self, mark: tuple[int, int] | None = None) -> None:
+        """In use from now on; outside a drain with a range to `mark`."""
         self._generation += 1
         self._token = self._token or secrets.token_bytes(16)
         self._told = False
         self._path = moves.place(self._name, SUFFIX)
         try:
-            self._renew()
+            self._renew(precise=mark is None, mark=mark or (0, 0))
+            self._waiting = False
             for path in moves.places(self._name, SUFFIX):
                 if path != self._path:
                     bitmap_file.remove(path)
@@ -482,7 +516,7 @@ def attach(node: Node, repair: bool = False) -> None:
         if found:
             node.keeper = Keeper(node, generation, token)
             if not node.read_only:
-                node.keeper.resume()
+                _resume(node.keeper)
     except (OSError, CowferryError) as error:
         node.keeper = None
         if isinstance(error, CowferryError):
@@ -497,6 +531,30 @@ def attach(node: Node, repair: bool = False) -> None:
             f"'{node.filename}': its bitmaps cannot be kept: {why}",
             hint or "the image and its bitmaps are intact; it can be opened read-only meanwhile",
         ) from error
+
+
+def _resume(keeper: Keeper) -> None:
+    """Take bitmaps into use, or let them wait for room. Raises `OSError`, `CowferryError`."""
+    try:
+        keeper.resume()
+    except OSError as error:
+        if error.errno not in bitmap_file.FULL:
+            raise
+        log.warning(
+            "'%s' can be read, but not written: there is no room for its bitmaps (%s)",
+            keeper.node.filename,
+            error.strerror,
+        )
+        keeper.wait()
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Bitmaps that cannot be kept make a guest's write fail."""
+    try:
+        yield
+    except CowferryError as error:
+        raise OSError(errno.EIO, error.desc) from error
 
 
 def keep(node: Node, bitmap: Bitmap) -> None:

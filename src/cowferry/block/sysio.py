@@ -41,6 +41,9 @@ FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_NOCOW = 0x80086601, 0x40086602, 0x00800000
 FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR, FS_XFLAG_EXTSIZE = 0x801C581F, 0x401C5820, 0x800
 FSXATTR = struct.Struct("5I8x")  # flags, extent size, extents, project, extent size for copies
 
+#: errnos by which a file system says that it has no such fallocate.
+UNABLE = (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS)
+
 
 class Recorder(Protocol):
     """What sees every change: called after the call succeeded, with its arguments."""
@@ -181,6 +184,23 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             recorder.wrote(fd, offset, bytes(length))
         elif (after := os.fstat(fd).st_size) > before:
             recorder.truncated(fd, after)
+
+
+def take_room(fd: int, offset: int, length: int) -> bool:
+    """Have blocks set aside for the bytes, so that a write there finds room. The file may grow.
+
+    Overwriting a block that is shared by reflink needs a new block, so shared blocks are unshared
+    where the file system can do that. Return False if it can set no blocks aside. Raises `OSError`
+    if there is no room."""
+    for mode in (UNSHARE_RANGE, 0):
+        try:
+            fallocate(fd, mode, offset, length)
+        except OSError as error:
+            if error.errno not in UNABLE:
+                raise
+        else:
+            return True
+    return False
 
 
 def clone(source: int, source_offset: int, fd: int, offset: int, length: int) -> None:

@@ -39,8 +39,6 @@ from cowferry.drivers.options import flag, number, word
 from cowferry.drivers.plan import Plan, is_device
 from cowferry.errors import CowferryError, DeviceInUse, ImageError
 
-#: errnos by which a file system says that it cannot do this with a range.
-UNABLE = (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS)
 CREATION = frozenset({"preallocation", "nocow", "extent_size_hint"})
 _handed_over: weakref.WeakSet[File] = weakref.WeakSet()  # nodes over descriptors of fdsets
 
@@ -68,9 +66,6 @@ class File(Node):
         self.size = os.lseek(fd, 0, os.SEEK_END)
         self._places: list[Place] | None = None
         self._growing = threading.Lock()  # guards `size` when it grows by itself
-        # How blocks can be set aside here, the best way first. Overwriting a block that is shared
-        # by reflink needs a new block, too, so the first way unshares.
-        self._room_modes: tuple[int, ...] = (sysio.UNSHARE_RANGE, 0)
         self._barrier = Barrier(fd)
         self._holes = Holes(fd, self._stable())
         sysio.remapped[fd] = self._holes.forget
@@ -220,7 +215,7 @@ class File(Node):
             try:
                 sysio.fallocate(self.fd, mode, offset, length)
             except OSError as error:
-                if error.errno not in UNABLE:
+                if error.errno not in sysio.UNABLE:
                     raise
             else:
                 self._reaches(offset + length)
@@ -241,7 +236,7 @@ class File(Node):
         try:
             sysio.fallocate(self.fd, sysio.PUNCH_HOLE | sysio.KEEP_SIZE, offset, length)
         except OSError as error:
-            if error.errno not in UNABLE:
+            if error.errno not in sysio.UNABLE:
                 raise
 
     def take_room(self, offset: int, length: int) -> None:
@@ -261,16 +256,9 @@ class File(Node):
                     errno.ENOSPC, f"{self.filename}: the device has only {self.size} bytes"
                 )
             return
-        while length and self._room_modes:
-            try:
-                sysio.fallocate(self.fd, self._room_modes[0], offset, length)
-            except OSError as error:
-                if error.errno not in UNABLE:
-                    raise
-                self._room_modes = self._room_modes[1:]
-            else:
-                self._reaches(end)
-                return
+        if length and sysio.take_room(self.fd, offset, length):
+            self._reaches(end)
+            return
         for at in range(max(offset, self.size), end, len(ZEROES)):
             self.pwrite(memoryview(ZEROES)[: min(len(ZEROES), end - at)], at)
 
@@ -366,7 +354,7 @@ def _fill(fd: int, size: int, write: bool) -> None:
             sysio.fallocate(fd, sysio.ZERO_RANGE, 0, size)
             return
         except OSError as error:
-            if error.errno not in UNABLE:
+            if error.errno not in sysio.UNABLE:
                 raise
     else:
         sysio.fallocate(fd, 0, 0, size)

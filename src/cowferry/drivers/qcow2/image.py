@@ -595,6 +595,8 @@ class Qcow2(Node):
     def _change(self) -> None:
         """Bytes of the disk are about to change."""
         self._writable()
+        if self.unkept and self.keeper is not None:
+            self.keeper.wake()
         if self.unkept:
             store.give_up(self)
 
