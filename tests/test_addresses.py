@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -377,20 +377,20 @@ def test_SIGUSR1_has_a_verb_that_waits_tell_its_progress(tmp_path: Path) -> None
             [*command, "--speed", "64K"], env=environment(run), stderr=subprocess.PIPE, text=True
         ) as child:
             assert child.stderr is not None
+            said: list[str] = []
+            reader = threading.Thread(target=said.extend, args=(child.stderr,))
+            reader.start()
             started(daemon)
             deadline = time.monotonic() + PATIENCE
-            said = ""
-            os.set_blocking(child.stderr.fileno(), False)
-            while "backup vm: running" not in said:
-                assert child.poll() is None, said
-                assert time.monotonic() < deadline, said
+            while not any("backup vm: running" in line for line in said):
+                assert child.poll() is None and time.monotonic() < deadline, said
                 child.send_signal(signal.SIGUSR1)
-                time.sleep(0.05)
-                said += child.stderr.read() or ""
-            assert "% of 1 MiB" in said
+                time.sleep(0.02)
+            assert "% of 1 MiB" in said[-1]
             child.send_signal(signal.SIGUSR2)
             daemon.jobs.all()[0].set_speed(0)
             assert child.wait(PATIENCE) == 0
+            reader.join(PATIENCE)
 
 
 def started(daemon: Daemon) -> None:
