@@ -11,11 +11,10 @@ import msgspec
 from cowferry.block.node import Node, chain
 from cowferry.commands import Args, NoArgs, command
 from cowferry.commands.throttle import shown
-from cowferry.drivers import driver
+from cowferry.drivers import actual_size, driver
 from cowferry.drivers.file import File
 from cowferry.drivers.making import create_image
 from cowferry.errors import CowferryError
-from cowferry.graph import actual_size
 from cowferry.jobs.create import Create
 
 if TYPE_CHECKING:
@@ -99,11 +98,11 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     why = "block device is in use by block job: create"
     if node is not None:
         daemon.graph.check_idle(node)
-        daemon.graph.claim([node], why)
+        daemon.graph.claim([node], why, args.job_id)
 
     def released() -> None:
         if node is not None:
-            daemon.graph.release([node], why)
+            daemon.graph.release([node], why, args.job_id)
 
     try:
         daemon.jobs.start(Create(make, released), args.job_id)
@@ -192,7 +191,7 @@ class QueryNodes(Args):
     flat: bool = False
 
 
-@command("query-named-block-nodes")
+@command("query-named-block-nodes", locked=False)
 def query_named_block_nodes(daemon: Daemon, args: QueryNodes) -> list[dict[str, Any]]:
     """Every node by name; with `flat` without the nested backing images."""
     out = []
@@ -207,7 +206,7 @@ def query_named_block_nodes(daemon: Daemon, args: QueryNodes) -> list[dict[str, 
     return out
 
 
-@command("query-block")
+@command("query-block", locked=False)
 def query_block(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """Every named disk."""
     with daemon.graph.lock:
@@ -228,7 +227,7 @@ class Tree(Args):
     device: str | None = None
 
 
-@command("x-query-tree")
+@command("x-query-tree", locked=False)
 def query_tree(daemon: Daemon, args: Tree) -> list[dict[str, Any]]:
     """The chain of each disk, top first, with what each layer holds in bytes (for `tree`)."""
     graph = daemon.graph

@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from cowferry.commands.monitor import VERSION
@@ -38,6 +39,7 @@ class Commands(Protocol):
     events: Any
 
     def execute(self, name: str, arguments: dict[str, Any]) -> Any: ...
+    def answering(self) -> AbstractContextManager[None]: ...
 
 
 class Stream(Protocol):
@@ -92,7 +94,7 @@ class Session:
         try:
             while data := self._receive():
                 for text in splitter.feed(data):
-                    with fdsets.given(self.fds):
+                    with fdsets.given(self.fds), self.daemon.answering():
                         self._one(text)
         except OSError:
             pass
