@@ -356,11 +356,16 @@ class Daemon:
         finally:
             self._letting_go.remove(let_go)
 
-    def human(self, line: str) -> str:
-        """Run a line of the human monitor; what it prints."""
-        from cowferry.monitor.hmp import run_line
+    def human(self, line: str, errors: bool = False) -> str:
+        """Run a line of the human monitor, and return what it prints.
 
-        return run_line(self, line)
+        With `errors`, raise that as a `CowferryError` if the line failed."""
+        from cowferry.monitor import hmp
+
+        said = hmp.run(self, line)
+        if errors and said.failed:
+            raise CowferryError(said.text.rstrip("\n"))
+        return said.text
 
     def schema(self) -> list[dict[str, Any]]:
         """The QAPI introspection of everything that is registered."""

@@ -128,7 +128,12 @@ class Session:
             value = qmp.parse(text)
             ident = value.get("id")
             request = qmp.request(value)
-            result = self._run(request)
+            answer = qmp.result(self._run(request), ident)
+        except RecursionError:
+            problem = CowferryError(
+                "the answer is nested too deeply", "ask for less: flat=true, or one device"
+            )
+            self._put(qmp.error(problem, ident))
         except CowferryError as error:
             self._put(qmp.error(error, ident))
         except OSError as error:
@@ -138,7 +143,7 @@ class Session:
             problem = CowferryError(f"internal error: {error}", "please report it, with the log")
             self._put(qmp.error(problem, ident))
         else:
-            self._put(qmp.result(result, ident))
+            self._put(answer)
 
     def _run(self, request: qmp.Request) -> Any:
         if request.oob and not self.oob:
