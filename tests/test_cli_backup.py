@@ -246,7 +246,7 @@ def test_the_top_alone_lies_over_the_disks_backing_file(served: Served) -> None:
 def test_what_is_refused_says_what_to_do(served: Served) -> None:
     served.good("backup", "vm", "full.qcow2", "--bitmap", "b0")
     refused = {
-        ("vm", "full.qcow2"): "full.qcow2' exists\n  a backup overwrites no other",
+        ("vm", "full.qcow2"): "full.qcow2' exists\n  a backup overwrites no file",
         ("vm", "vm.qcow2"): "vm.qcow2' is the image of disk 'vm'",
         ("vm", "."): "is a folder",
         ("vm", ""): "an empty file name",

@@ -358,7 +358,7 @@ def test_copy_keeps_the_chain_or_a_part_of_it(scene: Scene) -> None:
     assert {os.path.dirname(x["filename"]) for x in tree["chain"]} == {str(scene.folder / "dst")}
     scene.check()
     status, _, err = scene.run("copy", "vda", "vda/disk.qcow2", "--chain")
-    assert status == 1 and "base.raw' exists\n  remove it, or copy to another folder\n" in err
+    assert status == 1 and "base.raw' exists\n  several images are only copied to new" in err
     scene.good("copy", "vdb", "two.qcow2", "--keep", "vdb/sn1.qcow2", "--finish")
     assert (scene.folder / "sn1.qcow2").exists() and not (scene.folder / "base.raw").exists()
     assert bytes_of(scene.folder / "two.qcow2") == scene.oracles["vdb"]
@@ -662,7 +662,7 @@ REFUSED = [
     Refused("commit free --top sn1.qcow2 --base sn1.qcow2", "cannot commit an image into itself"),
     Refused("commit free --backing-file x", "'top' is the active layer"),
     Refused("commit free --pivot --finish", "exclude each other", 2),
-    Refused("copy free file", "use --reuse-external to have it overwritten"),
+    Refused("copy free file", "use --reuse-external to overwrite what it holds"),
     Refused("copy free run", "run' is a folder"),
     Refused("copy free none/x.raw", "none/x.raw: No such file or directory"),
     Refused("copy free free/base.raw", "base.raw' is a backing file of disk 'free'"),

@@ -33,12 +33,12 @@ STREAM_FAILED = (
     "the disk is intact and keeps its backing file; once the cause is mended, run it again"
 )
 COMMIT_CANCELLED = (
-    "the disk reads as before; if anything was copied already, its base is of no use by itself "
+    "the disk reads as before; its base holds a part only and is of no use by itself "
     "until the commit has been run again"
 )
 COMMIT_FAILED = (
-    "the disk is intact and reads as before; once the cause is mended, run it again: if anything "
-    "was copied already, its base is of no use by itself until then"
+    "the disk is intact and reads as before; once the cause is mended, run it again: until then "
+    "its base may be of no use by itself"
 )
 
 
@@ -209,7 +209,7 @@ def copy_command(
             client.call(command, job_id=work.id, device=disk, target=dest, **arguments)
         except QmpError as error:
             if several and "--reuse-external" in error.hint:  # which is for one image
-                error.hint = "remove it, or copy to another folder"
+                error.hint = "several images are only copied to new files: name another folder"
             raise
         if in_background:
             return started(work, as_json)

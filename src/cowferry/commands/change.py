@@ -36,8 +36,7 @@ def change(daemon: Daemon, args: ChangeMedium) -> None:
     with daemon.turn():
         part = Change(daemon, args.device, args.target, args.format or args.arg, not args.notify)
         try:
-            with daemon.graph.turn.apart():
-                finish([part])
+            finish([part])
         except BaseException as error:
             part.abort()
             if isinstance(error, OSError):

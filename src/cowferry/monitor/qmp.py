@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from cowferry.commands.monitor import VERSION
@@ -39,7 +38,6 @@ class Commands(Protocol):
     events: Any
 
     def execute(self, name: str, arguments: dict[str, Any]) -> Any: ...
-    def answering(self) -> AbstractContextManager[None]: ...
 
 
 class Stream(Protocol):
@@ -94,7 +92,7 @@ class Session:
         try:
             while data := self._receive():
                 for text in splitter.feed(data):
-                    with fdsets.given(self.fds), self.daemon.answering():
+                    with fdsets.given(self.fds):
                         self._one(text)
         except OSError:
             pass
@@ -128,12 +126,7 @@ class Session:
             value = qmp.parse(text)
             ident = value.get("id")
             request = qmp.request(value)
-            answer = qmp.result(self._run(request), ident)
-        except RecursionError:
-            problem = CowferryError(
-                "the answer is nested too deeply", "ask for less: flat=true, or one device"
-            )
-            self._put(qmp.error(problem, ident))
+            result = self._run(request)
         except CowferryError as error:
             self._put(qmp.error(error, ident))
         except OSError as error:
@@ -143,7 +136,7 @@ class Session:
             problem = CowferryError(f"internal error: {error}", "please report it, with the log")
             self._put(qmp.error(problem, ident))
         else:
-            self._put(answer)
+            self._put(qmp.result(result, ident))
 
     def _run(self, request: qmp.Request) -> Any:
         if request.oob and not self.oob:

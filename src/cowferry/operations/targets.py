@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 
 
 def create(
-    daemon: Daemon, path: str, format: str, size: int, like: Node, backing: Node | None,
-    made: list[str], *, goal: bool = True,
+    path: str, format: str, size: int, like: Node, backing: Node | None, made: list[str],
+    *, goal: bool = True,
 ) -> None:  # fmt: skip
     """Make the image over `backing`, with the permissions of `like`, and of its shape if it has
     the same format. Add a file that was not there to `made`. `goal`: a disk has yet to move there.
-    The caller has reserved the path (`Graph.making`), and gives its turn away meanwhile. Raises
-    `CowferryError`."""
+    Raises `CowferryError`."""
     if os.path.exists(path) and os.path.isfile(path) and os.path.getsize(path):
         raise CowferryError(
-            f"'{path}' exists", "remove it, or use mode=existing to have it overwritten"
+            f"'{path}' exists", "name another file, or use mode=existing to overwrite what it holds"
         )
     options: dict[str, Any] = {}
     if format in OVERLAYS:
@@ -36,18 +35,17 @@ def create(
             name, kind = _named(path, backing)
             options |= {"backing_file": name, "backing_fmt": kind}
     existed = os.path.exists(path)
-    with daemon.graph.turn.apart():
-        opening.create_image(path, format, size, options, goal=goal, like=origin.of_node(like))
+    opening.create_image(path, format, size, options, goal=goal, like=origin.of_node(like))
     if not existed:
         made.append(path)
 
 
 def opened(
-    daemon: Daemon, path: str, format: str, backing: Node | None, size: int,
-    node_name: str | None = None,
+    daemon: Daemon, path: str, format: str, backing: Node | None, made: list[str],
+    size: int, node_name: str | None = None,
 ) -> Node:  # fmt: skip
-    """Open it, over `backing` and nothing else. The caller gives its turn away meanwhile. Raises
-    `CowferryError`."""
+    """Open it, over `backing` and nothing else. Raises `CowferryError`; then what was `made` is
+    removed."""
     options = opening.image_options(path, format)
     if node_name is not None:
         options["node-name"] = node_name
@@ -56,7 +54,11 @@ def opened(
             options["size"] = size  # it may be larger
     else:
         options["backing"] = backing.name if backing is not None else None
-    return daemon.graph.adopt(options, explicit=node_name is not None)
+    try:
+        return daemon.graph.adopt(options, explicit=node_name is not None)
+    except BaseException:
+        unmake(made)
+        raise
 
 
 def existing(
@@ -79,7 +81,7 @@ def existing(
                 options["node-name"] = node_name
             return daemon.graph.adopt(options, explicit=node_name is not None)
         below = below if spec is not None else None  # whoever lends it has the header name it
-    return opened(daemon, path, format, below, size, node_name)
+    return opened(daemon, path, format, below, [], size, node_name)
 
 
 def is_there(path: str) -> bool:
@@ -94,13 +96,12 @@ def format_by_name(target: str) -> str | None:
     return EXTENSIONS.get(os.path.splitext(target)[1].lower())
 
 
-def unmake(daemon: Daemon, made: list[str]) -> None:
-    """Remove what was made. The caller gives its turn away meanwhile."""
-    with daemon.graph.turn.apart():
-        while made:
-            path = made.pop()
-            if os.path.exists(path):
-                sysio.unlink(path)
+def unmake(made: list[str]) -> None:
+    """Remove what was made."""
+    while made:
+        path = made.pop()
+        if os.path.exists(path):
+            sysio.unlink(path)
 
 
 def check_path(refusal: str, disk: Disk, path: str, hint: str = "") -> None:
