@@ -236,7 +236,7 @@ class Daemon:
     def _job_event(self, name: str, data: dict[str, Any]) -> None:
         self.events.emit(name, data)
         if name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED") and data["type"] == "stream":
-            job = self.jobs.get(data["device"])
+            job = self.jobs.spoken_of(data["device"])
             device = self.device_of(job) if job is not None else data["device"]
             old = {"device": device, "len": data["len"], "offset": data["offset"]}
             if name == "BLOCK_JOB_CANCELLED":

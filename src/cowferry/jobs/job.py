@@ -30,6 +30,7 @@ import logging
 import os
 import re
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -465,18 +466,28 @@ class Job(Ending):
             self.clean()
         except Exception:
             log.exception("job %s: clean-up failed", self.id)
-        if self.cancelled:
-            self._event("BLOCK_JOB_CANCELLED")
-        else:
-            if succeeded:
-                self.offset = self.length = max(self.length, self.offset)
-            self._event("BLOCK_JOB_COMPLETED")
+        if succeeded:
+            self.offset = self.length = max(self.length, self.offset)
         with self.changed:
-            self._move(Status.CONCLUDED)
-            if self.auto_dismiss:
-                self._go()
+            self._end("BLOCK_JOB_CANCELLED" if self.cancelled else "BLOCK_JOB_COMPLETED")
         if self.group is not None:
             self.group.over(self)
+
+    def _end(self, event: str = "") -> None:
+        """Conclude, and go unless somebody has to dismiss the job. The caller holds `changed`.
+
+        The state is that of the end, and the id is free, before the first event of the end leaves:
+        a client that reacts to it at once must not find the disk or the id in use."""
+        self._become(Status.CONCLUDED)
+        told = [Status.CONCLUDED]
+        if self.auto_dismiss:
+            self._on_null(self)
+            self._become(Status.NULL)
+            told.append(Status.NULL)
+        if event:
+            self._event(event)
+        for status in told:
+            self._tell(status)
 
     def _go(self) -> None:
         """Caller holds `changed`. The id is free before anybody hears that the job is gone."""
@@ -499,10 +510,16 @@ class Job(Ending):
 
     def _move(self, to: Status) -> None:
         """Caller holds `changed`; the event leaves in the order of the moves."""
+        self._become(to)
+        self._tell(to)
+
+    def _become(self, to: Status) -> None:
         assert to in TRANSITIONS[self.status], f"{self.status} -> {to}"
         self.status = to
-        self._emit("JOB_STATUS_CHANGE", {"id": self.id, "status": to.value})
         self.changed.notify_all()
+
+    def _tell(self, status: Status) -> None:
+        self._emit("JOB_STATUS_CHANGE", {"id": self.id, "status": status.value})
 
 
 class ReadFailed(OSError):
@@ -584,8 +601,9 @@ class Jobs:
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
-        self.lock = threading.Lock()  # guards the two below
+        self.lock = threading.Lock()  # guards the three below
         self.jobs: dict[str, Job] = {}
+        self.ending: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
         self.groups: dict[str, Group] = {}
 
     def start(self, job: Job, job_id: str) -> Job:
@@ -628,6 +646,12 @@ class Jobs:
     def _forget(self, job: Job) -> None:
         with self.lock:
             self.jobs.pop(job.id, None)
+            self.ending[job.id] = job
+
+    def spoken_of(self, job_id: str) -> Job | None:
+        """The job that an event which leaves now speaks of. It may be gone already."""
+        with self.lock:
+            return self.ending.get(job_id) or self.jobs.get(job_id)
 
     def get(self, job_id: str) -> Job | None:
         """The job of that id, if there is one."""
@@ -646,7 +670,9 @@ class Jobs:
                 job.cancel()
             except CowferryError:
                 continue
-        for job in self.all():
+        with self.lock:
+            left = [*self.jobs.values(), *self.ending.values()]
+        for job in left:
             if job.thread is not None and job.thread is not threading.current_thread():
                 job.thread.join(timeout)
 
