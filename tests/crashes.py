@@ -60,8 +60,8 @@ class Wrong(AssertionError):
 class Stepped(Jobs):
     """Jobs without threads of their own: the test is their thread."""
 
-    def admit(self, job: Job, job_id: str) -> None:
-        super().admit(job, job_id)
+    def admit(self, job: Job, job_id: str, reserved: bool = False) -> None:
+        super().admit(job, job_id, reserved)
 
         def start() -> None:
             with job.changed:

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from cowferry.block import moves
+from cowferry.block.held import Held
 from cowferry.block.node import Node, chain
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse
-from cowferry.graph import Held
 from cowferry.jobs.backup import Backup
 from cowferry.jobs.job import Job
 from cowferry.jobs.mirror import Mirror

@@ -403,11 +403,11 @@ class ReinedJobs(Jobs):
         self.reins: list[Reins] = []
         daemon.jobs = self
 
-    def admit(self, job: Job, job_id: str) -> None:
+    def admit(self, job: Job, job_id: str, reserved: bool = False) -> None:
         reins = Reins(job, self.free)
         ticks = itertools.count(step=1000)
         job.throttle = Throttle(job.throttle.speed, lambda: float(next(ticks)))
-        super().admit(job, job_id)
+        super().admit(job, job_id, reserved)
         self.reins.append(reins)
 
 

@@ -17,6 +17,8 @@ from cowferry.block.disk import Disk
 from cowferry.cli import main
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
+from cowferry.errors import CowferryError
+from cowferry.monitor import hmp
 from daemons import PATIENCE, Told, a_daemon, chain_of, environment
 
 SIZE = 4 << 20
@@ -189,13 +191,64 @@ def test_qmp_sends_typed_arguments_and_shows_errors(scene: Scene) -> None:
 
 def test_monitor_runs_a_line_or_a_conversation(scene: Scene) -> None:
     assert scene.run("monitor", "info", "block-stream")[1] == "No active stream\n"
-    done = subprocess.run(
-        [sys.executable, "-m", "cowferry", "monitor"],
-        input="info block-jobs\n\nnonsense\n", capture_output=True, text=True,
-        timeout=PATIENCE, env=environment(scene.folder / "run"),
-    )  # fmt: skip
-    assert done.returncode == 0
-    assert done.stdout == "No active jobs\nunknown command: 'nonsense'\n"
+    for lines, status, said in (
+        ("info block-jobs\n\ninfo block-stream\n", 0, "No active jobs\nNo active stream\n"),
+        ("nonsense\ninfo block-jobs\n", 1, "unknown command: 'nonsense'\nNo active jobs\n"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "cowferry", "monitor"],
+            input=lines, capture_output=True, text=True,
+            timeout=PATIENCE, env=environment(scene.folder / "run"),
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (status, said)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("frobnicate", "unknown command: 'frobnicate'"),
+        ("info frobnicate", "Error: unknown command: 'info frobnicate'"),
+        ("help frobnicate", "Error: unknown command: 'frobnicate'"),
+        ("info block none", "Error: Device 'none' not found"),
+        ("block_stream", "Error: wrong number of arguments"),
+        ("block_stream none", "Error: Device 'none' not found"),
+        ("block_job_cancel -x vm", "Error: unsupported option -x"),
+        ("block_job_set_speed vm " + "9" * 400, "Error: invalid size"),
+        ("block_resize vm 8E", "Error: invalid size '8E'"),
+        ("block_stream 'vm", "Error: No closing quotation"),
+        ("change vm 'a\0b'", "Error: "),
+    ],
+)
+def test_a_line_of_the_monitor_that_fails_has_status_1_and_tells_why(
+    scene: Scene, line: str, text: str
+) -> None:
+    status, out, err = scene.run("monitor", line)
+    assert status == 1 and not out
+    assert err.startswith(text) and err.count("\n") == 1
+    # A QMP client gets the text as QEMU gives it, unless it asks for an error.
+    given = {"command-line": line}
+    assert scene.daemon.execute("human-monitor-command", given) == err
+    with pytest.raises(CowferryError) as failed:
+        scene.daemon.execute("human-monitor-command", given | {"x-errors": True})
+    assert failed.value.desc + "\n" == err
+
+
+def test_an_error_in_the_daemon_is_a_line_of_the_monitor_that_fails(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = hmp.VERBS["block_resize"]._replace(run=lambda daemon, words: str(1 // 0))
+    monkeypatch.setitem(hmp.VERBS, "block_resize", broken)
+    status, out, err = scene.run("monitor", "block_resize", "vm", "1")
+    assert (status, out) == (1, "")
+    assert err == "Error: internal error: integer division or modulo by zero\n"
+
+
+def test_sizes_in_the_human_monitor_are_exact() -> None:
+    assert hmp.size("9223372036854775807") == (1 << 63) - 1
+    assert hmp.size("1.5k") == 1536 and hmp.size("2", "m") == 2 << 20
+    for wrong in ("", "x", "1x", "-1", "1.", ".5", "9223372036854775808", "8e", "1e9"):
+        with pytest.raises(CowferryError):
+            hmp.size(wrong)
 
 
 def test_another_daemon_by_option_and_by_environment(

@@ -12,9 +12,10 @@ import pytest
 from chains import contents, make_base, overlay
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, chain
+from cowferry.block.walk import parents_first
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound
-from cowferry.graph import Graph, parents_first
+from cowferry.graph import Graph
 
 SIZE = 1 << 20
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chains import contents, differs
+from cowferry.cli.client import Client as OurClient
+from cowferry.cli.client import QmpError
 from cowferry.daemon import Daemon
+from cowferry.drivers import opening
 from cowferry.errors import CowferryError
 from cowferry.monitor import hmp
 from cowferry.wire import qmp
@@ -128,6 +134,105 @@ def test_single_quotes_and_limits() -> None:
     assert any(isinstance(t, qmp.ParseError) for t in deep)
     long = qmp.Splitter().feed(b'{"a": "' + b"x" * (qmp.MAX_MESSAGE + 10))
     assert any(isinstance(t, qmp.ParseError) for t in long)
+
+
+@given(
+    st.lists(
+        st.sampled_from([b"{", b"}", b"[", b"]", b'"', b"'", b"\\", b"\n", b" ", b",", b"a", b"1"]),
+        max_size=60,
+    ).map(b"".join),
+    st.lists(st.integers(0, 60), max_size=6),
+)
+def test_a_stream_means_the_same_however_it_is_cut(text: bytes, cuts: list[int]) -> None:
+    def told(parts: list[bytes]) -> list[str]:
+        splitter = qmp.Splitter(most=20, deepest=3)
+        return [str(t) for part in parts for t in splitter.feed(part)]
+
+    places = sorted({0, len(text), *(c for c in cuts if c < len(text))})
+    pieces = [text[a:b] for a, b in itertools.pairwise(places)]
+    assert told([text]) == told(pieces) == told([bytes([b]) for b in text])
+
+
+def nested(levels: int) -> bytes:
+    return b'{"a":' * levels + b"1" + b"}" * levels
+
+
+def test_a_client_may_send_64_levels_and_read_many_more() -> None:
+    server, client = qmp.Splitter(), qmp.Splitter(qmp.MAX_ANSWER, qmp.MAX_ANSWER_DEPTH)
+    assert server.feed(nested(64)) == client.feed(nested(64)) == [nested(64)]
+    assert isinstance(server.feed(nested(65))[0], qmp.ParseError)
+    assert client.feed(nested(qmp.MAX_ANSWER_DEPTH)) == [nested(qmp.MAX_ANSWER_DEPTH)]
+    assert isinstance(client.feed(nested(qmp.MAX_ANSWER_DEPTH + 1))[0], qmp.ParseError)
+    long = b'{"a": "' + b"x" * qmp.MAX_MESSAGE + b'"}'
+    assert client.feed(b"\n" + long) == [long]
+
+
+DEEP = 1100  # a chain has 1024 levels at most
+
+
+def test_the_deepest_answer_is_made_and_read_by_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    deep: dict[str, Any] = {}
+    for _ in range(DEEP):
+        deep = {"a": deep}
+    before = sys.getrecursionlimit()
+
+    def serve(sock: socket.socket) -> None:
+        with sock.accept()[0] as peer:
+            peer.sendall(qmp.greeting({}))
+            for answer in ({}, deep):
+                number = json.loads(peer.makefile().readline())["id"]
+                peer.sendall(qmp.result(answer, number))
+
+    sys.setrecursionlimit(qmp.RECURSION)  # as the daemon has it
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(path))
+            sock.listen()
+            thread = threading.Thread(target=serve, args=(sock,))
+            thread.start()
+            command = [sys.executable, "-m", "cowferry", "qmp", "-c", str(path), "query-block"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            thread.join(60)
+    finally:
+        sys.setrecursionlimit(before)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.count('"a"') == DEEP
+
+
+def test_the_chain_of_a_disk_is_told_however_long_it_is(tmp_path: Path) -> None:
+    size = 1 << 20
+    opening.create_image(str(tmp_path / "0.qcow2"), "qcow2", size, {"cluster_size": "512"})
+    for n in range(1, 120):
+        below = {"backing_file": f"{n - 1}.qcow2", "backing_fmt": "qcow2", "cluster_size": "512"}
+        opening.create_image(str(tmp_path / f"{n}.qcow2"), "qcow2", size, below)
+    with a_daemon(tmp_path / "s") as daemon:
+        daemon.open_disk("vm", str(tmp_path / "119.qcow2"))
+        with OurClient(str(tmp_path / "s")) as client:
+            inserted = client.call("query-block")[0]["inserted"]
+            named = client.call("query-named-block-nodes", flat=True)
+        assert inserted["backing_file_depth"] == 119
+        assert len(named) == 240 and not any("backing-image" in n["image"] for n in named)
+        image, depth = inserted["image"], 1
+        while "backing-image" in image:
+            image, depth = image["backing-image"], depth + 1
+        assert depth == 120 and image["filename"].endswith("/0.qcow2")
+
+
+def test_an_answer_that_cannot_be_told_is_an_error_and_the_session_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with a_daemon(tmp_path / "s") as daemon, OurClient(str(tmp_path / "s")) as client:
+        deep: dict[str, Any] = {}
+        for _ in range(50_000):
+            deep = {"a": deep}
+        with monkeypatch.context() as patch:
+            patch.setattr(daemon, "execute", lambda name, arguments: deep)
+            with pytest.raises(QmpError, match="nested too deeply"):
+                client.call("query-block")
+        assert client.call("query-block") == []
+        while deep:  # not by a recursion of the interpreter's
+            deep = deep.popitem()[1]
 
 
 # QMP ---------------------------------------------------------------------------------------

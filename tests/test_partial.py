@@ -25,6 +25,7 @@ from cowferry.block.disk import Disk
 from cowferry.block.node import Extent, Node, State
 from cowferry.drivers import opening
 from cowferry.drivers.partial import ATTRIBUTE, FILLING, Partial
+from cowferry.drivers.raw import whole_sectors
 from cowferry.errors import CowferryError, NotSupported
 from cowferry.jobs.stream import Fill, Stream
 from cowferry.wire import nbd
@@ -115,7 +116,7 @@ steps = st.lists(
 @given(
     steps=steps,
     granule=st.sampled_from(GRANULES),
-    size=st.integers(1, 300_000),
+    size=st.integers(1, 300_000).map(whole_sectors),
     base_size=st.integers(0, 400_000),
     seed=st.integers(0, 1 << 20),
 )
@@ -165,11 +166,12 @@ def test_whatever_is_done_it_reads_as_a_flat_disk_would(
             disk.root.reopen(True)
             disk.root.reopen(False)
         elif act == "grow":
-            oracle.extend(bytes(length))
-            disk.resize(len(oracle))
+            disk.resize(len(oracle) + length)
+            oracle.extend(bytes(whole_sectors(length)))
         elif act == "shrink":
-            del oracle[max(len(oracle) - length, 1) :]
-            disk.resize(len(oracle))
+            size = max(len(oracle) - length, 1)
+            disk.resize(size)
+            del oracle[whole_sectors(size) :]
         assert not differs(contents(disk), oracle), act
         assert 0 <= node_of(disk).held <= len(oracle)
     if half_done is not None:
@@ -612,8 +614,8 @@ def test_another_name_for_the_base_and_another_size(tmp_path: Path) -> None:
             "change-backing-file",
             {"device": "vm", "image-node-name": node.name, "backing-file": "moved.raw"},
         )
-        daemon.execute("block_resize", {"device": "vm", "size": SIZE + 70_000})
-        oracle.extend(bytes(70_000))
+        daemon.execute("block_resize", {"device": "vm", "size": SIZE + 70_144})
+        oracle.extend(bytes(70_144))
         assert not differs(contents(disk), oracle), "the base shows where the disk has grown"
     (tmp_path / "base.raw").unlink()
     with opened(path) as again:

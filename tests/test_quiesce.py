@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import threading
@@ -552,17 +551,12 @@ def test_D2_a_drain_that_outlasts_the_deadline_thaws_and_switches_nothing(world:
 def test_D2_a_busy_daemon_does_not_keep_a_guest_frozen(world: World) -> None:
     agent, go = world.agent(), threading.Event()
     hold(agent, qga.FREEZE, go)
-    pending = world.begin(agent, timeout=2)
+    pending = world.begin(agent)
     agent.wait(qga.FREEZE)
-    with world.daemon.commands:  # a command that takes long
+    with world.daemon.turn():  # another command has its turn
         go.set()
-        agent.wait(qga.THAW)
-    with refused() as error:
         pending.result(PATIENCE)
-    # Its turn may still come, a moment after the thaw: too late all the same.
-    assert re.search("kept the daemon busy|could not be switched", error[0].desc)
-    assert "is thawed" in error[0].hint
-    world.check_untouched()
+    assert agent.heard == WHOLE
 
 
 def test_an_operation_that_fails_under_the_drain_thaws(

@@ -24,6 +24,7 @@ from cowferry.block.chores import Chores
 from cowferry.block.disk import Disk, in_order
 from cowferry.block.keeper import Keeper
 from cowferry.block.node import Node
+from cowferry.block.turn import Turn
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse
 from cowferry.exports import Export
@@ -43,6 +44,7 @@ REFINE_EVERY = 60.0  # seconds
 COARSE = 64 << 20  # bytes that a bitmap file may say are dirty without need
 STOPPING = 60.0  # seconds that a cancelled job may take
 HUNG = 30.0  # seconds that a server may take to answer when the daemon ends
+ANSWER_SECONDS = 3.0  # that the end waits for commands that run
 LOOK = 0.5  # seconds between looks whether one takes longer
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -76,22 +78,23 @@ class Events:
 
 
 class Daemon:
-    """Thread-safe in the sense of its parts; commands run one at a time, under `commands`."""
+    """Thread-safe in the sense of its parts. Commands take turns while they look at what is in
+    memory and change it, and wait for nothing meanwhile (`block/turn.py`)."""
 
     def __init__(self) -> None:
         self.events = Events()
-        self.graph = Graph()
+        self._turn = Turn()  # guards `nbd`, `exports` and `pulls`, and orders changes of the graph
+        self.graph = Graph(self._turn)
         self.jobs = Jobs(self._job_event)
         self.nbd: NbdServer | None = None
         self.exports: dict[str, Export] = {}
         self.pulls: dict[str, Pull] = {}  # pull backups that are going on
         # Names only, for options that refer to one: here each connection has its own thread.
         self.iothreads: set[str] = set()
-        # Duty: commands that change the graph see each other whole. Never held while waiting
-        # for a job, which may need a command to go on.
-        self.commands = threading.RLock()
         self._letting_go: list[Callable[[], None]] = []
         self.stopped = threading.Event()  # somebody asked the daemon to end
+        self._idle = threading.Condition()
+        self._running = 0  # commands that run, or whose answer is on its way; guarded by `_idle`
         # The disk that a job runs on.
         self.works_on: weakref.WeakKeyDictionary[Job, Disk] = weakref.WeakKeyDictionary()
         self._closing = threading.Event()
@@ -115,14 +118,13 @@ class Daemon:
 
         Raises `CowferryError`."""
         path = opening.canonical(path)
-        now, format = opening.current_image(path, format)
-        window = moves.follow(path).size
-        options = opening.image_options(now, format, read_only=read_only)
+        with self.apart():
+            now, format = opening.current_image(path, format)
+            window = moves.follow(path).size
+            options = opening.image_options(now, format, read_only=read_only)
         if window is not None:
             options["size"] = window
-        disk = self.graph.open_disk(name, options, copy_on_read)
-        disk.origin = path
-        return disk
+        return self.graph.open_disk(name, options, copy_on_read, origin=path)
 
     def remove_disk(self, device: str, force: bool = False) -> None:
         """Close a named disk and withdraw its exports.
@@ -132,34 +134,44 @@ class Daemon:
         if force:
             self.cancel_on(device)
         with self.turn():
+            self.graph.await_commands(device)
             disk = self.graph.disk(device)
-            self.graph.check_free(disk.root, "its removal")
-            mine = [e for e in self.exports.values() if e.disk is disk]
-            clients = sum(e.users for e in mine)
-            if clients and not force:
-                raise DeviceInUse(
-                    f"Device '{device}' is in use by {clients} client(s)",
-                    "disconnect them, or use force",
-                )
-            for export in mine:
-                self.drop_export(export, wait=True)
+            why = "it is being removed"
+            nodes = [disk.root]
+            self.graph.claim(nodes, why, wanted="its removal")
+            try:
+                mine = [e for e in self.exports.values() if e.disk is disk]
+                clients = sum(e.users for e in mine)
+                if clients and not force:
+                    raise DeviceInUse(
+                        f"Device '{device}' is in use by {clients} client(s)",
+                        "disconnect them, or use force",
+                    )
+                with self.apart():
+                    for export in mine:
+                        self.drop_export(export, wait=True)
+            finally:
+                self.graph.release(nodes, why)
             self.graph.remove_disk(device)
 
     def resize(self, device: str, size: int) -> None:
         """Resize a disk. Raises `DeviceInUse` while a job depends on its size."""
+        self.graph.await_commands(device)
         disk = self.graph.disk(device)
+        nodes = [disk.root]
         self.graph.check_free(disk.root, "a resize")
         self.graph.check_top(disk.root)  # its size is part of what the node above says
         if disk.read_only:
             raise CowferryError(f"Cannot resize '{device}': it is read-only")
         why = "resize"
-        self.graph.claim([disk.root], why)
+        self.graph.claim(nodes, why)
         try:
-            disk.resize(size)
+            with self.apart():
+                disk.resize(size)
         except OSError as error:
             raise CowferryError(f"Cannot resize '{device}': {error.strerror or error}") from error
         finally:
-            self.graph.release([disk.root], why)
+            self.graph.release(nodes, why)
 
     # Exports -----------------------------------------------------------------------------
 
@@ -172,7 +184,10 @@ class Daemon:
         server = NbdServer(max_connections, handshake)
         address = from_qmp(addr, listen=True)
         try:
-            server.listen(address)
+            with self.apart():  # another server may have to be asked whether it is there
+                server.listen(address)
+            if self.nbd is not None:
+                raise CowferryError("NBD server already running")
         except BaseException:
             server.stop()
             raise
@@ -184,8 +199,10 @@ class Daemon:
         server, self.nbd = self.nbd, None
         if server is None:
             return
-        server.stop()
-        for export in [e for e in self.exports.values() if isinstance(e, NbdExport)]:
+        mine = [e for e in self.exports.values() if isinstance(e, NbdExport)]
+        with self._turn.apart():
+            server.stop()
+        for export in mine:
             self._export_gone(export)
 
     def add_export(self, disk: Disk, name: str, *, writable: bool = True) -> NbdExport:
@@ -209,7 +226,8 @@ class Daemon:
 
     def _export_gone(self, export: Export) -> None:
         """Told once, however many ways lead here: a hard delete and a stop may meet."""
-        if self.exports.pop(export.id, None) is not None:
+        if self.exports.get(export.id) is export:
+            del self.exports[export.id]
             self.graph.unhold(export.disk, export.writable)
             for bitmap in export.bitmaps:
                 bitmap.busy = ""
@@ -227,7 +245,8 @@ class Daemon:
             self._export_gone(export)
 
         if wait or not export.users:
-            drop()
+            with self._turn.apart():
+                drop()
         else:
             threading.Thread(target=drop, name="export stop", daemon=True).start()
 
@@ -286,20 +305,47 @@ class Daemon:
         """Run a QMP command. Raises `CowferryError`."""
         from cowferry.commands import execute
 
-        return execute(self, name, arguments)
+        with self.answering():
+            return execute(self, name, arguments)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """A command runs inside, and its answer gets on its way: the end of the daemon waits for
+        that for a moment."""
+        with self._idle:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
 
     @contextmanager
     def turn(self, patience: float = -1.0) -> Iterator[None]:
-        """Alone among the commands that change the graph; at most `patience` seconds are spent
-        waiting for that, if it is not negative. Raises `CowferryError` then, and at the end."""
-        if not self.commands.acquire(timeout=patience):
+        """Hold the turn: no other command looks at the graph or changes it meanwhile.
+
+        `patience`: seconds to wait for the turn, if not negative. Raises `CowferryError` when they
+        are over, and when the daemon ends."""
+        if not self._turn.acquire(timeout=patience):
             raise CowferryError("other commands kept the daemon busy for too long", "try again")
         try:
             if self._closed:
                 raise CowferryError("the daemon is stopping")
             yield
         finally:
-            self.commands.release()
+            self._turn.release()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Give the turn away inside, in order to wait for storage, a server, guests or a job.
+
+        What the caller knows of the graph may have changed afterwards, unless it has claimed it.
+        Raises `CowferryError` afterwards if the daemon has begun to end meanwhile."""
+        with self._turn.apart():
+            yield
+        if self._closed:
+            raise CowferryError("the daemon is stopping")
 
     @contextmanager
     def at_end(self, let_go: Callable[[], None]) -> Iterator[None]:
@@ -310,11 +356,16 @@ class Daemon:
         finally:
             self._letting_go.remove(let_go)
 
-    def human(self, line: str) -> str:
-        """Run a line of the human monitor; what it prints."""
-        from cowferry.monitor.hmp import run_line
+    def human(self, line: str, errors: bool = False) -> str:
+        """Run a line of the human monitor, and return what it prints.
 
-        return run_line(self, line)
+        With `errors`, raise that as a `CowferryError` if the line failed."""
+        from cowferry.monitor import hmp
+
+        said = hmp.run(self, line)
+        if errors and said.failed:
+            raise CowferryError(said.text.rstrip("\n"))
+        return said.text
 
     def schema(self) -> list[dict[str, Any]]:
         """The QAPI introspection of everything that is registered."""
@@ -366,13 +417,16 @@ class Daemon:
 
     def close(self) -> None:
         """End in order. Raises the first `OSError` met while flushing."""
-        with self.commands:
-            if self._closed:
-                return
-            self._closed = True
+        self._turn.acquire()
+        before, self._closed = self._closed, True
+        self._turn.release()
+        if before:
+            return
         self._closing.set()
         for let_go in list(self._letting_go):
             let_go()
+        with self._idle:  # those that fail now put things back, and those that are over answer
+            self._idle.wait_for(lambda: not self._running, ANSWER_SECONDS)
         with self._given_up():
             self.jobs.shutdown()
             self.stop_nbd()

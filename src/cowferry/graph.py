@@ -4,57 +4,54 @@ Nodes have node-names; those that nobody named get one that begins with '#'. A d
 its own and a root node. Whoever serves or changes a disk holds the one `Disk` over its root, or
 two gates would let two writers into one range; so the disk over a bare node is made here, once.
 
-`lock` guards all tables below. It is held for look-ups and changes of names, never over I/O on
-guest data.
+`lock` guards all tables below. It is held for look-ups and changes of names, never over I/O: a node
+is opened and closed outside of `lock` and of the commands' turn, because its storage or its server
+may not answer. Its name is reserved meanwhile, and the nodes that it refers to are kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import stat
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
-from cowferry.block import identity, keeper, names
+from cowferry.block import names
 from cowferry.block.disk import Disk
+from cowferry.block.held import refuse_floating
 from cowferry.block.limits import Group
 from cowferry.block.node import Node, chain
+from cowferry.block.reserved import filenames, references
+from cowferry.block.turn import Turn
+from cowferry.block.uses import Uses
+from cowferry.block.walk import children, filters, parents_first, parts
 from cowferry.drivers import driver, opening, partial
-from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound, ImageError
+from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound
 
+T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}")
 
 
-class Held(NamedTuple):
-    """A node that is not to be changed by anybody else: why, and the job's id if it is a job.
+class Gone(NamedTuple):
+    """What nobody uses any more. It is in no table, and has to be closed."""
 
-    `served`: exports may be added over it meanwhile, one of them for writing. `kept`: exports that
-    only read may; it lies over a node that is being written, and shows it as it was. `shared`: its
-    holder only reads it, as a disk, and so may others that hold it in this way."""
-
-    node: Node
-    why: str
-    holder: str
-    served: bool
-    kept: bool = False
-    shared: bool = False
+    nodes: list[Node]  # in the order in which they are closed
+    disks: list[Disk]  # over them; retired before
 
 
-class Graph:
-    """Nodes by node-name, disks by name. Thread-safe."""
+class Graph(Uses):
+    """Nodes by node-name, disks by name. Thread-safe.
 
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.nodes: dict[str, Node] = {}
-        self.disks: dict[str, Disk] = {}  # named by somebody
-        self.bare: dict[str, Disk] = {}  # over a node that was added by itself, by node-name
+    A method that opens or closes nodes gives away the `turn` of its caller meanwhile."""
+
+    def __init__(self, turn: Turn | None = None) -> None:
+        super().__init__(turn or Turn())
+        self.closing: list[Node] = []  # in no table any more, and not closed yet
+        self.closed = False
         self.explicit: set[str] = set()  # added by blockdev-add, gone by blockdev-del only
         self.inherited: set[str] = set()  # of those, roots that took the place of an added one
-        self.claims: dict[int, list[Held]] = {}  # by id(node): one, or several that share it
-        self.locks: dict[int, str] = {}  # id(disk) -> why an administrator locked it
-        self.users: dict[int, list[bool]] = {}  # id(disk) -> of each export, whether it writes
         self.groups: dict[str, Group] = {}  # of limits, by name
         self._number = 100
 
@@ -62,77 +59,150 @@ class Graph:
 
     def add_node(self, options: Mapping[str, Any]) -> Node:
         """blockdev-add. Raises `CowferryError`; then nothing was opened."""
-        name = options.get("node-name")
-        if not isinstance(name, str):
+        if not isinstance(options.get("node-name"), str):
             raise CowferryError("'node-name' must be specified for the root node")
-        with self.lock:
-            node = self._open(options, may_float=True)
-            self.explicit.add(name)
-            return node
+        return self._open(options, self._owned, may_float=True)
 
     def adopt(self, options: Mapping[str, Any], explicit: bool = False) -> Node:
         """Open a node for an operation; it goes when nobody uses it. Raises `CowferryError`."""
-        with self.lock:
-            node = self._open(options)
-            if explicit:
-                self.explicit.add(node.name)
-            return node
+        return self._open(options, self._owned if explicit else lambda node: node)
+
+    def _owned(self, node: Node) -> Node:
+        self.explicit.add(node.name)
+        return node
 
     def let_go(self, node: Node) -> None:
         """Close a node that an operation opened and does not need, unless somebody uses it."""
         with self.lock:
             self.explicit.discard(node.name)
-            if self.nodes.get(node.name) is node:
-                self._release(node)
+            gone = self._unlink([node])
+        self._close(gone)
 
     def tidy(self, nodes: list[Node]) -> None:
         """Close those of the nodes that nobody uses any more, and what only they used."""
         with self.lock:
-            for node in nodes:
-                if self.nodes.get(node.name) is node:
-                    self._release(node)
+            gone = self._unlink(nodes)
+        self._close(gone)
 
-    def _open(self, options: Mapping[str, Any], may_float: bool = False) -> Node:
-        """Open under `lock`: two opens at once could take one name."""
-        self._check_names(options, set())
+    def _open(
+        self,
+        options: Mapping[str, Any],
+        commit: Callable[[Node], T],
+        *,
+        may_float: bool = False,
+        disk: str | None = None,
+    ) -> T:
+        """Open a node and enter it into the tables, together with what `commit` makes of it.
+
+        Opening waits for storage and servers, so it is done without `lock`, and without the
+        caller's turn. Two commands cannot open one name, because it is reserved before. `disk` is
+        a further name to reserve. Raises `CowferryError`; then nothing stays open."""
+        made: list[Node] = []
+        with self.turn.apart():
+            paths = [names.real(path) for path in filenames(options)]
+        with contextlib.ExitStack() as stack:
+            with self.lock:
+                self._check_open()
+                for path in paths:
+                    self.reserved.check_path(path)
+                kept = self._reserve(stack, options, may_float, disk)
+            with self.turn.apart():
+                node = self._opened(options, lambda name: kept.get(name) or self.node(name), made)
+            try:
+                while True:
+                    # A disk without users over a part of it remembers what is about to be wrong.
+                    with self.lock:
+                        below = [p.name for n in made for p in parts(n) if p.name in self.bare]
+                        idle = [n for n in below if not self.users.get(id(self.bare[n]))]
+                        disks = [self.bare.pop(n) for n in idle]
+                        if not disks:
+                            stack.close()
+                            self._check_open()
+                            self._check_references(options, may_float)
+                            for n in made:
+                                n.name = n.name or self._generated()
+                                self.nodes[n.name] = n
+                            return commit(node)
+                    self._close(Gone([], disks))
+            except BaseException:
+                with contextlib.suppress(OSError, CowferryError):
+                    self._close(Gone(made[::-1], []))
+                raise
+
+    def _opened(
+        self, options: Mapping[str, Any], lookup: Callable[[str], Node], made: list[Node]
+    ) -> Node:
+        """Open a node; `made` gets all nodes that were opened for it. Raises `CowferryError`."""
+
+        def note(node: Node, given: Mapping[str, Any]) -> None:
+            made.append(node)
+            if node.file is None and node.fd >= 0:
+                places = node.places()
+                with self.lock:
+                    self.files.add(node, places, self._user)
+
+        try:
+            return opening.open_node(options, lookup, note)
+        except BaseException:
+            with self.lock:
+                self.files.discard(made)
+            raise
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise CowferryError("the daemon is stopping")
+
+    def _reserve(
+        self,
+        stack: contextlib.ExitStack,
+        options: Mapping[str, Any],
+        may_float: bool,
+        disk: str | None,
+    ) -> dict[str, Node]:
+        """Reserve the names that `options` give, until `stack` is closed, and keep the nodes that
+        they refer to. Return these by name. The caller holds `lock`. Raises `CowferryError`."""
+        taken: set[str] = set()
+        if disk is not None:
+            self.reserved.check_name(disk)
+            taken.add(disk)
+        self._check_names(options, taken)
         self._check_references(options, may_float)
         self._check_groups(options)
-        made: list[Node] = []
-        index: identity.Index[Node] = identity.Index()
-        for other in self.nodes.values():
-            _remember(other, index)
+        kept: dict[str, Node] = {}
+        beneath: list[Node] = []
+        for key, name in references(options):
+            kept[name] = self.node(name)
+            if key != "backing" and not any(n is kept[name] for n in beneath):
+                beneath.append(kept[name])
+        why = "it is being opened as a part of another node"
+        self.claim(beneath, why, wanted="its use below another node")
+        self.reserved.names |= dict.fromkeys(taken, "opened")
+        self.reserved.keep(list(kept.values()))
 
-        def opened(node: Node, given: Mapping[str, Any]) -> None:
-            made.append(node)
-            self._check_alone(node, index)
+        def undo() -> None:
+            with self.lock:
+                self.release(beneath, why)
+                self.reserved.let_go(list(kept.values()))
+                for name in taken:
+                    self.reserved.names.pop(name, None)
 
-        node = opening.open_node(options, self.node, opened)
-        for n in made:
-            n.name = n.name or self._generated()
-            self.nodes[n.name] = n
-            for part in _parts(n):  # what a disk over it remembers is about to be wrong
-                disk = self.bare.get(part.name)
-                if disk is not None and not self.users.get(id(disk)):
-                    self.bare.pop(part.name).retire()
-        return node
+        stack.callback(undo)
+        return kept
 
-    def _check_alone(self, node: Node, index: identity.Index[Node]) -> None:
-        """Raise `DeviceInUse` if a node was opened over bytes of another one, by whatever name, and
-        one of both writes. Locks of files do not tell: a loop device has none of its file's.
+    @contextlib.contextmanager
+    def making(self, path: str) -> Iterator[None]:
+        """Let no other command make or open a file at `path` while the caller does.
 
-        Nothing has been written yet: a format is opened after its file."""
-        if node.file is not None or node.fd < 0:
-            return
-        for mine, theirs, other in index.find(node.places()):
-            reading = node.read_only and other.read_only
-            if not (reading or node.shares or other.shares):
-                over = identity.Layer(other.filename, self._user(other), other.places())
-                how = identity.connection(node.filename, mine, over, theirs)
-                raise DeviceInUse(
-                    f"cannot open '{node.filename}': {how}",
-                    "nothing was changed; two nodes that write the same bytes would damage them",
-                )
-        index.add(node.places(), node)
+        Raises `DeviceInUse` if another command is at it."""
+        path = names.real(path)
+        with self.lock:
+            self.reserved.check_path(path)
+            self.reserved.paths[path] = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self.lock:
+                del self.reserved.paths[path]
 
     def check_name(self, name: str | None) -> None:
         """Raise `CowferryError` for a node-name that no new node may have. None is no name."""
@@ -147,6 +217,7 @@ class Graph:
                     f"Invalid node-name: '{name}'",
                     "a letter, then at most 30 letters, digits, '-', '.' or '_'",
                 )
+            self.reserved.check_name(name)
             if name in self.nodes or name in seen:
                 raise CowferryError(f"Duplicate nodes with node-name='{name}'")
             seen.add(name)
@@ -168,7 +239,7 @@ class Graph:
                 continue
             node = self.nodes.get(child) if isinstance(child, str) else None
             if node is not None and self.floats(node):
-                raise _afloat(node, f"its use as {key}")
+                raise refuse_floating(node, f"its use as {key}")
             if node is None:
                 continue
             if key != "backing":
@@ -189,7 +260,7 @@ class Graph:
                             f"Node '{child}' is in use by '{other.name}' as '{role}'",
                             "two nodes over one file would damage it",
                         )
-            if self._written(node) and not (may_float and key == "backing"):
+            if self.written(node) and not (may_float and key == "backing"):
                 raise CowferryError(
                     f"Node '{child}' is in use by a writable export",
                     "what lies below another node must not change",
@@ -204,35 +275,11 @@ class Graph:
         if node.file is None and not _is_filter(options):
             return  # where the bytes of a host's file are never changes
         disks = any(d.root is node for d in self.disks.values())
-        if (disks or self.exported(node)) and not self._written(node):
+        if (disks or self.exported(node)) and not self.written(node):
             raise CowferryError(
                 f"Node '{node.name}' is in use: it is a disk of its own, or exported",
                 "lay it below the other node before it is exported",
             )
-
-    def _written(self, node: Node) -> bool:
-        """Whether an export writes to a disk over the node."""
-        return any(any(self.users.get(id(d), [])) for d in self.all_disks() if d.root is node)
-
-    def floats(self, node: Node) -> bool:
-        """Whether it lies over a node that is being written, and nobody keeps what it showed.
-
-        Such an overlay is there to become a backup's view of one moment. Until then it shows no
-        moment at all, so nobody may use it."""
-        with self.lock:
-            if node.backing is None or self.keeps(node):
-                return False
-            return self._written(node.backing)
-
-    def keeps(self, node: Node) -> bool:
-        """Whether it shows what the node that it lies over was like at one moment."""
-        with self.lock:
-            return any(held.kept for held in self.holders(node))
-
-    def holders(self, node: Node) -> list[Held]:
-        """Who holds it: one, or several that share it."""
-        with self.lock:
-            return list(self.claims.get(id(node), ()))
 
     def _check_groups(self, options: Mapping[str, Any]) -> None:
         group = options.get("throttle-group")
@@ -276,37 +323,65 @@ class Graph:
                     raise CowferryError(
                         f"Node '{name}' is busy: {bitmap.busy} uses its bitmap '{bitmap.name}'"
                     )
+            if self.reserved.keeps(node):
+                raise CowferryError(
+                    f"Node '{name}' is busy: another node is being opened over it",
+                    "wait until that command is over",
+                )
             if name not in self.explicit:
                 raise CowferryError(f"Node {name} is not owned by the monitor")
             self.explicit.discard(name)
-            self._release(node)
+            gone = self._unlink([node])
+        self._close(gone)
 
-    def _release(self, node: Node | None) -> None:
-        """Close a node that lost a user, and whatever only it used.
+    def _unlink(self, nodes: list[Node]) -> Gone:
+        """Take those of `nodes` that have no user out of the tables, and whatever only they used.
 
-        The first error is raised after all were tried."""
+        The caller holds `lock`, and closes what is returned after it has released `lock`."""
+        gone = Gone([], [])
+        for first in nodes:
+            node: Node | None = first if self.nodes.get(first.name) is first else None
+            while node is not None and node.name not in self.explicit and not self._used(node):
+                for n in (node, *(c for c in parts(node) if c.name not in self.explicit)):
+                    self.nodes.pop(n.name, None)
+                    self.inherited.discard(n.name)
+                    self.reserved.names[n.name] = "closed"
+                    disk = self.bare.pop(n.name, None)
+                    if disk is not None:
+                        gone.disks.append(disk)
+                    if n is not node:
+                        self.closing.append(n)
+                gone.nodes.append(node)
+                node = node.backing
+        self.closing += gone.nodes
+        return gone
+
+    def _close(self, gone: Gone) -> None:
+        """Close what is in no table any more, without the caller's turn. The caller does not hold
+        `lock`. Raises the first error after all were tried."""
         first: Exception | None = None
-        while node is not None:
-            if node.name in self.explicit or self._used(node):
-                break
-            below = node.backing
-            gone = [node, *(c for c in _parts(node) if c.name not in self.explicit)]
-            for n in gone:
-                self.nodes.pop(n.name, None)
-                self.inherited.discard(n.name)
-                disk = self.bare.pop(n.name, None)
-                if disk is not None:
-                    disk.retire()
-            try:
-                node.close()
-            except (OSError, CowferryError) as error:
-                first = first or error
-            node = below
+        try:
+            with self.turn.apart():
+                for step in (*(d.retire for d in gone.disks), *(n.close for n in gone.nodes)):
+                    try:
+                        step()
+                    except (OSError, CowferryError) as error:
+                        first = first or error
+        finally:
+            with self.lock:
+                over = [p for n in gone.nodes for p in (n, *parts(n))]
+                self.closing = [n for n in self.closing if not any(n is o for o in over)]
+                self.files.discard(over)
+                for n in over:
+                    if self.reserved.names.get(n.name) == "closed":
+                        del self.reserved.names[n.name]
         if first is not None:
             raise first
 
     def _used(self, node: Node) -> bool:
         if any(d.root is node for d in self.disks.values()) or id(node) in self.claims:
+            return True
+        if self.reserved.keeps(node):
             return True
         if self.exported(node):
             return True
@@ -314,16 +389,26 @@ class Graph:
 
     # Disks -------------------------------------------------------------------------------
 
-    def open_disk(self, name: str, options: Mapping[str, Any], copy_on_read: bool = False) -> Disk:
-        """A named disk over a new node. Raises `CowferryError`."""
+    def open_disk(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        copy_on_read: bool = False,
+        origin: str = "",
+    ) -> Disk:
+        """A named disk over a new node; `origin` as in `Disk`. Raises `CowferryError`."""
         with self.lock:
             if not name or len(name) > 255 or not name.isprintable() or "/" in name:
                 raise CowferryError(f"Invalid disk name '{name}'")
             if name in self.disks or name in self.nodes:
                 raise CowferryError(f"there is a disk or node named '{name}' already")
-            root = self._open(options)
+
+        def commit(root: Node) -> Disk:
             disk = self.disks[name] = self._disk(root, name, copy_on_read)
+            disk.origin = origin
             return disk
+
+        return self._open(options, commit, disk=name)
 
     def _disk(self, root: Node, name: str, copy_on_read: bool = False) -> Disk:
         """A new disk, which keeps to the limits of a throttle node from the beginning."""
@@ -345,8 +430,9 @@ class Graph:
             if self.users.get(id(disk)):
                 raise DeviceInUse(f"Device '{name}' is exported", "withdraw the export first")
             del self.disks[name]
-            disk.retire()
-            self._release(disk.root)
+            gone = self._unlink([disk.root])
+            gone.disks.insert(0, disk)
+        self._close(gone)
 
     def disk(self, device: str) -> Disk:
         """The disk of that name, or the one over the node of that name.
@@ -388,16 +474,6 @@ class Graph:
         with self.lock:
             return [*self.disks, *sorted(self.explicit)]
 
-    def all_disks(self) -> list[Disk]:
-        """Every disk, bare ones too."""
-        with self.lock:
-            return [*self.disks.values(), *self.bare.values()]
-
-    def every_node(self) -> list[Node]:
-        """All nodes, those without a name of their own too."""
-        with self.lock:
-            return list(self.nodes.values())
-
     def stranger(self, node: Node, ours: list[Node]) -> Node | None:
         """A node that lies over `node` and is none of ours, nor what a filter of ours is over."""
         ours = [*ours, *(f.file for n in ours for f in filters(n) if f.file is not None)]
@@ -433,153 +509,6 @@ class Graph:
         if name not in self.explicit:
             self.inherited.add(name)
             self.explicit.add(name)
-
-    def disks_above(self, node: Node) -> list[Disk]:
-        """Every disk that reads through `node`: in its chain, or below a node of it."""
-        return [d for d in self.all_disks() if node in parents_first([d.root])]
-
-    # Who uses what -----------------------------------------------------------------------
-
-    def claim(
-        self,
-        nodes: list[Node],
-        why: str,
-        holder: str = "",
-        *,
-        wanted: str = "",
-        served: Node | None = None,
-        kept: Node | None = None,
-        shared: Node | None = None,
-    ) -> None:
-        """Hold nodes for a job (or for a moment); all or none. Only `served` may be exported then,
-        and `kept`, an overlay over it that goes on showing this moment, for reading. Others may
-        hold `shared` as well, if it is what they share, too.
-
-        Raises `DeviceInUse` naming who has one, and what is `wanted`, or the lock that an
-        administrator set."""
-        with self.lock:
-            for node in nodes:
-                self.check_free(node, wanted or why, node is kept, node is shared)
-            for node in nodes:
-                held = Held(node, why, holder, node is served, node is kept, node is shared)
-                self.claims.setdefault(id(node), []).append(held)
-
-    def check_free(
-        self, node: Node, wanted: str, afloat: bool = False, sharing: bool = False
-    ) -> None:
-        """Raise `DeviceInUse` if the node is held, floats, or belongs to a locked disk."""
-        with self.lock:
-            for held in self.holders(node):
-                if not (sharing and held.shared):
-                    raise _busy(held, wanted)
-            if not afloat and self.floats(node):
-                raise _afloat(node, wanted)
-            for disk in self.all_disks():
-                reason = self.locks.get(id(disk))
-                if reason is not None and any(n is node for n in chain(disk.root)):
-                    raise DeviceInUse(
-                        f"Disk '{disk.name}' is locked, which excludes {wanted}: {reason}",
-                        f"cowferry unlock {disk.name}",
-                    )
-
-    def check_top(self, node: Node) -> None:
-        """Raise `CowferryError` if any other node lies over `node`."""
-        with self.lock:
-            for other in self.nodes.values():
-                for role, child in children(other):
-                    if child is node:
-                        what = "backing hd" if role == "backing" else role
-                        raise CowferryError(
-                            f"Node '{node.name}' is busy: node is used as {what} of '{other.name}'"
-                        )
-
-    def check_sole(self, node: Node, wanted: str) -> None:
-        """Raise `DeviceInUse` if another open node lies over bytes of `node` under another name: it
-        would see what is about to be written there."""
-        with self.lock:
-            files = [n for n in (node, *_parts(node)) if n.file is None]
-            index: identity.Index[Node] = identity.Index()
-            for other in self.nodes.values():
-                if other not in files and not other.shares:
-                    _remember(other, index)
-            for file in files:
-                for mine, theirs, other in index.find(file.places() if file.fd >= 0 else ()):
-                    over = identity.Layer(other.filename, self._user(other), other.places())
-                    raise DeviceInUse(
-                        f"Node '{node.name}' is busy, which excludes {wanted}: "
-                        f"{identity.connection(file.filename, mine, over, theirs)}",
-                        "nothing was changed; what is written there would change under it",
-                    )
-
-    def _user(self, node: Node) -> str:
-        """Who has a node open, in words."""
-        disks = [f"'{disk.name}'" for disk in self.disks_above(node) if disk.name in self.disks]
-        if disks:
-            return f"in use by disk {' and '.join(disks)}"
-        return f"in use by node '{node.name}'" if node.name else "in use by the same chain"
-
-    def check_idle(self, node: Node) -> None:
-        """Raise `CowferryError` if any node, disk or export lies over `node`."""
-        with self.lock:
-            self.check_top(node)
-            if self.exported(node) or any(d.root is node for d in self.disks.values()):
-                raise CowferryError(f"Block device {node.name} is in use")
-
-    def release(self, nodes: list[Node], why: str, holder: str = "") -> None:
-        """Undo `claim`. Nodes that somebody else holds by now are left alone."""
-        with self.lock:
-            for node in nodes:
-                left = [h for h in self.holders(node) if (h.why, h.holder) != (why, holder)]
-                if left:
-                    self.claims[id(node)] = left
-                else:
-                    self.claims.pop(id(node), None)
-
-    def hold(self, disk: Disk, writable: bool) -> None:
-        """An export begins to use a disk. Raises `CowferryError` if it must not, or not write."""
-        with self.lock:
-            for held in self.holders(disk.root):
-                # What a job fills has no gate of ours around it; and no second writer comes in
-                # while one works on the disk.
-                if not held.served and (writable or not held.kept):
-                    raise _busy(held, "an export")
-                if writable and any(self.users.get(id(disk), [])):
-                    raise _busy(held, "a second export for writing")
-            floating = next((n for n in chain(disk.root) if self.floats(n)), None)
-            if floating is not None:
-                raise _afloat(floating, "an export")
-            if writable:
-                keeper.check_bypass(disk.root)
-            for other in self.nodes.values():
-                for role, child in children(other):
-                    if child is not disk.root or self.keeps(other):
-                        continue
-                    if writable:
-                        raise CowferryError(
-                            f"Conflicts with use by '{other.name}' as '{role}', which does not "
-                            f"allow 'write' on '{child.name}'",
-                            "export it read-only, or export the node above it",
-                        )
-                    if role != "backing" and child.file is not None and not other.read_only:
-                        raise CowferryError(
-                            f"Conflicts with use by '{other.name}' as '{role}', which writes "
-                            f"'{child.name}'",
-                            "export the node above it",
-                        )
-            self.users.setdefault(id(disk), []).append(writable)
-
-    def unhold(self, disk: Disk, writable: bool) -> None:
-        """Undo `hold`."""
-        with self.lock:
-            left = self.users.get(id(disk), [])
-            if writable in left:
-                left.remove(writable)
-            if not left:
-                self.users.pop(id(disk), None)
-
-    def exported(self, node: Node) -> bool:
-        """Whether an export serves a disk over the node."""
-        return any(d.root is node and self.users.get(id(d)) for d in self.all_disks())
 
     # Chains ------------------------------------------------------------------------------
 
@@ -623,123 +552,45 @@ class Graph:
 
     def detached(self, old: Node, base: Node | None) -> None:
         """An overlay has let go of `old` and what is between it and `base`: close what is idle."""
+        all_gone = Gone([], [])
         with self.lock:
             node: Node | None = old
             while node is not None and node is not base:
                 below = node.backing
                 if node.name in self.explicit or self._used(node):
-                    return
+                    break
                 node.backing = None
-                self._release(node)
+                gone = self._unlink([node])
+                all_gone.nodes.extend(gone.nodes)
+                all_gone.disks.extend(gone.disks)
                 node = below
+        self._close(all_gone)
 
     def close(self) -> None:
-        """Flush and close everything. The first error is raised after all were tried."""
+        """Flush and close everything; nothing is opened any more. The first error is raised after
+        all were tried."""
         with self.lock:
+            self.closed = True
             nodes = parents_first(list(self.nodes.values()))
-            for disk in self.all_disks():
-                disk.retire()
+            disks = self.all_disks()
             self.disks.clear()
             self.bare.clear()
             self.nodes.clear()
-            first: Exception | None = None
-            formats = [n for n in nodes if n.file is not None and not n.read_only]
-            # A child's close is idempotent: its parent may have closed it.
-            for step in (*(n.flush for n in formats), *(n.close for n in nodes)):
-                try:
-                    step()
-                except (OSError, CowferryError) as error:
-                    first = first or error
-            if first is not None:
-                raise first
-
-
-def _busy(held: Held, wanted: str) -> DeviceInUse:
-    job = f" '{held.holder}'" if held.holder else ""
-    return DeviceInUse(
-        f"Node '{held.node.name}' is busy: {held.why}{job}, which excludes {wanted}",
-        f"wait for job{job}, or cancel it" if job else "wait for it",
-    )
-
-
-def _afloat(node: Node, wanted: str) -> DeviceInUse:
-    below = node.backing.name if node.backing is not None else ""
-    return DeviceInUse(
-        f"Node '{node.name}' is busy: '{below}' below it is in use by a writable export, so it "
-        f"shows no moment, which excludes {wanted}",
-        "blockdev-backup with sync=none keeps the moment at which it starts; use it after that",
-    )
-
-
-def _remember(node: Node, index: identity.Index[Node]) -> None:
-    """Note which local file or device the node is, if it is one."""
-    if node.file is None and node.fd >= 0:
-        index.add(node.places(), node)
-
-
-def children(node: Node) -> list[tuple[str, Node]]:
-    """(role, node) of each child."""
-    out: list[tuple[str, Node]] = []
-    if node.file is not None:
-        out.append(("file", node.file))
-    data = getattr(node, "data", None)
-    if isinstance(data, Node) and data is not node.file:
-        out.append(("data-file", data))
-    if node.backing is not None:
-        out.append(("backing", node.backing))
-    return out
-
-
-def filters(node: Node | None) -> Iterator[Node]:
-    """The filters that a node consists of, from the topmost on; none, if it is another node."""
-    while node is not None and node.filter:
-        yield node
-        node = node.file
-
-
-def _parts(node: Node) -> Iterator[Node]:
-    """What a node is made of, down to the protocol: all below it but its backing."""
-    for role, child in children(node):
-        if role != "backing":
-            yield child
-            yield from _parts(child)
+        for disk in disks:
+            disk.retire()
+        first: Exception | None = None
+        formats = [n for n in nodes if n.file is not None and not n.read_only]
+        # A child's close is idempotent: its parent may have closed it.
+        for step in (*(n.flush for n in formats), *(n.close for n in nodes)):
+            try:
+                step()
+            except (OSError, CowferryError) as error:
+                first = first or error
+        if first is not None:
+            raise first
 
 
 def _is_filter(options: Mapping[str, Any]) -> bool:
     """Whether what they open passes on what it is told, to bitmaps too."""
     name = options.get("driver")
     return isinstance(name, str) and bool(driver(name).filter)
-
-
-def parents_first(nodes: list[Node]) -> list[Node]:
-    """The nodes in an order in which nobody comes after its own child."""
-    out: list[Node] = []
-    seen: set[int] = set()
-    for start in nodes:
-        stack = [(start, False)]
-        while stack:
-            node, done = stack.pop()
-            if done:
-                out.append(node)
-            elif id(node) not in seen:
-                seen.add(id(node))
-                stack.append((node, True))
-                stack.extend((child, False) for _, child in children(node))
-    return out[::-1]
-
-
-def actual_size(path: str) -> int:
-    """Bytes that a file occupies on the host; none, if a server holds it. Raises `ImageError`.
-
-    A device occupies all of its bytes, although the kernel counts no blocks for its name."""
-    if names.is_uri(path):
-        return 0
-    try:
-        st = os.stat(path)
-        if stat.S_ISBLK(st.st_mode):
-            number = f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}"
-            with open(f"/sys/dev/block/{number}/size", encoding="ascii") as sectors:
-                return int(sectors.read()) * 512
-        return st.st_blocks * 512
-    except OSError as error:
-        raise ImageError(f"'{path}': {error.strerror}") from error

@@ -32,7 +32,7 @@ TICK = 0.1  # seconds between calls of a watcher
 
 _lock = threading.Lock()  # guards the two below
 _house: Daemon | None = None
-_open: dict[int, str] = {}  # id of each open disk -> its name
+_open: dict[int, str] = {}  # id of each disk that is open or being opened -> its name
 _numbers = itertools.count(1)
 
 
@@ -67,18 +67,19 @@ def open(
         stem = os.path.basename(path).rsplit(".", 1)[0] or "disk"
         taken = set(_open.values())
         names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-        try:
-            disk = daemon.open_disk(
-                next(n for n in names if n not in taken),
-                path,
-                format,
-                copy_on_read=copy_on_read,
-                read_only=read_only,
-            )
-        except BaseException:
+        name = next(n for n in names if n not in taken)
+        opening = object()
+        _open[id(opening)] = name  # keeps the name and the daemon, whatever the others do
+    try:
+        # Without the lock: storage that hangs holds up nobody else.
+        disk = daemon.open_disk(name, path, format, copy_on_read=copy_on_read, read_only=read_only)
+    except BaseException:
+        with _lock:
+            del _open[id(opening)]
             _leave()
-            raise
-        _open[id(disk)] = disk.name
+        raise
+    with _lock:
+        _open[id(disk)] = _open.pop(id(opening))
     try:
         yield disk
     finally:

@@ -30,7 +30,17 @@ from typing import NamedTuple
 
 from cowferry.block import sysio
 from cowferry.block.behind import Behind
-from cowferry.block.node import Extent, Node, State, far, part, read, read_runs, resolve
+from cowferry.block.node import (
+    Extent,
+    Node,
+    State,
+    far,
+    part,
+    read,
+    read_fully,
+    read_runs,
+    resolve,
+)
 
 BUFFER = 128 << 10  # bytes moved through memory at once: stays in the processor's cache
 CLONE_ALIGN = 4096  # what reflink file systems ask of offsets and lengths
@@ -176,6 +186,7 @@ class Copier:
         self._spare: list[memoryview] = []  # buffers of the pool's threads
         self.cloned = 0  # bytes shared by reflink
         self.moved = 0  # bytes copied, by the kernel or by us
+        self.touched = False  # `place` may have changed what a target reads as
 
     def fill(self, source: Node | None, offset: int, room: list[Extent]) -> None:
         """Put the source's bytes from `offset` on into `room`, in order. Raises `OSError`.
@@ -219,6 +230,7 @@ class Copier:
             return
         target.changing(offset, length)
         if span.kind is Kind.ZERO:
+            self.touched = True
             target.zero(offset, length, unmap=True)
             return
         if target.remote:
@@ -228,7 +240,7 @@ class Copier:
         for r in list(target.extents(offset, length)):
             end = offset + r.length
             if r.writable and r.fd >= 0:  # it has a place already
-                self.fill(source, offset, [r])
+                self._overwrite(source, offset, r)
             else:
                 first = min(-(-offset // granule) * granule, end)
                 last = end if end == target.size else max(end // granule * granule, first)
@@ -236,6 +248,16 @@ class Copier:
                 self._place_new(source, target, first, last - first)
                 self._write(source, target, last, end - last)
             offset = end
+
+    def _overwrite(self, source: Node | None, offset: int, run: Extent) -> None:
+        """Fill a run where it lies. A hole for which there was no room reads as before."""
+        before, self.touched = self.touched, True
+        try:
+            self.fill(source, offset, [run])
+        except OSError:
+            if not before and run.state is State.ZERO:
+                self.touched = not _reads_zero(run)
+            raise
 
     def _place_new(self, source: Node | None, target: Node, offset: int, length: int) -> None:
         """Whole granules that need a place."""
@@ -248,6 +270,7 @@ class Copier:
             self.fill(source, offset, room)
             for r in room:
                 target.link(offset, r)
+                self.touched = True
                 linked, offset = linked + 1, offset + r.length
         except BaseException:
             for r in room[linked:]:
@@ -349,6 +372,7 @@ class Copier:
 
     def _write(self, source: Node | None, target: Node, offset: int, length: int) -> None:
         remote = far(target) + far(source)
+        self.touched = self.touched or length > 0
         for at in range(offset, offset + length, BLOCK):
             n = min(BLOCK, offset + length - at)
             self._piecewise(
@@ -394,6 +418,20 @@ class Copier:
                     node.abort()
         if errors:
             raise errors[0]
+
+
+def _reads_zero(run: Extent) -> bool:
+    """Whether the bytes of a run with a place are zeroes, as far as they can be read."""
+    buf = memoryview(bytearray(min(run.length, COMPARED)))
+    try:
+        for done in range(0, run.length, len(buf)):
+            part = buf[: min(len(buf), run.length - done)]
+            read_fully(run.fd, part, run.host + done)
+            if part != bytes(len(part)):
+                return False
+    except OSError:
+        return False
+    return True
 
 
 def _runs(source: Node | None, offset: int, length: int) -> list[Extent]:

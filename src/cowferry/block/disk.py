@@ -467,7 +467,7 @@ class Disk:
         with self.exclusive():
             self.root.change_size(size)
             for bitmap in self.bitmaps.values():
-                bitmap.resize(size)
+                bitmap.resize(self.root.size)
 
     def _change(
         self,

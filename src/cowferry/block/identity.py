@@ -362,6 +362,15 @@ class Index(Generic[T]):
             if not place.within:
                 self._by_store.setdefault(place.store, []).append((place, thing))
 
+    def discard(self, places: Iterable[Place], thing: T) -> None:
+        """Forget a thing, which was added with these places."""
+        for store in {place.store for place in places}:
+            left = [(p, t) for p, t in self._by_store.get(store, ()) if t is not thing]
+            if left:
+                self._by_store[store] = left
+            else:
+                self._by_store.pop(store, None)
+
     def find(self, places: Iterable[Place]) -> Iterator[tuple[Place, Place, T]]:
         """Each thing that shares bytes with `places`, and by which two places."""
         for mine in places:

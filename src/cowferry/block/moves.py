@@ -19,8 +19,9 @@ the error is told, so that a disk which goes on in its old image is not contradi
 
 While a commit runs, its base and the layers that it skips are no good by themselves: they hold
 part of what was above them. `IMAGE.committing` says so from before the first write until the end
-is durable (C2); beside layers that were skipped, for good. It is about that very file: another
-one that is made under the name later is not meant.
+is durable (C2); beside layers that were skipped, for good. A commit that ends badly before it has
+changed a byte of the base removes it again. It is about that very file: another one that is made
+under the name later is not meant.
 
 A disk at the beginning of a larger device has its size in the record of its move. When it is
 resized there, `DEVICE.size` in the state folder says the new size.

@@ -186,7 +186,9 @@ def find(disk: Disk, target: str) -> Unfinished | None:
         raise refused(f"it is one of '{body['source']}', and '{disk.name}' is not there any more")
     if names.identity(target) != body["inode"]:
         raise refused("another image was put in its place")
-    held = os.path.getsize(target) if os.path.isfile(target) else disk.size
+    held = disk.size
+    if os.path.isfile(target):
+        held = -(-os.path.getsize(target) // 512) * 512  # a raw disk has whole sectors
     if body["size"] != disk.size or held != disk.size:
         raise refused(f"it was of {body['size']} bytes, and the disk has {disk.size}")
     bitmap = source.bitmaps.get(str(body["bitmap"]))

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from cowferry.errors import CowferryError
+from cowferry.wire import qmp
 
 COMMANDS = {
     # offline
@@ -93,6 +94,7 @@ def complain(error: CowferryError) -> None:
 
 def main(argv: list[str] | None = None) -> Any:
     """The entry point: never a traceback for a mistake of the user's."""
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), qmp.RECURSION))
     if threading.current_thread() is threading.main_thread():
         # Their default action is the end of the process. Commands that show progress set SIGUSR1.
         for number in (signal.SIGUSR1, signal.SIGUSR2):

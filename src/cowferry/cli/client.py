@@ -50,7 +50,7 @@ class Client:
     def __init__(self, path: str) -> None:
         self.events: deque[dict[str, Any]] = deque()
         self._numbers = itertools.count(1)
-        self._splitter = qmp.Splitter()
+        self._splitter = qmp.Splitter(qmp.MAX_ANSWER, qmp.MAX_ANSWER_DEPTH)
         self._texts: deque[bytes | qmp.ParseError] = deque()
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

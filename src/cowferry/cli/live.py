@@ -117,31 +117,44 @@ def qmp_command(command: str, arguments: tuple[str, ...], path: str | None) -> i
 @click.argument("line", nargs=-1)
 @control
 def monitor_command(line: tuple[str, ...], path: str | None) -> int:
-    """Talk to the human monitor: one LINE, or a conversation until Ctrl-D."""
+    """Talk to the human monitor: one LINE, or a conversation until Ctrl-D.
+
+    The exit status is 1 if LINE fails. A conversation from a file or pipe goes on after a line that
+    fails, and its exit status is 1 then, too.
+    """
     with connect(path) as client:
 
-        def say(text: str) -> None:
-            click.echo(client.call("human-monitor-command", command_line=text), nl=False)
+        def say(text: str) -> tuple[str, bool]:
+            try:
+                return client.call("human-monitor-command", command_line=text, x_errors=True), True
+            except QmpError as error:
+                return error.desc + "\n", False
 
         if line:
-            say(" ".join(line))
-            return 0
+            said, well = say(" ".join(line))
+            click.echo(said, nl=False, err=not well)
+            return 0 if well else 1
         return converse(say)
 
 
-def converse(say: Callable[[str], None]) -> int:
-    """Lines from standard input, with editing where there is a terminal."""
-    if sys.stdin.isatty():
+def converse(say: Callable[[str], tuple[str, bool]]) -> int:
+    """Lines from standard input, with editing where there is a terminal; the exit status."""
+    person = sys.stdin.isatty()
+    if person:
         import readline  # noqa: F401 - importing it gives input() its history
+    status = 0
     while True:
         try:
-            text = input("(qemu) " if sys.stdin.isatty() else "")
+            text = input("(qemu) " if person else "")
         except EOFError:
-            return 0
+            return status
         if text.strip():
-            say(text)
+            said, well = say(text)
+            click.echo(said, nl=False)
+            if not (well or person):
+                status = 1
         if text.strip() == "quit":
-            return 0
+            return status
 
 
 @click.command("stop")

@@ -33,12 +33,12 @@ STREAM_FAILED = (
     "the disk is intact and keeps its backing file; once the cause is mended, run it again"
 )
 COMMIT_CANCELLED = (
-    "the disk reads as before; its base holds a part only and is of no use by itself "
+    "the disk reads as before; if anything was copied already, its base is of no use by itself "
     "until the commit has been run again"
 )
 COMMIT_FAILED = (
-    "the disk is intact and reads as before; once the cause is mended, run it again: until then "
-    "its base may be of no use by itself"
+    "the disk is intact and reads as before; once the cause is mended, run it again: if anything "
+    "was copied already, its base is of no use by itself until then"
 )
 
 

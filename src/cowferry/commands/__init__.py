@@ -45,7 +45,7 @@ class Command(NamedTuple):
     args: type[Args]
     returns: Any  # a type, for the schema
     help: str
-    locked: bool  # runs alone among commands that change the graph
+    locked: bool  # runs in its turn: no other command looks at the graph meanwhile
 
 
 COMMANDS: dict[str, Command] = {}
@@ -58,8 +58,9 @@ E = TypeVar("E", bound=type[msgspec.Struct])
 def command(name: str, locked: bool = True) -> Callable[[F], F]:
     """Register a function as a QMP command. Its second parameter's annotation gives the types.
 
-    One that is not `locked` must work while another runs, or waits: for a job, for an agent. It
-    takes its turn itself (`Daemon.turn`) for what changes the graph."""
+    A `locked` command runs in its turn (`Daemon.turn`), and gives it away whenever it waits for
+    storage, a server or guests (`Daemon.apart`). A command that is not `locked` only looks, or
+    takes its turn itself."""
 
     def keep(function: F) -> F:
         hints = typing.get_type_hints(function, localns={"Daemon": Any})

@@ -136,7 +136,7 @@ def block_dirty_bitmap_merge(daemon: Daemon, args: BlockDirtyBitmapMerge) -> Non
     alone(daemon, f"merge into bitmap '{args.target}'", merge, args)
 
 
-@command("x-debug-block-dirty-bitmap-sha256")
+@command("x-debug-block-dirty-bitmap-sha256", locked=False)
 def block_dirty_bitmap_sha256(daemon: Daemon, args: BlockDirtyBitmap) -> Sha256:
     """The hash of the bits, as QEMU computes it: in whole words of 64."""
     _, bitmap = bitmaps.look_up(daemon, args.node, args.name)
@@ -148,7 +148,7 @@ class QueryBitmaps(Args):
     device: str | None = None
 
 
-@command("x-query-bitmaps")
+@command("x-query-bitmaps", locked=False)
 def query_bitmaps(daemon: Daemon, args: QueryBitmaps) -> list[dict[str, Any]]:
     """Every bitmap of a disk's chain, top first, or of all nodes: where it is kept, who uses it."""
     if args.device is None:
@@ -187,7 +187,7 @@ class BitmapExtents(msgspec.Struct, omit_defaults=True):
     next: int | None = None
 
 
-@command("x-query-bitmap-extents")
+@command("x-query-bitmap-extents", locked=False)
 def query_bitmap_extents(daemon: Daemon, args: QueryBitmapExtents) -> BitmapExtents:
     """The dirty runs of a bitmap in bytes from `offset` on; `next` is where to ask for more."""
     if args.offset < 0 or not 1 <= args.limit <= 4096:

@@ -11,11 +11,10 @@ import msgspec
 from cowferry.block.node import Node, chain
 from cowferry.commands import Args, NoArgs, command
 from cowferry.commands.throttle import shown
-from cowferry.drivers import driver
+from cowferry.drivers import MAX_DEPTH, actual_size, driver
 from cowferry.drivers.file import File
 from cowferry.drivers.making import create_image
 from cowferry.errors import CowferryError
-from cowferry.graph import actual_size
 from cowferry.jobs.create import Create
 
 if TYPE_CHECKING:
@@ -99,11 +98,11 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     why = "block device is in use by block job: create"
     if node is not None:
         daemon.graph.check_idle(node)
-        daemon.graph.claim([node], why)
+        daemon.graph.claim([node], why, args.job_id)
 
     def released() -> None:
         if node is not None:
-            daemon.graph.release([node], why)
+            daemon.graph.release([node], why, args.job_id)
 
     try:
         daemon.jobs.start(Create(make, released), args.job_id)
@@ -157,9 +156,10 @@ def image_info(node: Node, with_backing: bool = True) -> dict[str, Any]:
     return out
 
 
-def device_info(node: Node, disk: Disk | None = None) -> dict[str, Any]:
-    """QMP: BlockDeviceInfo of a node."""
-    images = [image_info(n) for n in list(chain(node))[:64]]
+def device_info(node: Node, disk: Disk | None = None, levels: int = MAX_DEPTH) -> dict[str, Any]:
+    """QMP: BlockDeviceInfo of a node, with so many levels of backing images."""
+    nodes = list(chain(node))
+    images = [image_info(n) for n in nodes[: levels + 1]]
     for above, below in itertools.pairwise(images):
         above["backing-image"] = below
     out: dict[str, Any] = {
@@ -169,7 +169,7 @@ def device_info(node: Node, disk: Disk | None = None) -> dict[str, Any]:
         "drv": node.filter or node.driver,
         "encrypted": False,
         "detect_zeroes": "off",
-        "backing_file_depth": len(images) - 1,
+        "backing_file_depth": len(nodes) - 1,
         "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
         "write_threshold": 0,
         "cache": {"writeback": True, "direct": False, "no-flush": False},
@@ -192,22 +192,19 @@ class QueryNodes(Args):
     flat: bool = False
 
 
-@command("query-named-block-nodes")
+@command("query-named-block-nodes", locked=False)
 def query_named_block_nodes(daemon: Daemon, args: QueryNodes) -> list[dict[str, Any]]:
-    """Every node by name; with `flat` without the nested backing images."""
-    out = []
+    """Every node by name, with its backing images, 200 levels at most; with `flat` without them.
+
+    The bound is there because the answer grows with the square of a chain's length."""
+    levels = 0 if args.flat else 200
     with daemon.graph.lock:
         nodes = list(daemon.graph.nodes.values())
         disks = {id(disk.root): disk for disk in daemon.graph.all_disks()}
-    for node in nodes:
-        info = device_info(node, disks.get(id(node)))
-        if args.flat:
-            info["image"].pop("backing-image", None)
-        out.append(info)
-    return out
+    return [device_info(node, disks.get(id(node)), levels) for node in nodes]
 
 
-@command("query-block")
+@command("query-block", locked=False)
 def query_block(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """Every named disk."""
     with daemon.graph.lock:
@@ -228,7 +225,7 @@ class Tree(Args):
     device: str | None = None
 
 
-@command("x-query-tree")
+@command("x-query-tree", locked=False)
 def query_tree(daemon: Daemon, args: Tree) -> list[dict[str, Any]]:
     """The chain of each disk, top first, with what each layer holds in bytes (for `tree`)."""
     graph = daemon.graph

@@ -36,7 +36,8 @@ def change(daemon: Daemon, args: ChangeMedium) -> None:
     with daemon.turn():
         part = Change(daemon, args.device, args.target, args.format or args.arg, not args.notify)
         try:
-            finish([part])
+            with daemon.graph.turn.apart():
+                finish([part])
         except BaseException as error:
             part.abort()
             if isinstance(error, OSError):

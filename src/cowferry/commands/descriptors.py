@@ -37,7 +37,7 @@ def remove_fd(daemon: Daemon, args: RemoveFd) -> None:
     fdsets.remove(args.fdset_id, args.fd)
 
 
-@command("query-fdsets")
+@command("query-fdsets", locked=False)
 def query_fdsets(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """Every set and its descriptors."""
     out: list[dict[str, Any]] = []

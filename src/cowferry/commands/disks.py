@@ -86,7 +86,7 @@ def disk_unlock(daemon: Daemon, args: DiskUnlock) -> None:
             raise CowferryError(f"Disk '{args.device}' is not locked")
 
 
-@command("x-query-locks")
+@command("x-query-locks", locked=False)
 def query_locks(daemon: Daemon, args: NoArgs) -> list[dict[str, str]]:
     """Every locked disk, and why."""
     graph = daemon.graph

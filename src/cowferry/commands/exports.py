@@ -126,7 +126,7 @@ def block_export_del(daemon: Daemon, args: BlockExportDel) -> None:
     daemon.drop_export(export)
 
 
-@command("query-block-exports")
+@command("query-block-exports", locked=False)
 def query_block_exports(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """Every export, under the node that is its disk's root now."""
     return [

@@ -97,7 +97,7 @@ def group_cancel(daemon: Daemon, args: GroupCancel) -> None:
     _group(daemon, args.id).cancel(args.force)
 
 
-@command("x-query-groups")
+@command("x-query-groups", locked=False)
 def query_groups(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     """Every group as one thing, with its members."""
     return [g.query() for g in list(daemon.jobs.groups.values())]

@@ -175,7 +175,7 @@ class BlockJobChange(Args):
     copy_mode: Literal["background", "write-blocking"] | None = None
 
 
-@command("block-job-change")
+@command("block-job-change", locked=False)
 def block_job_change(daemon: Daemon, args: BlockJobChange) -> None:
     """Change a running job's options."""
     found = block_job(daemon, args.id)

@@ -52,7 +52,7 @@ class Status(msgspec.Struct):
     status: str
 
 
-@command("query-status")
+@command("query-status", locked=False)
 def query_status(daemon: Daemon, args: NoArgs) -> Status:
     """Always running: there is no guest here to be stopped."""
     return Status(running=True, status="running")
@@ -61,12 +61,15 @@ def query_status(daemon: Daemon, args: NoArgs) -> Status:
 class HumanMonitor(Args):
     command_line: str
     cpu_index: int | None = None
+    x_errors: bool = False
 
 
 @command("human-monitor-command", locked=False)
 def human_monitor_command(daemon: Daemon, args: HumanMonitor) -> str:
-    """Run a line of the human monitor, and return what it prints."""
-    return daemon.human(args.command_line)
+    """Run a line of the human monitor, and return what it prints, also if it fails.
+
+    With `x-errors` the text of a line that fails is an error instead."""
+    return daemon.human(args.command_line, args.x_errors)
 
 
 @command("quit", locked=False)

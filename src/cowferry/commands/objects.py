@@ -167,7 +167,7 @@ def found(daemon: Daemon, path: str) -> tuple[str, Group | None]:
     raise DeviceNotFound(f"Device '{path}' not found", "qom-list path=/objects lists the objects")
 
 
-@command("qom-list")
+@command("qom-list", locked=False)
 def qom_list(daemon: Daemon, args: QomPath) -> list[ObjectProperty]:
     """What there is under /objects, or the properties of an object."""
     own = ObjectProperty("type", "string")
@@ -184,7 +184,7 @@ def qom_list(daemon: Daemon, args: QomPath) -> list[ObjectProperty]:
     return [own, ObjectProperty("limits", "ThrottleLimits"), *older]
 
 
-@command("qom-get")
+@command("qom-get", locked=False)
 def qom_get(daemon: Daemon, args: QomProperty) -> Any:
     """A property of an object: `limits` of a throttle-group, one of the older names, `type`."""
     kind, group = found(daemon, args.path)

@@ -48,7 +48,7 @@ def by_file(daemon: Daemon, args: BlockdevSnapshotSync, so_far: Transaction) -> 
         raise CowferryError("Cannot find device='' nor node-name=''")
     if args.device is None and args.snapshot_node_name is None:
         raise CowferryError("New overlay node-name missing", "give snapshot-node-name")
-    return Snapshot(daemon, name).with_file(
+    return Snapshot(daemon, name, path=args.snapshot_file).with_file(
         args.snapshot_file, args.format, args.mode, args.snapshot_node_name
     )
 
@@ -119,11 +119,11 @@ def disk_snapshot(daemon: Daemon, args: DiskSnapshot) -> DiskSnapshotTaken:
         with Transaction(daemon, "snapshot") as so_far:
             with daemon.turn(guests.patience):
                 for wanted in args.disks:
-                    parts.append(by_name(daemon, wanted, parts))
+                    parts.append(by_name(daemon, wanted, parts, not guests.agents))
                     so_far.parts.append(parts[-1])
             for part in parts:
                 part.approach()  # once while the guests run: most of the flush is done then
-            with guests.frozen(), daemon.turn(guests.patience):
+            with guests.frozen():
                 so_far.finish(guests)
     guests.check()
     tops = [p.overlay for p in parts if p.overlay is not None]
@@ -137,9 +137,12 @@ def disk_snapshot(daemon: Daemon, args: DiskSnapshot) -> DiskSnapshotTaken:
     )
 
 
-def by_name(daemon: Daemon, args: DiskToSnapshot, parts: list[Snapshot]) -> Snapshot:
-    """An overlay for a disk; without a file name one beside the image that the disk is on."""
-    part = Snapshot(daemon, args.device, carry=True)
+def by_name(
+    daemon: Daemon, args: DiskToSnapshot, parts: list[Snapshot], brief: bool = True
+) -> Snapshot:
+    """An overlay for a disk; without a file name one beside the image that the disk is on. `brief`
+    as in `Snapshot`."""
+    part = Snapshot(daemon, args.device, carry=True, path=args.snapshot_file, brief=brief)
     if any(p.disk is part.disk for p in parts):
         raise CowferryError(f"'{args.device}' is named twice")
     path = args.snapshot_file

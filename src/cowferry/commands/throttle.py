@@ -113,7 +113,7 @@ class QueryLimits(Args):
     device: str | None = None
 
 
-@command("x-query-limits")
+@command("x-query-limits", locked=False)
 def query_limits(daemon: Daemon, args: QueryLimits) -> list[dict[str, Any]]:
     """The limits of a disk, or of each that has some: {device, group, with, waiting, limits}.
 

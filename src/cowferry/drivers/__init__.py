@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import stat
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
@@ -136,3 +137,20 @@ def format_of(path: str) -> str:
             "formats are never guessed from the content",
         )
     return "raw"
+
+
+def actual_size(path: str) -> int:
+    """Bytes that a file occupies on the host; none, if a server holds it. Raises `ImageError`.
+
+    A device occupies all of its bytes, although the kernel counts no blocks for its name."""
+    if names.is_uri(path):
+        return 0
+    try:
+        st = os.stat(path)
+        if stat.S_ISBLK(st.st_mode):
+            number = f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}"
+            with open(f"/sys/dev/block/{number}/size", encoding="ascii") as sectors:
+                return int(sectors.read()) * 512
+        return st.st_blocks * 512
+    except OSError as error:
+        raise ImageError(f"'{path}': {error.strerror}") from error

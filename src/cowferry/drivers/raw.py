@@ -1,4 +1,9 @@
-"""The raw format: the disk's bytes are the file's bytes, or a window of them."""
+"""The raw format: the disk's bytes are the file's bytes, or a window of them.
+
+A disk has whole sectors of 512 bytes, so that an overlay of it, a copy in another format, and QEMU
+have the same size. A file that ends inside a sector is read as if zeroes followed, and grows when
+the guest writes there.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,18 @@ from cowferry.drivers import Common, register
 from cowferry.drivers.file import File
 from cowferry.drivers.plan import Plan
 from cowferry.errors import CowferryError, NotSupported
+
+SECTOR = 512  # bytes
+
+
+def whole_sectors(size: int) -> int:
+    """Return `size` bytes, rounded up to whole sectors."""
+    return -(-size // SECTOR) * SECTOR
+
+
+def _is_host_file(node: Node) -> bool:
+    """Whether its last sector can be completed: an export or another node's window cannot grow."""
+    return node.file is None and not node.remote
 
 
 @register("raw")
@@ -29,7 +46,11 @@ class Raw(Node):
         self.start = start
         self.from_start = start == 0
         self.whole = size is None and start == 0
-        self.size = file.size - start if size is None else size
+        if size is None:
+            size = file.size - start
+            if _is_host_file(file):
+                size = whole_sectors(size)
+        self.size = size
         self.span = None if self.whole else (start, start + self.size)
         self._cleared = 0  # bytes up to which what lies behind the disk has been zeroed
         self.read_only = file.read_only
@@ -63,10 +84,10 @@ class Raw(Node):
 
     @classmethod
     def plan(cls, path: str, size: int, options: Mapping[str, Any]) -> Plan:
-        """A raw image of `size` bytes; with a backing file, to be filled from it."""
+        """A raw image of whole sectors; with a backing file, to be filled from it."""
         from cowferry.drivers import partial
 
-        return partial.plan(path, size, options)
+        return partial.plan(path, whole_sectors(size), options)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The file's own runs."""
@@ -94,6 +115,10 @@ class Raw(Node):
 
     def flush(self) -> None:
         self.file.flush()
+
+    def change_size(self, size: int) -> None:
+        """See `Node`; a file gets whole sectors."""
+        super().change_size(whole_sectors(size) if _is_host_file(self.file) else size)
 
     def prepare_resize(self, size: int) -> None:
         """Zero what a device holds behind the disk, up to `size`: old bytes of others, perhaps."""

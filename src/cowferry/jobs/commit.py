@@ -45,22 +45,36 @@ class Into:
         self.between = between  # skipped: above the base, below the top
         self.size = size  # bytes that the base must have at least
         self.was_read_only = base.read_only
+        self.marked: list[Node] = []  # marked by us, and by no commit before
+        self.touched = False  # some bytes of the base may be those of the top
 
     def begin(self) -> None:
-        """The base is writable, marked, and large enough, durably. Raises `OSError`.
+        """Make the base writable, mark it and the layers between, and make it large enough, all of
+        it durably. May be called again after an error. Raises `OSError`.
 
-        A base that somebody else has open is no good target, and not marked."""
+        A base that another process has open cannot be the target, and is not marked."""
         if self.base.read_only:
             self.base.reopen(False)
         for node in (*self.between, self.base):
+            if node not in self.marked and moves.half_committed(node.filename) is None:
+                self.marked.append(node)
             moves.committing(node.filename, self.top.filename)
         if self.base.size < self.size:
             self.base.change_size(self.size)
             self.base.flush()
 
     def end(self) -> None:
-        """Everything is in the base. The layers between stay marked: they are no good any more."""
+        """Remove the mark of the base: everything is in it. The layers between stay marked, for
+        they are of no use any more."""
+        self.marked = []
         moves.committed(self.base.filename)
+
+    def give_up(self) -> None:
+        """Remove the marks if nothing was written to the base, so that it may be opened again by
+        itself: it reads as before. The commit did not end well."""
+        if not self.touched:
+            while self.marked:
+                moves.committed(self.marked.pop().filename)
 
 
 class Commit(Job):
@@ -128,7 +142,14 @@ class Commit(Job):
         return held
 
     def copy(self, offset: int, length: int, granule: int) -> int:
-        """One chunk; the bytes that had to be moved. Raises `OSError`; may be done again."""
+        """Copy one chunk, and return the bytes that had to be moved. Raises `OSError`; then it may
+        be done again."""
+        try:
+            return self._copy(offset, length, granule)
+        finally:
+            self.into.touched = self.into.touched or self.copier.touched
+
+    def _copy(self, offset: int, length: int, granule: int) -> int:
         into, moved = self.into, 0
         for span in spans(into.top, offset, length, granule, into.base):
             if span.kind is Kind.KEEP:
@@ -185,13 +206,13 @@ class Commit(Job):
                 self._detached(self.into.top, self.into.base)
 
     def clean(self) -> None:
-        try:
+        with ExitStack() as steps:  # in reverse order, each whatever the others do
+            if self._released is not None:
+                steps.callback(self._released)
+            steps.callback(self.into.give_up)
             if self.into.was_read_only and not self.into.base.read_only:
                 with self._exclusive(0, None):
                     self.into.base.reopen(True)
-        finally:
-            if self._released is not None:
-                self._released()
 
 
 class ActiveCommit(Mirror):
@@ -219,6 +240,20 @@ class ActiveCommit(Mirror):
             self.into.begin()
         return 0
 
+    def _copy(self, offset: int, length: int, changing: bool = True) -> int:
+        try:
+            return super()._copy(offset, length, changing)
+        finally:
+            self.into.touched = self.into.touched or self.copier.touched
+
+    def _patch(self, offset: int, length: int) -> int:
+        self.into.touched = True
+        return super()._patch(offset, length)
+
+    def after(self, offset: int, length: int, data: memoryview | None) -> None:
+        self.into.touched = True
+        super().after(offset, length, data)
+
     def switch(self) -> None:
         super().switch()
         if self.pivot:
@@ -231,9 +266,9 @@ class ActiveCommit(Mirror):
             super().parted()
 
     def clean(self) -> None:
-        try:
+        with ExitStack() as steps:  # in reverse order, each whatever the others do
+            steps.callback(super().clean)
+            steps.callback(self.into.give_up)
             if self.into.was_read_only and not self.into.base.read_only:
                 with self.disk.exclusive():
                     self.into.base.reopen(True)
-        finally:
-            super().clean()

@@ -601,37 +601,53 @@ class Jobs:
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
-        self.lock = threading.Lock()  # guards the three below
+        self.lock = threading.Lock()  # guards the four below
+        self.reserved: set[str] = set()  # ids of jobs that are being prepared
         self.jobs: dict[str, Job] = {}
         self.ending: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
         self.groups: dict[str, Group] = {}
 
-    def start(self, job: Job, job_id: str) -> Job:
+    def start(self, job: Job, job_id: str, reserved: bool = False) -> Job:
         """Give the job its id and let it run, unless it is to start with its group. Raises
-        `CowferryError` for a bad or taken id."""
-        self.admit(job, job_id)
+        `CowferryError` for a bad or taken id. `reserved` as in `admit`."""
+        self.admit(job, job_id, reserved)
         if job.group is None:
             job.start()
         return job
 
-    def admit(self, job: Job, job_id: str) -> None:
-        """Give the job its id; it is to be started later, or withdrawn. Raises like `start`."""
-        if not valid_id(job_id):
-            raise CowferryError(f"Invalid job ID '{job_id}'")
+    def admit(self, job: Job, job_id: str, reserved: bool = False) -> None:
+        """Give the job its id; it is to be started later, or withdrawn. Raises like `start`.
+
+        `reserved`: the caller has reserved the id, and it is the job's from now on."""
         with self.lock:
-            if job_id in self.jobs or job_id in self.groups:
-                raise CowferryError(f"Job ID '{job_id}' already in use")
+            if reserved:
+                self.reserved.discard(job_id)
+            self._check_id(job_id)
             job.id = job_id
             self.jobs[job_id] = job
         job.create(self.emit, self._forget)
 
     def check_id(self, job_id: str) -> None:
         """Raise `CowferryError` for an id that no new job may have."""
+        with self.lock:
+            self._check_id(job_id)
+
+    def reserve(self, job_id: str) -> None:
+        """Keep an id for a job that is being prepared. Raises like `check_id`."""
+        with self.lock:
+            self._check_id(job_id)
+            self.reserved.add(job_id)
+
+    def unreserve(self, job_id: str) -> None:
+        """Undo `reserve`; nothing happens if the job has its id already."""
+        with self.lock:
+            self.reserved.discard(job_id)
+
+    def _check_id(self, job_id: str) -> None:
         if not valid_id(job_id):
             raise CowferryError(f"Invalid job ID '{job_id}'")
-        with self.lock:
-            if job_id in self.jobs or job_id in self.groups:
-                raise CowferryError(f"Job ID '{job_id}' already in use")
+        if job_id in self.jobs or job_id in self.groups or job_id in self.reserved:
+            raise CowferryError(f"Job ID '{job_id}' already in use")
 
     def add_group(self, group: Group) -> None:
         """Remember a group."""

@@ -10,16 +10,20 @@ File names are the daemon's: one that is not absolute is looked for in the daemo
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shlex
 from collections.abc import Callable
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowferry.errors import CowferryError
+from cowferry.errors import CowferryError, one_line
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
     from cowferry.monitor.qmp import Server, Stream
+
+log = logging.getLogger(__name__)
 
 PROMPT = b"(qemu) "
 MAX_LINE = 4096
@@ -50,24 +54,39 @@ def verb(name: str, usage: str, help: str, table: dict[str, Verb] = VERBS) -> Ca
     return keep
 
 
-def run_line(daemon: Daemon, line: str) -> str:
-    """Run one line; what it prints, with a newline at the end if anything. Never raises."""
+class Said(NamedTuple):
+    """What a line printed, and whether it failed."""
+
+    text: str
+    failed: bool = False
+
+
+def run(daemon: Daemon, line: str) -> Said:
+    """Run one line; its text ends with a newline if there is any. Never raises."""
     try:
         words = shlex.split(line)
         if not words:
-            return ""
+            return Said("")
         found = VERBS.get(words[0])
         if found is None:
-            return f"unknown command: '{words[0]}'\n"
+            return Said(f"unknown command: '{one_line(words[0])}'\n", True)
         out = found.run(daemon, words[1:])
     except CowferryError as error:
         hint = f"  ({error.hint})" if error.hint else ""
-        return f"Error: {error.desc}{hint}\n"
+        return Said(f"Error: {error.desc}{hint}\n", True)
     except ValueError as error:
-        return f"Error: {error}\n"
+        return Said(f"Error: {error}\n", True)
     except OSError as error:
-        return f"Error: {error.strerror or error}\n"
-    return out + "\n" if out and not out.endswith("\n") else out
+        return Said(f"Error: {error.strerror or error}\n", True)
+    except Exception as error:
+        log.exception("a line of the human monitor failed: %s", line)
+        return Said(f"Error: internal error: {error}\n", True)
+    return Said(out + "\n" if out and not out.endswith("\n") else out)
+
+
+def run_line(daemon: Daemon, line: str) -> str:
+    """Run one line, and return what it prints. Never raises."""
+    return run(daemon, line).text
 
 
 def arguments(
@@ -94,10 +113,11 @@ SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 def size(text: str, default: str = "") -> int:
     """Bytes from "10", "4k", "1.5G". Raises `CowferryError`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([bkmgtpe]?)", text.strip().lower())
-    if not found:
+    found = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)([bkmgtpe]?)", text.strip().lower())
+    value = Fraction(found[1]) * (1 << SUFFIXES[found[2] or default]) if found else -1
+    if not 0 <= value < 1 << 63:
         raise CowferryError(f"invalid size '{text}'", "a number, with k, M, G or T if you like")
-    return int(float(found[1]) * (1 << SUFFIXES[found[2] or default]))
+    return int(value)
 
 
 @verb(
@@ -264,7 +284,7 @@ def help_text(daemon: Daemon, words: list[str]) -> str:
     if not words or words == ["info"]:
         chosen = ([] if words else chosen) + list(INFO.values())
     if not chosen:
-        return f"unknown command: '{words[0]}'"
+        raise CowferryError(f"unknown command: '{words[0]}'", "help lists the commands")
     return "\n".join(f"{v.usage} -- {v.help}" for v in chosen)
 
 

@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from cowferry.commands.monitor import VERSION
@@ -38,6 +39,7 @@ class Commands(Protocol):
     events: Any
 
     def execute(self, name: str, arguments: dict[str, Any]) -> Any: ...
+    def answering(self) -> AbstractContextManager[None]: ...
 
 
 class Stream(Protocol):
@@ -92,7 +94,7 @@ class Session:
         try:
             while data := self._receive():
                 for text in splitter.feed(data):
-                    with fdsets.given(self.fds):
+                    with fdsets.given(self.fds), self.daemon.answering():
                         self._one(text)
         except OSError:
             pass
@@ -126,7 +128,12 @@ class Session:
             value = qmp.parse(text)
             ident = value.get("id")
             request = qmp.request(value)
-            result = self._run(request)
+            answer = qmp.result(self._run(request), ident)
+        except RecursionError:
+            problem = CowferryError(
+                "the answer is nested too deeply", "ask for less: flat=true, or one device"
+            )
+            self._put(qmp.error(problem, ident))
         except CowferryError as error:
             self._put(qmp.error(error, ident))
         except OSError as error:
@@ -136,7 +143,7 @@ class Session:
             problem = CowferryError(f"internal error: {error}", "please report it, with the log")
             self._put(qmp.error(problem, ident))
         else:
-            self._put(qmp.result(result, ident))
+            self._put(answer)
 
     def _run(self, request: qmp.Request) -> Any:
         if request.oob and not self.oob:

@@ -1,24 +1,55 @@
 """Operations: what a command asks for, as a job or a change of the graph.
 
 Here names become nodes, what excludes what is decided, and a job is made of its parts. One module
-for each operation; `begin` is the way in which all of them start a job: nodes are claimed first,
-all or none, and given back when the job is over or could not start.
+for each operation.
+
+An operation runs in the turn of its command, in this order, so that two of them never meet:
+
+1. `wait_for_disk`: no other command is at work on the disk, and the file systems answer;
+2. look at names and options, and claim the disk's nodes and the job's id (`Claim`);
+3. make and open files, apart: a server or file system that hangs holds up this command alone, and
+   the claim keeps everybody else away from the disk meanwhile;
+4. claim what was opened (`Claim.add`), look at it, and start the job (`begin`).
+
+If one of these fails, what was claimed is given back and what was made is removed.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from cowferry.block import names
 from cowferry.block.disk import Disk
 from cowferry.block.moves import Move
-from cowferry.block.node import Node
+from cowferry.block.node import Node, chain
 from cowferry.errors import CowferryError, DeviceInUse
 from cowferry.jobs.job import Job
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
     from cowferry.jobs.group import Group
+
+
+def wait_for_disk(daemon: Daemon, device: str, *paths: str | None) -> None:
+    """Wait, apart, until no other command works on a disk, and until the file systems of its images
+    and of `paths` answer.
+
+    Later steps look at the same files in the command's turn: a file system that hangs is met here,
+    where it holds up nobody else."""
+    graph = daemon.graph
+    graph.await_commands(device)
+    with graph.lock:
+        disk = graph.disks.get(device)
+        root = disk.root if disk is not None else graph.nodes.get(device)
+    with daemon.apart():
+        for path in (*(n.filename for n in chain(root)), *paths):
+            if path and not names.is_uri(path):
+                with suppress(OSError, ValueError):  # whoever needs the file says what is wrong
+                    os.stat(path)
+    graph.await_commands(device)
 
 
 def job_name(daemon: Daemon, device: str, job_id: str | None) -> str:
@@ -75,23 +106,45 @@ def free(daemon: Daemon, device: str, wanted: str, beside: str = "") -> None:
 
 
 class Claim:
-    """Nodes held for a job; guests may go on writing through `root`, and through no other."""
+    """Nodes and an id held for a job, from before its files are opened until it is over.
+
+    Guests may go on writing through `root`, and through no other node."""
 
     def __init__(
         self, daemon: Daemon, nodes: list[Node], root: Node, job_type: str, job_id: str
     ) -> None:
+        """Raises `CowferryError`; then nothing is held."""
         self.daemon = daemon
-        self.nodes = nodes
+        self.nodes: list[Node] = []
+        self.root = root
+        self.job_type = job_type
         self.why = f"block device is in use by block job: {job_type}"
         self.holder = job_id
-        daemon.graph.claim(nodes, self.why, job_id, wanted=job_type, served=root)
+        daemon.jobs.reserve(job_id)
+        try:
+            self.add(*nodes)
+        except BaseException:
+            daemon.jobs.unreserve(job_id)
+            raise
+
+    def add(self, *nodes: Node) -> None:
+        """Hold these as well. Raises `DeviceInUse`; then none of them is held."""
+        self.daemon.graph.claim(
+            list(nodes), self.why, self.holder, wanted=self.job_type, served=self.root
+        )
+        self.nodes += nodes
 
     def release(self) -> None:
-        """Give them back. May be called again."""
+        """Give the nodes back. May be called again."""
         self.daemon.graph.release(self.nodes, self.why, self.holder)
 
+    def withdraw(self) -> None:
+        """There will be no job: give everything back."""
+        self.daemon.jobs.unreserve(self.holder)
+        self.release()
+
     def end(self) -> None:
-        """The job is over: give them back, and close those that the disk has left meanwhile."""
+        """The job is over: give the nodes back, and close those that the disk has left."""
         self.release()
         self.daemon.graph.tidy(self.nodes)
 
@@ -99,22 +152,20 @@ class Claim:
 def begin(
     daemon: Daemon,
     disk: Disk,
-    job_id: str,
-    job_type: str,
-    nodes: list[Node],
+    held: Claim,
     make: Callable[[Claim], Job],
     group: Group | None = None,
 ) -> Job:
-    """Claim, make, start. Raises `CowferryError`; then nothing has begun."""
-    held = Claim(daemon, nodes, disk.root, job_type, job_id)
+    """Make the job and start it. Raises `CowferryError`; then nothing has begun, and nothing is
+    held any more."""
     try:
         job = make(held)
         daemon.works_on[job] = disk
         if group is not None:
             group.add(job)
-        return daemon.jobs.start(job, job_id)
+        return daemon.jobs.start(job, held.holder, reserved=True)
     except BaseException:
-        held.release()
+        held.withdraw()
         raise
 
 

@@ -30,7 +30,15 @@ from cowferry.drivers import OVERLAYS, driver, format_of, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.backup import BITMAP_MODES, CBW_POLICIES, Backup
 from cowferry.jobs.job import POLICIES
-from cowferry.operations import bitmaps, check_mode, check_unlimited, free, job_name, targets
+from cowferry.operations import (
+    bitmaps,
+    check_mode,
+    check_unlimited,
+    free,
+    job_name,
+    targets,
+    wait_for_disk,
+)
 from cowferry.operations.transaction import Part, Transaction
 
 if TYPE_CHECKING:
@@ -81,6 +89,46 @@ class Perf(NamedTuple):
     min_cluster_size: int = 0
 
 
+class Hold:
+    """A disk's root, the id of a job and a bitmap, held for a backup from before its target is
+    opened. Others may share the root: several backups of a disk run at once."""
+
+    def __init__(self, daemon: Daemon, disk: Disk, job_id: str, bitmap: Bitmap | None) -> None:
+        """Raises `CowferryError`; then nothing is held."""
+        self.daemon = daemon
+        self.root = disk.root
+        self.job_id = job_id
+        self.bitmap = bitmap
+        self.nodes: list[Node] = []
+        daemon.jobs.reserve(job_id)
+        try:
+            self.add(disk.root)
+        except BaseException:
+            daemon.jobs.unreserve(job_id)
+            raise
+        if bitmap is not None:
+            bitmap.busy = "backup"
+
+    def add(self, node: Node, kept: bool = False) -> None:
+        """Hold a node as well; `kept` as in `Graph.claim`. Raises `DeviceInUse`."""
+        self.daemon.graph.claim(
+            [node], WHY, self.job_id, wanted="backup", served=self.root,
+            kept=node if kept else None, shared=self.root,
+        )  # fmt: skip
+        self.nodes.append(node)
+
+    def release(self) -> None:
+        """Give the nodes back. May be called again."""
+        self.daemon.graph.release(self.nodes, WHY, self.job_id)
+
+    def withdraw(self) -> None:
+        """There will be no job: give everything back."""
+        if self.bitmap is not None:
+            self.bitmap.busy = ""
+        self.daemon.jobs.unreserve(self.job_id)
+        self.release()
+
+
 class Start(Part):
     """A backup as a part: made and claimed when prepared, attached in the drain, then started."""
 
@@ -90,18 +138,20 @@ class Start(Part):
         so_far: Transaction,
         disk: Disk,
         target: Node,
-        job_id: str,
+        held: Hold,
         *,
         sync: str,
         under: targets.Below | None = None,
-        bitmap: Bitmap | None = None,
         bitmap_mode: str = "on-success",
         made: list[str] | None = None,
         adopted: bool = False,
         scratch: str | None = None,
         **more: Any,
     ) -> None:
+        """`held` becomes the part's own. Raises `CowferryError`; then the caller has it still."""
+        bitmap, job_id = held.bitmap, held.job_id
         self.daemon = daemon
+        self.held = held
         self.disk = disk
         self.target = daemon.graph.disk_over(target)
         self.bitmap = bitmap
@@ -110,7 +160,6 @@ class Start(Part):
         self.job_id = job_id
         self.lent = self._to_lend(sync)
         self.lending = False
-        self.nodes = [disk.root, target]
         self.job = Backup(
             disk,
             self.target,
@@ -126,20 +175,11 @@ class Start(Part):
             released=self._released,
             **more,
         )
-        kept = target if sync == "none" else None
-        daemon.graph.claim(
-            self.nodes, WHY, job_id, wanted="backup", served=disk.root, kept=kept, shared=disk.root
-        )
-        try:
-            if so_far.group is not None:
-                so_far.group.add(self.job)
-            daemon.works_on[self.job] = disk
-            daemon.jobs.admit(self.job, job_id)
-        except BaseException:
-            self._release()
-            raise
-        if bitmap is not None:
-            bitmap.busy = "backup"
+        held.add(target, kept=sync == "none")
+        if so_far.group is not None:
+            so_far.group.add(self.job)
+        daemon.works_on[self.job] = disk
+        daemon.jobs.admit(self.job, job_id, reserved=True)
 
     def _to_lend(self, sync: str) -> Node | None:
         """What the target is to lie over meanwhile, if it lies over nothing."""
@@ -203,16 +243,16 @@ class Start(Part):
         finally:
             # With mode always the bitmap has let go of what was copied: then that has to stay.
             if failed and self.job.bitmap_mode != "always":
-                targets.unmake(self.made)
+                targets.unmake(self.daemon, self.made)
 
     def _release(self) -> None:
         graph = self.daemon.graph
-        graph.release(self.nodes, WHY, self.job_id)
+        self.held.release()
         try:
             if self.adopted:
                 graph.let_go(self.target.root)
         finally:
-            graph.tidy(self.nodes)
+            graph.tidy(self.held.nodes)
 
 
 # By node ----------------------------------------------------------------------------------
@@ -231,6 +271,8 @@ def into_node(
 ) -> Start:
     """blockdev-backup. Raises `CowferryError`."""
     graph = daemon.graph
+    wait_for_disk(daemon, device)
+    wait_for_disk(daemon, target)
     source = node_named(daemon, device)
     node_named(daemon, target)  # or it is refused in these words
     node = graph.disk(target).root  # with its filter: the job keeps to that
@@ -250,11 +292,16 @@ def into_node(
     _check_target(daemon, node, target)
     targets.check_node(SAME, disk, node)
     check_source(daemon, disk, device, node)
-    return Start(
-        daemon, so_far, disk, node, job_name(daemon, device, job_id), sync=what.sync,
-        under=_check_sync(source, node, what.sync),
-        bitmap=bitmap, bitmap_mode=mode, max_chunk=chunk, compress=what.compress, **more,
-    )  # fmt: skip
+    under = _check_sync(source, node, what.sync)
+    held = Hold(daemon, disk, job_name(daemon, device, job_id), bitmap)
+    try:
+        return Start(
+            daemon, so_far, disk, node, held, sync=what.sync, under=under, bitmap_mode=mode,
+            max_chunk=chunk, compress=what.compress, **more,
+        )  # fmt: skip
+    except BaseException:
+        held.withdraw()
+        raise
 
 
 def node_named(daemon: Daemon, name: str) -> Node:
@@ -418,6 +465,7 @@ def into_file(
     """drive-backup: into a file that is made here, or exists. Raises `CowferryError`.
 
     What was made here goes again if the backup fails or is called off."""
+    wait_for_disk(daemon, device, target)
     source = node_named(daemon, device)
     disk = daemon.graph.disk(device)
     check_mode("mode", mode, ("absolute-paths", "existing"))
@@ -429,13 +477,8 @@ def into_file(
     targets.check_path(SAME, disk, target)
     # What the header names: for `none` nothing, because it is not there any more afterwards.
     below = source.backing if sync == "top" else None
-    made: list[str] = []
     if mode == "existing":
         format = format or format_of(target)
-        if sync == "top":
-            node = targets.existing(daemon, target, format, below, source.size, node_name)
-        else:
-            node = _open(daemon, target, format, sync, below, made, source.size, node_name)
     else:
         format = format or (source.driver if source.driver in ("raw", *OVERLAYS) else "raw")
         driver(format)
@@ -444,9 +487,17 @@ def into_file(
                 f"Backing file not supported for file format '{format}'",
                 "use format=qcow2 or sync=full",
             )
-        targets.create(target, format, source.size, source, below, made, goal=False)
-        node = _open(daemon, target, format, sync, below, made, source.size, node_name)
+    made: list[str] = []
+    node: Node | None = None
+    held = Hold(daemon, disk, job_id, bitmap)
     try:
+        with daemon.graph.making(target):
+            if mode != "existing":
+                targets.create(daemon, target, format, source.size, source, below, made, goal=False)
+            if mode == "existing" and sync == "top":
+                node = targets.existing(daemon, target, format, below, source.size, node_name)
+            else:
+                node = _open(daemon, target, format, sync, below, source.size, node_name)
         targets.check_node(SAME, disk, node)
         if node.size != source.size:
             raise CowferryError(
@@ -455,32 +506,37 @@ def into_file(
             )
         _check_compression(what, node, target)
         return Start(
-            daemon, so_far, disk, node, job_id, sync=sync,
-            under=_check_sync(source, node, sync), bitmap=bitmap,
+            daemon, so_far, disk, node, held, sync=sync, under=_check_sync(source, node, sync),
             bitmap_mode=bitmap_mode, made=made, adopted=True, max_chunk=chunk,
             compress=what.compress, **more,
         )  # fmt: skip
     except BaseException:
-        daemon.graph.let_go(node)
-        targets.unmake(made)
+        _withdraw(daemon, held, [] if node is None else [node], made)
         raise
+
+
+def _withdraw(daemon: Daemon, held: Hold, nodes: list[Node], made: list[str]) -> None:
+    """There will be no backup: let go of the nodes that were opened for it, in order, and of what
+    was made."""
+    held.withdraw()
+    try:
+        for node in nodes:
+            daemon.graph.let_go(node)
+    finally:
+        targets.unmake(daemon, made)
 
 
 def _open(
-    daemon: Daemon, path: str, format: str, sync: str, below: Node | None, made: list[str],
-    size: int, node_name: str | None,
+    daemon: Daemon, path: str, format: str, sync: str, below: Node | None, size: int,
+    node_name: str | None,
 ) -> Node:  # fmt: skip
     """The file as a node, over what it is to be over, or (changes only) over what it names."""
     if sync in ("top", "none") or format not in OVERLAYS:
-        return targets.opened(daemon, path, format, below, made, size, node_name)
+        return targets.opened(daemon, path, format, below, size, node_name)
     options = opening.image_options(path, format)
     if node_name is not None:
         options["node-name"] = node_name
-    try:
-        return daemon.graph.adopt(options, explicit=node_name is not None)
-    except BaseException:
-        targets.unmake(made)
-        raise
+    return daemon.graph.adopt(options, explicit=node_name is not None)
 
 
 # Of several disks, into new files -----------------------------------------------------------
@@ -516,6 +572,7 @@ def into_new(
     `top`: an overlay of what the disk lies over. A full one that names a bitmap begins it, or lets
     it count anew from this moment on, if the backup succeeds; if it fails, all is dirty."""
     device, target = wanted.device, wanted.target
+    wait_for_disk(daemon, device, target, wanted.base)
     check_mode("mode", mode, MODES)
     source = node_named(daemon, device)
     disk = daemon.graph.disk(device)
@@ -550,35 +607,34 @@ def into_new(
         raise NotSupported(
             f"'{target}': a {format} image has no backing file", "use format=qcow2, or a full one"
         )
-    made: list[str] = []
     under = source.backing if mode == "top" else None
-    previous: Node | None = None
+    made: list[str] = []
+    nodes: list[Node] = []  # opened here, the target first
+    held = Hold(daemon, disk, job_id, found)
     try:
-        if base is not None:
-            previous = under = _opened_before(daemon, base, wanted.base_format)
-            targets.check_node(f"no backup of '{device}'", disk, previous)
-        if format != "raw" or not targets.is_there(target):
-            if os.path.isfile(target) and os.path.getsize(target):
-                raise CowferryError(
-                    f"'{target}' exists", "a backup overwrites no file: name another one"
-                )
-            targets.create(target, format, source.size, source, under, made, goal=False)
-        node = targets.opened(daemon, target, format, under, made, source.size)
-    except BaseException:
-        if previous is not None:
-            daemon.graph.let_go(previous)
-        raise
-    try:
+        with daemon.graph.making(target):
+            if base is not None:
+                under = _opened_before(daemon, base, wanted.base_format)
+                nodes.append(under)
+                targets.check_node(f"no backup of '{device}'", disk, under)
+                held.add(under)
+            if format != "raw" or not targets.is_there(target):
+                if os.path.isfile(target) and os.path.getsize(target):
+                    raise CowferryError(
+                        f"'{target}' exists", "a backup overwrites no file: name another one"
+                    )
+                targets.create(daemon, target, format, source.size, source, under, made, goal=False)
+            node = targets.opened(daemon, target, format, under, source.size)
+        nodes.insert(0, node)
         targets.check_node(SAME, disk, node)
         _check_compression(what, node, target)
         return Start(
-            daemon, so_far, disk, node, job_id, sync=what.sync, bitmap=found,
+            daemon, so_far, disk, node, held, sync=what.sync,
             bitmap_mode=what.bitmap_mode or "on-success", made=made, adopted=True,
             compress=compress, **more,
         )  # fmt: skip
     except BaseException:
-        daemon.graph.let_go(node)
-        targets.unmake(made)
+        _withdraw(daemon, held, nodes, made)
         raise
 
 

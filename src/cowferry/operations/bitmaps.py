@@ -18,8 +18,8 @@ from cowferry.block import keeper
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, chain
+from cowferry.block.walk import children
 from cowferry.errors import CowferryError
-from cowferry.graph import children
 from cowferry.operations.transaction import Part, Transaction
 
 if TYPE_CHECKING:
@@ -128,6 +128,18 @@ def _is_file_of(node: Node, other: Node) -> bool:
 # Parts of a transaction -------------------------------------------------------------------
 
 
+def _wait(so_far: Transaction, *names: str) -> None:
+    """Wait until no other command works on these nodes, and keep others away from them until the
+    transaction is over: a bitmap is looked up now, and changed after guests were waited for."""
+    graph = so_far.daemon.graph
+    for name in names:
+        graph.await_commands(name)
+    for name in names:
+        node = node_of(so_far.daemon, name, so_far)
+        if node is not None:
+            graph.change_bitmaps(node)
+
+
 class _Change(Part):
     """A change of one node's bitmaps, at one moment for whoever may write the node."""
 
@@ -203,6 +215,7 @@ class Add(_Change):
             raise CowferryError("Bitmap name cannot be empty")
         if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in name):
             raise CowferryError(f"Bitmap name '{name}' has a character that is none")
+        _wait(so_far, node_name)
         node = node_of(so_far.daemon, node_name, so_far)
         if node is None:
             raise CowferryError(f"Cannot find device='{node_name}' nor node-name='{node_name}'")
@@ -254,6 +267,7 @@ class Remove(_Change):
     """No such bitmap any more, in memory and where it is kept."""
 
     def __init__(self, so_far: Transaction, node_name: str, name: str) -> None:
+        _wait(so_far, node_name)
         node, bitmap = look_up(so_far.daemon, node_name, name, so_far)
         check_usable(node, bitmap, changing=True, broken=True)
         super().__init__(so_far, node, bitmap)
@@ -274,6 +288,7 @@ class Clear(_Change):
     """What has changed so far is forgotten."""
 
     def __init__(self, so_far: Transaction, node_name: str, name: str) -> None:
+        _wait(so_far, node_name)
         node, bitmap = look_up(so_far.daemon, node_name, name, so_far)
         check_usable(node, bitmap, changing=True)
         super().__init__(so_far, node, bitmap)
@@ -290,6 +305,7 @@ class Record(_Change):
     """Writes are recorded from now on, or are not."""
 
     def __init__(self, so_far: Transaction, node_name: str, name: str, recording: bool) -> None:
+        _wait(so_far, node_name)
         node, bitmap = look_up(so_far.daemon, node_name, name, so_far)
         check_usable(node, bitmap)
         super().__init__(so_far, node, bitmap)
@@ -313,6 +329,7 @@ class Merge(_Change):
     def __init__(
         self, so_far: Transaction, node_name: str, target: str, sources: Sequence[Named]
     ) -> None:
+        _wait(so_far, node_name, *(of for of, _ in (s for s in sources if not isinstance(s, str))))
         node, bitmap = look_up(so_far.daemon, node_name, target, so_far)
         check_usable(node, bitmap, changing=True)
         super().__init__(so_far, node, bitmap)

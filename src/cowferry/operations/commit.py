@@ -8,7 +8,15 @@ from cowferry.block.node import Node, chain
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.commit import ActiveCommit, Commit, Into
 from cowferry.jobs.job import Job
-from cowferry.operations import Claim, begin, free, job_name, move_of, root_disk
+from cowferry.operations import (
+    Claim,
+    begin,
+    free,
+    job_name,
+    move_of,
+    root_disk,
+    wait_for_disk,
+)
 
 if TYPE_CHECKING:
     from cowferry.block.disk import Disk
@@ -39,6 +47,7 @@ def start(
 
     An unknown device is `DeviceNotFound` before anything else is looked at: clients probe so."""
     graph = daemon.graph
+    wait_for_disk(daemon, device)
     disk = root_disk(daemon, device)
     free(daemon, device, "commit")
     job_id = job_name(daemon, device, job_id)
@@ -104,9 +113,9 @@ def start(
                 "disk would change its size",
                 f"grow the disk first: block_resize {device} {lower.size}",
             )
-        claimed = layers[: layers.index(lower) + 1]
+        held = Claim(daemon, layers[: layers.index(lower) + 1], root, "commit", job_id)
         return begin(
-            daemon, disk, job_id, "commit", claimed,
+            daemon, disk, held,
             lambda held: _active(daemon, disk, into, held, {**common, "carry": carry}), group,
         )  # fmt: skip
     above = layers[layers.index(upper) - 1]
@@ -138,7 +147,7 @@ def start(
             **common,
         )
 
-    return begin(daemon, disk, job_id, "commit", claimed, make, group)
+    return begin(daemon, disk, Claim(daemon, claimed, root, "commit", job_id), make, group)
 
 
 def _active(daemon: Daemon, disk: Disk, into: Into, held: Claim, common: dict[str, Any]) -> Job:

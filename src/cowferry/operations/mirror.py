@@ -27,6 +27,7 @@ from cowferry.operations import (
     move_of,
     root_disk,
     targets,
+    wait_for_disk,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def into_node(
 ) -> Job:
     """blockdev-mirror. Raises `CowferryError`."""
     graph = daemon.graph
+    wait_for_disk(daemon, device)
+    wait_for_disk(daemon, target)
     disk = root_disk(daemon, device)
     node = graph.disk(target).root
     check_unlimited(node, "targets")
@@ -105,9 +108,12 @@ def into_node(
             f"Node '{node.name}' is in use: it is a disk of its own, or exported",
             "mirror into a node that nobody else uses",
         )
+    free(daemon, device, "mirror")
+    partly = _partly(disk, node, sync)
+    name = job_name(daemon, device, job_id)
+    held = Claim(daemon, [disk.root, node], disk.root, "mirror", name)
     return _start(
-        daemon, device, disk, node, job_id=job_id, granularity=granularity, group=group,
-        **_partly(disk, node, sync), **more,
+        daemon, disk, node, held, granularity=granularity, group=group, **partly, **more,
     )  # fmt: skip
 
 
@@ -135,24 +141,19 @@ def _partly(disk: Disk, node: Node, sync: str) -> dict[str, Any]:
 
 def _start(
     daemon: Daemon,
-    device: str,
     disk: Disk,
     target: Node,
+    held: Claim,
     *,
-    job_id: str | None,
     layers: tuple[Layer, ...] = (),
     abandoned: Callable[[Job], None] | None = None,
     group: Group | None = None,
     **more: Any,
 ) -> Job:
-    """`abandoned` hears that the disk stays where it is."""
+    """`abandoned` hears that the disk stays where it is. Raises `CowferryError`; then nothing is
+    held any more."""
     graph = daemon.graph
-    free(daemon, device, "mirror")
-    job_id = job_name(daemon, device, job_id)
     old = disk.root
-    nodes = [old, target, *(x.target for x in layers)]
-    if layers:
-        nodes += list(chain(old))[1:]  # they are being read as they are
 
     def make(held: Claim) -> Job:
         def released() -> None:
@@ -181,7 +182,7 @@ def _start(
         )
         return job
 
-    return begin(daemon, disk, job_id, "mirror", nodes, make, group)
+    return begin(daemon, disk, held, make, group)
 
 
 def _closed_or_read_only(graph: Graph, old: Node) -> None:
@@ -212,6 +213,7 @@ def into_file(
 
     What was made here goes again if the copy fails or is called off."""
     graph = daemon.graph
+    wait_for_disk(daemon, device, target)
     disk = root_disk(daemon, device)
     _check(disk, sync, granularity, more)
     check_mode("mode", mode, ("absolute-paths", "existing"))
@@ -220,33 +222,42 @@ def into_file(
     root = disk.root
     targets.check_path(SAME, disk, target)
     backing = {"full": None, "top": root.backing, "none": root}[sync]
-    # The job itself lays the target over the root: others may write there, as nobody else could.
-    below = backing if sync == "top" else None
-    made: list[str] = []
     if mode == "existing":
         format = format or format_of(target)
-        node = targets.existing(daemon, target, format, below, disk.size, node_name)
     else:
         format = format or (root.driver if root.driver in ("raw", *OVERLAYS) else "raw")
         if backing is not None and format == "raw":
             raise NotSupported("a raw image has no backing file", "use format=qcow2 or sync=full")
-        targets.create(target, format, disk.size, root, backing, made)
-        node = targets.opened(daemon, target, format, below, made, disk.size, node_name)
+    # The job itself lays the target over the root: others may write there, as nobody else could.
+    below = backing if sync == "top" else None
+    made: list[str] = []
+    nodes: list[Node] = []
 
     def abandoned(job: Job) -> None:
-        graph.let_go(node)
+        graph.let_go(nodes[0])
         if job.status is Status.ABORTING:
-            targets.unmake(made)
+            targets.unmake(daemon, made)
 
+    held = Claim(daemon, [root], root, "mirror", job_name(daemon, device, job_id))
     try:
+        with graph.making(target):
+            if mode == "existing":
+                node = targets.existing(daemon, target, format, below, disk.size, node_name)
+            else:
+                targets.create(daemon, target, format, disk.size, root, backing, made)
+                node = targets.opened(daemon, target, format, below, disk.size, node_name)
+        nodes.append(node)
         targets.check_node(SAME, disk, node)
+        held.add(node)
         return _start(
-            daemon, device, disk, node, job_id=job_id, granularity=granularity, group=group,
-            abandoned=abandoned, **_partly(disk, node, sync), **more,
+            daemon, disk, node, held, granularity=granularity, group=group, abandoned=abandoned,
+            **_partly(disk, node, sync), **more,
         )  # fmt: skip
     except BaseException:
-        graph.let_go(node)
-        targets.unmake(made)
+        held.withdraw()
+        for node in nodes:
+            graph.let_go(node)
+        targets.unmake(daemon, made)
         raise
 
 
@@ -269,6 +280,7 @@ def copy(
     `shallow` makes `target` an overlay on the disk's present backing file instead. What was made
     here goes again if the copy fails or is called off."""
     graph = daemon.graph
+    wait_for_disk(daemon, device, target)
     disk = root_disk(daemon, device)
     _check(disk, "full", more.get("granularity"), more)
     free(daemon, device, "mirror")
@@ -286,38 +298,56 @@ def copy(
     format = format or targets.format_by_name(target) or ("qcow2" if overlaid else like)
     if overlaid and format == "raw":
         raise NotSupported(f"'{target}': a raw image has no backing file", "use --format qcow2")
+    beside = [os.path.join(os.path.dirname(target), os.path.basename(n.filename)) for n in kept]
+    elsewhere = "copy to another folder"
+    for path in beside:
+        targets.check_path("an image would be overwritten", disk, path, elsewhere)
+        if names.same(path, target):
+            raise CowferryError(f"'{path}' would be overwritten", elsewhere)
     made: list[str] = []
     nodes: list[Node] = []
     layers: list[Layer] = []
     resumable = format == "raw" and not (overlaid or names.is_uri(target))
-    half = unfinished.find(disk, target) if resumable else None
-    previous: tuple[Node, Node] | None = None  # (source, its copy) of the layer below
-    try:
-        for source in kept:
-            path = os.path.join(os.path.dirname(target), os.path.basename(source.filename))
-            elsewhere = "copy to another folder"
-            targets.check_path("an image would be overwritten", disk, path, elsewhere)
-            if names.same(path, target):
-                raise CowferryError(f"'{path}' would be overwritten", elsewhere)
-            as_it_is = (*OVERLAYS, "raw") if previous is None else OVERLAYS
-            kind = source.driver if source.driver in as_it_is else "qcow2"
-            under = previous[1] if previous is not None else None
-            targets.create(path, kind, source.size, source, under, made)
-            copied = targets.opened(daemon, path, kind, under, made, source.size)
-            nodes.append(copied)
-            layers.append(Layer(source, previous[0] if previous is not None else None, copied))
-            previous = (source, copied)
-        if shallow:
-            previous = (below[0], below[0])
-        under = previous[1] if previous is not None else None
-        if half is None and (format != "raw" or not targets.is_there(target)):  # a device is there
-            targets.create(target, format, disk.size, root, under, made)
-        node = targets.opened(daemon, target, format, under, made, disk.size)
+    half: Unfinished | None = None
+    # With layers the images below are being read as they are.
+    claimed = [root, *below] if kept else [root]
+    held = Claim(daemon, claimed, root, "mirror", job_name(daemon, device, job_id))
+
+    def opened(path: str, format: str, under: Node | None, size: int) -> Node:
+        node = targets.opened(daemon, path, format, under, size)
         nodes.append(node)
         targets.check_node(SAME, disk, node)
+        held.add(node)
+        return node
+
+    previous: tuple[Node, Node] | None = None  # (source, its copy) of the layer below
+    try:
+        with contextlib.ExitStack() as making:
+            for path in (*beside, target):
+                making.enter_context(graph.making(path))
+            if resumable:
+                with daemon.apart():
+                    half = unfinished.find(disk, target)
+            for source, path in zip(kept, beside, strict=True):
+                as_it_is = (*OVERLAYS, "raw") if previous is None else OVERLAYS
+                kind = source.driver if source.driver in as_it_is else "qcow2"
+                under = previous[1] if previous is not None else None
+                targets.create(daemon, path, kind, source.size, source, under, made)
+                copied = opened(path, kind, under, source.size)
+                base = previous[0] if previous is not None else None
+                layers.append(Layer(source, base, copied))
+                previous = (source, copied)
+            if shallow:
+                previous = (below[0], below[0])
+            under = previous[1] if previous is not None else None
+            # A device is there, and so is what a copy before has made.
+            if half is None and (format != "raw" or not targets.is_there(target)):
+                targets.create(daemon, target, format, disk.size, root, under, made)
+            node = opened(target, format, under, disk.size)
         note = ""
         if half is None and resumable:
-            half, note = _begin(disk, target)
+            with daemon.apart():
+                half, note = _begin(disk, target)
 
         def abandoned(job: Job) -> None:
             failed = job.status is Status.ABORTING
@@ -330,23 +360,25 @@ def copy(
                     with disk.exclusive():
                         half.over()
                     made.append(target)
-                targets.unmake(made)
+                targets.unmake(daemon, made)
 
         return _start(
-            daemon, device, disk, node, job_id=job_id,
+            daemon, disk, node, held,
             base=previous[0] if previous is not None else None,
             layers=tuple(layers), backing=under, group=group, abandoned=abandoned,
             unfinished=half, note=note, carry=True, **more,
         )  # fmt: skip
     except BaseException:
+        held.withdraw()
         for n in reversed(nodes):
             graph.let_go(n)
-        if half is not None and not half.resumed:
-            with disk.exclusive():
-                half.over()
-        elif half is not None:
-            half.rest()
-        targets.unmake(made)
+        with graph.turn.apart():
+            if half is not None and not half.resumed:
+                with disk.exclusive():
+                    half.over()
+            elif half is not None:
+                half.rest()
+        targets.unmake(daemon, made)
         raise
 
 

@@ -28,8 +28,9 @@ from cowferry.errors import CowferryError, DeviceInUse
 from cowferry.exports.nbd import NbdExport
 from cowferry.jobs.job import valid_id
 from cowferry.jobs.states import Status
-from cowferry.operations import bitmaps
+from cowferry.operations import bitmaps, wait_for_disk
 from cowferry.operations.backup import (
+    Hold,
     Start,
     all_dirty,
     check_scratch,
@@ -73,15 +74,19 @@ class Kept(Start):
         self.export: NbdExport | None = None
         disk = daemon.graph.disk(wanted.device)
         check_scratch(disk, scratch)
-        overlay = _scratch(daemon, disk, scratch)
+        held = Hold(daemon, disk, job_id, bitmap)
+        overlay: Node | None = None
         try:
+            overlay = _scratch(daemon, disk, scratch)
             super().__init__(
-                daemon, so_far, disk, overlay, job_id, sync="none", bitmap=bitmap,
+                daemon, so_far, disk, overlay, held, sync="none",
                 bitmap_mode="on-success" if anew else "never", adopted=True, lasting=False,
                 on_cbw_error=on_cbw_error,
             )  # fmt: skip
         except BaseException:
-            daemon.graph.let_go(overlay)
+            held.withdraw()
+            if overlay is not None:
+                daemon.graph.let_go(overlay)
             raise
 
     def settle(self) -> None:
@@ -91,6 +96,8 @@ class Kept(Start):
 
     def offer(self) -> None:
         """Export it. Raises `CowferryError`."""
+        if self.daemon.nbd is None:
+            raise CowferryError("NBD server not running", "start it with nbd-server-start")
         export = NbdExport(
             self.job_id,
             self.target,
@@ -123,7 +130,7 @@ class Kept(Start):
 
 
 class Pull:
-    """One pull backup."""
+    """One pull backup. `parts` is empty while it begins."""
 
     def __init__(self, id: str, parts: list[Kept]) -> None:
         self.id = id
@@ -151,34 +158,46 @@ def begin(
     if daemon.nbd is None:
         raise CowferryError("NBD server not running", "start it with nbd-server-start")
     parts: list[Kept] = []
-    with Transaction(daemon, "backup") as so_far:
-        for wanted in disks:
-            job_id = f"{id}-{wanted.device}"
-            if job_id in daemon.exports:
-                raise CowferryError(f"Block export id '{job_id}' is already in use")
-            daemon.nbd.check_name(wanted.name)
-            source = node_named(daemon, wanted.device)
-            check_source(daemon, daemon.graph.disk(wanted.device), wanted.device, None)
-            found, first = _bitmap(daemon, so_far, source, wanted.device, bitmap, anew)
-            part = Kept(
-                daemon, so_far, wanted, job_id, bitmap=found, first=first, anew=anew,
-                scratch=scratch, on_cbw_error=on_cbw_error,
-            )  # fmt: skip
-            parts.append(part)
-            so_far.parts.append(part)
-        so_far.finish()
-    daemon.pulls[id] = found_pull = Pull(id, parts)
+    daemon.pulls[id] = begun = Pull(id, [])
     try:
+        with Transaction(daemon, "backup") as so_far:
+            for wanted in disks:
+                part = _part(daemon, so_far, wanted, id, bitmap, anew, scratch, on_cbw_error)
+                parts.append(part)
+                so_far.parts.append(part)
+            so_far.finish()
+        begun.parts = parts
         for part in parts:
             part.offer()
     except BaseException:
-        for part in parts:
+        for part in begun.parts:
             _withdraw(daemon, part)
             with contextlib.suppress(CowferryError):  # it has just ended
                 part.job.cancel()
         del daemon.pulls[id]
         raise
-    return found_pull
+    return begun
+
+
+def _part(
+    daemon: Daemon, so_far: Transaction, wanted: Wanted, id: str, bitmap: str | None, anew: bool,
+    scratch: str | None, on_cbw_error: str,
+) -> Kept:  # fmt: skip
+    """One disk of the backup `id`. Raises `CowferryError`."""
+    wait_for_disk(daemon, wanted.device, scratch)
+    job_id = f"{id}-{wanted.device}"
+    if daemon.nbd is None:
+        raise CowferryError("NBD server not running", "start it with nbd-server-start")
+    if job_id in daemon.exports:
+        raise CowferryError(f"Block export id '{job_id}' is already in use")
+    daemon.nbd.check_name(wanted.name)
+    source = node_named(daemon, wanted.device)
+    check_source(daemon, daemon.graph.disk(wanted.device), wanted.device, None)
+    found, first = _bitmap(daemon, so_far, source, wanted.device, bitmap, anew)
+    return Kept(
+        daemon, so_far, wanted, job_id, bitmap=found, first=first, anew=anew, scratch=scratch,
+        on_cbw_error=on_cbw_error,
+    )  # fmt: skip
 
 
 def _bitmap(
@@ -202,10 +221,13 @@ def end(daemon: Daemon, id: str, failed: bool) -> None:
     """Withdraw everything. Raises `CowferryError` if a moment was lost; all is withdrawn then, too,
     and the bitmaps keep every bit."""
     with daemon.turn():
-        found = daemon.pulls.pop(id, None)
+        found = daemon.pulls.get(id)
         if found is None:
             known = ", ".join(daemon.pulls) or "none"
             raise CowferryError(f"Backup '{id}' not found", f"there are: {known}")
+        if not found.parts:
+            raise DeviceInUse(f"Backup '{id}' is just beginning", "try again in a moment")
+        del daemon.pulls[id]
     for part in found.parts:
         _withdraw(daemon, part)
     # Now that nobody reads any more: either all of them were kept until now, or none ends well.
@@ -241,23 +263,26 @@ def _withdraw(daemon: Daemon, part: Kept) -> None:
 def _scratch(daemon: Daemon, disk: Disk, folder: str | None) -> Node:
     """An empty image that has no name. Raises `CowferryError`."""
     folder = folder or spill.beside(disk.root.filename)
+    with daemon.apart():
+        try:
+            fd, path = tempfile.mkstemp(".qcow2", ".cowferry-scratch-", folder)
+        except OSError as error:
+            raise CowferryError(
+                f"no scratch file can be made in '{folder}': {error.strerror}",
+                "name another folder for it",
+            ) from error
+        os.close(fd)
+    node: Node | None = None
     try:
-        fd, path = tempfile.mkstemp(".qcow2", ".cowferry-scratch-", folder)
-    except OSError as error:
-        raise CowferryError(
-            f"no scratch file can be made in '{folder}': {error.strerror}",
-            "name another folder for it",
-        ) from error
-    os.close(fd)
-    try:
-        opening.create_image(path, "qcow2", disk.size, {}, goal=True)
+        with daemon.apart():
+            opening.create_image(path, "qcow2", disk.size, {}, goal=True)
         node = daemon.graph.adopt({**opening.image_options(path, "qcow2"), "backing": None})
-    except BaseException:
-        sysio.unlink(path)
-        raise
-    try:
-        sysio.unlink(path)
-    except BaseException:
-        daemon.graph.let_go(node)
-        raise
+    finally:
+        try:
+            with daemon.graph.turn.apart():
+                sysio.unlink(path)
+        except BaseException:
+            if node is not None:
+                daemon.graph.let_go(node)
+            raise
     return node

@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from cowferry.block import keeper, moves
-from cowferry.block.disk import in_order
+from cowferry.block.disk import Disk, in_order
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, State, chain, read
+from cowferry.block.walk import children
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, NotSupported
-from cowferry.graph import children
-from cowferry.operations import find, root_disk
+from cowferry.operations import find, root_disk, wait_for_disk
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -24,49 +24,64 @@ STEP = 1 << 20
 def reopen(daemon: Daemon, options: list[dict[str, Any]]) -> None:
     """blockdev-reopen: all of them or none, under a drain of every disk above."""
     graph = daemon.graph
-    plans = [_plan(daemon, given) for given in options]
+    for given in options:
+        if isinstance(given.get("node-name"), str):
+            wait_for_disk(daemon, given["node-name"])
+    taken: list[Node] = []  # nodes that take the place of a child
+    plans = [_plan(daemon, given, taken) for given in options]
     nodes = [node for node, _ in plans]
     left = {id(n): n.filename for n in nodes}
     replaced = [c for node in nodes for c in (node.backing, node.file) if c is not None]
     why = "blockdev-reopen"
-    graph.claim(nodes, why)
-    undo: list[Callable[[], None]] = []
+    claimed = [*nodes, *(n for n in dict.fromkeys(taken) if n not in nodes)]
+    graph.claim(claimed, why)
     try:
         disks = in_order(d for node in nodes for d in graph.disks_above(node))
-        with ExitStack() as drained:
-            for disk in disks:
-                drained.enter_context(disk.exclusive())
-            try:
-                for _, steps in plans:
-                    for do, back in steps:
-                        do()
-                        undo.append(back)
-                moving = [
-                    Move(d.name, left[id(n)], n.filename, n.driver)
-                    for n in nodes
-                    for d in disks
-                    if d.root is n and n.filename != left[id(n)]
-                ]
-                if moving:
-                    moves.record(moving)
-            except BaseException:
-                for back in reversed(undo):
-                    back()
-                raise
+        with daemon.graph.turn.apart():
+            _reopen(plans, disks, left)
     except OSError as error:
         raise CowferryError(
             f"cannot reopen: {error.strerror or error}", "every node is as it was"
         ) from error
     finally:
-        graph.release(nodes, why)
+        graph.release(claimed, why)
     for child in replaced:
         graph.detached(child, None)  # closed, with what is below it, unless somebody uses it
 
 
-def _plan(
-    daemon: Daemon, given: Mapping[str, Any]
-) -> tuple[Node, list[tuple[Callable[[], None], Callable[[], None]]]]:
-    """What is to be done to one node, as (do, undo) pairs. Raises `CowferryError`."""
+Steps = list[tuple[Callable[[], None], Callable[[], None]]]  # (do, undo) of each
+
+
+def _reopen(plans: list[tuple[Node, Steps]], disks: list[Disk], left: dict[int, str]) -> None:
+    """Take all steps, or none, under a drain of `disks`. `left`: the file of each node, by id.
+
+    Raises `OSError`, `CowferryError`."""
+    undo: list[Callable[[], None]] = []
+    with ExitStack() as drained:
+        for disk in disks:
+            drained.enter_context(disk.exclusive())
+        try:
+            for _, steps in plans:
+                for do, back in steps:
+                    do()
+                    undo.append(back)
+            moving = [
+                Move(d.name, left[id(n)], n.filename, n.driver)
+                for n, _ in plans
+                for d in disks
+                if d.root is n and n.filename != left[id(n)]
+            ]
+            if moving:
+                moves.record(moving)
+        except BaseException:
+            for back in reversed(undo):
+                back()
+            raise
+
+
+def _plan(daemon: Daemon, given: Mapping[str, Any], taken: list[Node]) -> tuple[Node, Steps]:
+    """What is to be done to one node, as (do, undo) pairs. Add the nodes that become its children
+    to `taken`. Raises `CowferryError`."""
     graph = daemon.graph
     name = given.get("node-name")
     if not isinstance(name, str):
@@ -75,15 +90,15 @@ def _plan(
     kind = node.filter or node.driver
     if given.get("driver") != kind:
         raise CowferryError("Cannot change the option 'driver'", f"'{name}' is {kind}")
-    steps: list[tuple[Callable[[], None], Callable[[], None]]] = []
+    steps: Steps = []
     if node.throttle_group:
         steps += _throttle_group(daemon, node, given)
     elif node.backing is not None and "backing" not in given:
         raise CowferryError(f"backing is missing for '{name}'")
     if "backing" in given:
-        steps += _backing(daemon, node, given["backing"])
+        steps += _backing(daemon, node, given["backing"], taken)
     if "file" in given and not node.throttle_group:
-        steps += _file(daemon, node, given["file"])
+        steps += _file(daemon, node, given["file"], taken)
     read_only = given.get("read-only", False) in (True, "on")
     if read_only != node.read_only:
         was = node.read_only
@@ -104,9 +119,7 @@ def _plan(
     return node, steps
 
 
-def _throttle_group(
-    daemon: Daemon, node: Node, given: Mapping[str, Any]
-) -> list[tuple[Callable[[], None], Callable[[], None]]]:
+def _throttle_group(daemon: Daemon, node: Node, given: Mapping[str, Any]) -> Steps:
     """What is a throttle node's own; its disks move along."""
     graph = daemon.graph
     wanted = given.get("throttle-group")
@@ -132,9 +145,7 @@ def _throttle_group(
     return [(lambda: put(wanted, old), lambda: put(old, wanted))]
 
 
-def _backing(
-    daemon: Daemon, node: Node, wanted: Any
-) -> list[tuple[Callable[[], None], Callable[[], None]]]:
+def _backing(daemon: Daemon, node: Node, wanted: Any, taken: list[Node]) -> Steps:
     if wanted is not None and not isinstance(wanted, str):
         raise NotSupported("'backing' can only be replaced by a node-name or null")
     old = node.backing
@@ -155,6 +166,7 @@ def _backing(
                 f"Node '{wanted}' is in use by a writable export",
                 "what lies below another node must not change",
             )
+        taken.append(new)
 
     def put(to: Node | None) -> None:
         node.backing = to
@@ -162,9 +174,7 @@ def _backing(
     return [(lambda: put(new), lambda: put(old))]
 
 
-def _file(
-    daemon: Daemon, node: Node, wanted: Any
-) -> list[tuple[Callable[[], None], Callable[[], None]]]:
+def _file(daemon: Daemon, node: Node, wanted: Any, taken: list[Node]) -> Steps:
     if isinstance(wanted, Mapping):
         wanted = wanted.get("node-name", wanted.get("filename"))
         if node.file is not None and wanted in (node.file.name, node.file.filename):
@@ -191,6 +201,8 @@ def _file(
             "open the other image as a node of its own, and use change",
         )
 
+    taken.append(new)
+
     def put(to: Node) -> None:
         assert node.file is not None
         node.file.flush()
@@ -209,6 +221,7 @@ def change_backing_file(
     graph = daemon.graph
     why = "change-backing-file"
     with daemon.turn():
+        wait_for_disk(daemon, device)
         disk = root_disk(daemon, device)
         node = find(daemon, image)
         if node.backing is None:

@@ -22,7 +22,15 @@ from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
 from cowferry.drivers import OVERLAYS, driver, opening
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
-from cowferry.operations import check_unlimited, find, free, move_of, root_disk, targets
+from cowferry.operations import (
+    check_unlimited,
+    find,
+    free,
+    move_of,
+    root_disk,
+    targets,
+    wait_for_disk,
+)
 from cowferry.operations.transaction import Part
 
 if TYPE_CHECKING:
@@ -30,21 +38,28 @@ if TYPE_CHECKING:
 
 
 class Snapshot(Part):
-    """One disk's part. `prepare` first; then `finish` or `abort`."""
+    """One disk's part: `with_node` or `with_file` first; then `finish` or `abort`."""
 
-    def __init__(self, daemon: Daemon, device: str, carry: bool = False) -> None:
+    def __init__(
+        self, daemon: Daemon, device: str, carry: bool = False, path: str | None = None,
+        brief: bool = True,
+    ) -> None:  # fmt: skip
+        """`path`: the file that `with_file` is about to make or open. `brief`: nobody waits for a
+        guest's agent before the snapshot is taken."""
         self.daemon = daemon
         self.graph = daemon.graph
         self.device = device
         self.carry = carry  # the bitmaps go along with the disk; else they stay, as in QEMU
         self.before: dict[str, Bitmap] | None = None  # the overlay's, if they went
+        wait_for_disk(daemon, device, path)
         self.disk: Disk = root_disk(daemon, device)
         self.old: Node = self.disk.root
         self.overlay: Node | None = None
         self.adopted = False  # the overlay was opened here
-        self.made: str | None = None  # a file made here
+        self.made: list[str] = []  # a file made here
         self.reopened = False
         self.why = "snapshot"
+        self.brief = brief
         self.claimed: list[Node] = []
 
     # Where the overlay comes from ----------------------------------------------------------
@@ -84,32 +99,38 @@ class Snapshot(Part):
         if mode not in ("absolute-paths", "existing"):
             raise CowferryError(f"Parameter 'mode' does not accept value '{mode}'")
         targets.check_path("cannot be the overlay", self.disk, path)
-        if mode == "absolute-paths":
-            if os.path.exists(path) and os.path.getsize(path):
-                raise CowferryError(
-                    f"'{path}' exists",
-                    "name another file, or use mode=existing if it is an empty overlay",
-                )
-            existed = os.path.lexists(path)
-            opening.create_image(
-                path,
-                format,
-                self.old.size,
-                {"backing_file": self._old_name(), "backing_fmt": self.old.driver},
-                goal=True,
-                like=origin.of_node(self.old),
+        if mode == "absolute-paths" and os.path.exists(path) and os.path.getsize(path):
+            raise CowferryError(
+                f"'{path}' exists",
+                "name another file, or use mode=existing if it is an empty overlay",
             )
-            self.made = None if existed else path
         options = {**opening.image_options(path, format), "backing": None}
         if node_name is not None:
             options["node-name"] = node_name
+        self._claim(self.old)
         try:
-            overlay = self.graph.adopt(options, explicit=node_name is not None)
+            with self.graph.making(path):
+                if mode == "absolute-paths":
+                    self._make(path, format)
+                overlay = self.graph.adopt(options, explicit=node_name is not None)
         except BaseException:
-            self._unmake()
+            self.abort()
             raise
         self.adopted = True
         return self._take(overlay)
+
+    def _make(self, path: str, format: str) -> None:
+        backing = {"backing_file": self._old_name(), "backing_fmt": self.old.driver}
+        like = origin.of_node(self.old)
+        existed = os.path.lexists(path)
+        with self.graph.turn.apart():
+            opening.create_image(path, format, self.old.size, backing, goal=True, like=like)
+        if not existed:
+            self.made.append(path)
+
+    def _claim(self, node: Node) -> None:
+        self.graph.claim([node], self.why, served=self.old, brief=self.brief)
+        self.claimed.append(node)
 
     def _old_name(self) -> str:
         return names.absolute(self.old.filename)
@@ -134,14 +155,16 @@ class Snapshot(Part):
                 )
             if spec is None:
                 overlay.check_backing(self._old_name(), self.old.driver)
-            if any(overlay.extents_with_data()):
+            if self.old not in self.claimed:
+                self._claim(self.old)
+            self._claim(overlay)
+            with self.daemon.apart():
+                empty = not any(overlay.extents_with_data())
+            if not empty:
                 raise CowferryError(
                     f"The overlay '{overlay.filename}' is not empty",
                     "what it holds would hide the disk's own bytes; make a new one",
                 )
-            nodes = [self.old, overlay]
-            self.graph.claim(nodes, self.why, served=self.old)
-            self.claimed = nodes
         except BaseException:
             self.abort()
             raise
@@ -202,16 +225,11 @@ class Snapshot(Part):
     def abort(self) -> None:
         """Nothing has been switched: everything is as it was."""
         self.graph.release(self.claimed, self.why)
-        if self.disk.root is self.overlay:
+        if self.overlay is not None and self.disk.root is self.overlay:
             return  # interrupted after the switch: that stands, or the guest's writes were lost
         if self.adopted and self.overlay is not None:
             self.graph.let_go(self.overlay)
-        self._unmake()
-
-    def _unmake(self) -> None:
-        if self.made is not None and os.path.exists(self.made):
-            sysio.unlink(self.made)
-        self.made = None
+        targets.unmake(self.daemon, self.made)
 
 
 class Change(Part):
@@ -222,29 +240,33 @@ class Change(Part):
         self, daemon: Daemon, device: str, path: str, format: str | None, quietly: bool
     ) -> None:
         self.graph = daemon.graph
+        wait_for_disk(daemon, device, path)
         self.disk = self.graph.disk(device)
         self.old = self.disk.root
         self.quietly = quietly
         self.was_read_only = self.old.read_only
         self.why = "change"
-        self.claimed: list[Node] = []
-        self.graph.claim([self.old], self.why, served=self.old)
         self.claimed = [self.old]
+        self.graph.claim(self.claimed, self.why, served=self.old)
         try:
             if self.graph.stranger(self.old, []) is not None:
                 raise DeviceInUse(f"'{device}' lies below another node")
             options = opening.image_options(path, format, read_only=self.old.read_only)
             self.under: Node | None = None  # a node of the present chain that the new one is over
             self.new = self._opened(options)
+        except BaseException:
+            self.graph.release(self.claimed, self.why)
+            raise
+        try:
+            self.graph.claim([self.new], self.why, served=self.old)
+            self.claimed.append(self.new)
             if quietly and self.new.size != self.old.size:
-                size = self.new.size
-                self.graph.let_go(self.new)
                 raise CowferryError(
-                    f"'{path}' has {size} bytes and '{device}' {self.old.size}",
+                    f"'{path}' has {self.new.size} bytes and '{device}' {self.old.size}",
                     "a guest that is not notified cannot know; change with notify",
                 )
         except BaseException:
-            self.graph.release(self.claimed, self.why)
+            self.abort()
             raise
 
     def approach(self) -> None:

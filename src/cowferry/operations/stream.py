@@ -9,7 +9,7 @@ from cowferry.drivers.partial import FILLING
 from cowferry.errors import CowferryError, NotSupported
 from cowferry.jobs.job import Job
 from cowferry.jobs.stream import Stream
-from cowferry.operations import Claim, begin, free, job_name
+from cowferry.operations import Claim, begin, free, job_name, wait_for_disk
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -33,6 +33,7 @@ def start(
 ) -> Job:
     """Fill a disk, or a layer of one, from what is below it. Raises `CowferryError`."""
     graph = daemon.graph
+    wait_for_disk(daemon, device)
     disk = graph.disk(device)
     top = disk.root
     free(daemon, device, "stream")
@@ -85,4 +86,4 @@ def start(
             auto_dismiss=auto_dismiss,
         )
 
-    return begin(daemon, disk, job_id, "stream", between, make, group)
+    return begin(daemon, disk, Claim(daemon, between, top, "stream", job_id), make, group)

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 def create(
-    path: str, format: str, size: int, like: Node, backing: Node | None, made: list[str],
-    *, goal: bool = True,
+    daemon: Daemon, path: str, format: str, size: int, like: Node, backing: Node | None,
+    made: list[str], *, goal: bool = True,
 ) -> None:  # fmt: skip
     """Make the image over `backing`, with the permissions of `like`, and of its shape if it has
     the same format. Add a file that was not there to `made`. `goal`: a disk has yet to move there.
-    Raises `CowferryError`."""
+    The caller has reserved the path (`Graph.making`), and gives its turn away meanwhile. Raises
+    `CowferryError`."""
     if os.path.exists(path) and os.path.isfile(path) and os.path.getsize(path):
         raise CowferryError(
             f"'{path}' exists", "name another file, or use mode=existing to overwrite what it holds"
@@ -35,17 +36,18 @@ def create(
             name, kind = _named(path, backing)
             options |= {"backing_file": name, "backing_fmt": kind}
     existed = os.path.exists(path)
-    opening.create_image(path, format, size, options, goal=goal, like=origin.of_node(like))
+    with daemon.graph.turn.apart():
+        opening.create_image(path, format, size, options, goal=goal, like=origin.of_node(like))
     if not existed:
         made.append(path)
 
 
 def opened(
-    daemon: Daemon, path: str, format: str, backing: Node | None, made: list[str],
-    size: int, node_name: str | None = None,
+    daemon: Daemon, path: str, format: str, backing: Node | None, size: int,
+    node_name: str | None = None,
 ) -> Node:  # fmt: skip
-    """Open it, over `backing` and nothing else. Raises `CowferryError`; then what was `made` is
-    removed."""
+    """Open it, over `backing` and nothing else. The caller gives its turn away meanwhile. Raises
+    `CowferryError`."""
     options = opening.image_options(path, format)
     if node_name is not None:
         options["node-name"] = node_name
@@ -54,11 +56,7 @@ def opened(
             options["size"] = size  # it may be larger
     else:
         options["backing"] = backing.name if backing is not None else None
-    try:
-        return daemon.graph.adopt(options, explicit=node_name is not None)
-    except BaseException:
-        unmake(made)
-        raise
+    return daemon.graph.adopt(options, explicit=node_name is not None)
 
 
 def existing(
@@ -81,7 +79,7 @@ def existing(
                 options["node-name"] = node_name
             return daemon.graph.adopt(options, explicit=node_name is not None)
         below = below if spec is not None else None  # whoever lends it has the header name it
-    return opened(daemon, path, format, below, [], size, node_name)
+    return opened(daemon, path, format, below, size, node_name)
 
 
 def is_there(path: str) -> bool:
@@ -96,12 +94,13 @@ def format_by_name(target: str) -> str | None:
     return EXTENSIONS.get(os.path.splitext(target)[1].lower())
 
 
-def unmake(made: list[str]) -> None:
-    """Remove what was made."""
-    while made:
-        path = made.pop()
-        if os.path.exists(path):
-            sysio.unlink(path)
+def unmake(daemon: Daemon, made: list[str]) -> None:
+    """Remove what was made. The caller gives its turn away meanwhile."""
+    with daemon.graph.turn.apart():
+        while made:
+            path = made.pop()
+            if os.path.exists(path):
+                sysio.unlink(path)
 
 
 def check_path(refusal: str, disk: Disk, path: str, hint: str = "") -> None:

@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 class Part(Ending):
     """One part: an ending that can be called off before it has begun.
 
-    Made in the turn of its command; making it raises `CowferryError`, with nothing changed. Its
-    `settle` sees what the parts before it did, and its `unsettle` is also called after a `settle`
-    that failed half-way."""
+    Made in the turn of its command, which it may give away while it opens files; making it raises
+    `CowferryError`, with nothing changed and nothing claimed. Its `settle` sees what the parts
+    before it did, and its `unsettle` is also called after a `settle` that failed half-way."""
 
     def abort(self) -> None:
         """It will not be: let go of whatever was made and claimed for it."""
@@ -61,8 +61,12 @@ class Transaction:
         return next((top for top in tops if top is not None), disk.root)
 
     def finish(self, *others: Ending) -> None:
-        """Make all of them true at one moment, along with `others`. Raises before any is."""
-        finish([*self.parts, *others])
+        """Make all of them true at one moment, along with `others`. Raises before any is.
+
+        The caller gives its turn away: this waits for guests, storage and servers. What the parts
+        rely on they have claimed."""
+        with self.daemon.graph.turn.apart():
+            finish([*self.parts, *others])
         if self.group is not None:
             self.group.open()
 
@@ -73,13 +77,14 @@ class Transaction:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if error is None:
+            self.daemon.graph.bitmaps_changed()
             return
-        with self.daemon.commands:
-            for part in reversed(self.parts):
-                try:
-                    part.abort()
-                except (OSError, CowferryError):
-                    log.exception("%s: a part could not be undone", self.what)
+        for part in reversed(self.parts):
+            try:
+                part.abort()
+            except (OSError, CowferryError):
+                log.exception("%s: a part could not be undone", self.what)
+        self.daemon.graph.bitmaps_changed()
         if isinstance(error, OSError):
             raise CowferryError(
                 f"the {self.what} failed: {error.strerror or error}", "every disk is as it was"

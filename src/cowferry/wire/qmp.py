@@ -9,20 +9,29 @@ arrives. After an error the stream goes on at the next newline or object.
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
 from cowferry.errors import CowferryError
 
-MAX_MESSAGE = 1 << 20  # bytes of one object
-MAX_DEPTH = 64
+MAX_MESSAGE = 1 << 20  # bytes of one object that a client sends
+MAX_DEPTH = 64  # levels of it
+# The same of what a client reads, because a chain of images is as many levels deep: query-block.
+MAX_ANSWER = 256 << 20
+MAX_ANSWER_DEPTH = 2048
 MAX_DIGITS = 40  # of one number: larger ones cost quadratic time and mean nothing
+#: Levels of calls that the interpreter allows: those of the deepest answer, and some.
+RECURSION = MAX_ANSWER_DEPTH + 2048
 
 SPACE = b" \t\r\n"
 OPEN, CLOSE = b"{[", b"}]"
 QUOTES = b"\"'"
 BACKSLASH = 0x5C
 NEWLINE = 0x0A
+# What ends a stretch of bytes that only has to be kept: outside of strings, and inside.
+MARKS = re.compile(rb"[\[\]{}\"']")
+IN_STRING = {quote: re.compile(rb"[\\\n%c]" % quote) for quote in QUOTES}
 
 
 class ParseError(CowferryError):
@@ -30,9 +39,14 @@ class ParseError(CowferryError):
 
 
 class Splitter:
-    """Cuts a byte stream into JSON texts. Feed bytes, get texts and errors in order."""
+    """Cuts a byte stream into JSON texts. Feed bytes, get texts and errors in order.
 
-    def __init__(self) -> None:
+    `most` is the size of a text in bytes, `deepest` the levels that it may have: by default, of
+    what a client may send to a server."""
+
+    def __init__(self, most: int = MAX_MESSAGE, deepest: int = MAX_DEPTH) -> None:
+        self._most = most
+        self._deepest = deepest
         self._text = bytearray()
         self._depth = 0
         self._quote = 0  # the quote we are in, or 0
@@ -42,15 +56,33 @@ class Splitter:
     def feed(self, data: bytes) -> list[bytes | ParseError]:
         """The objects that are complete now; a `ParseError` in place of a broken one."""
         out: list[bytes | ParseError] = []
-        for byte in data:
-            self._one(byte, out)
+        at = 0
+        while at < len(data):
+            if self._skipping:
+                at = data.find(b"\n", at) + 1 or len(data)
+                if data[at - 1] == NEWLINE:
+                    self._reset()
+                continue
+            stop = at
+            if self._depth and not self._escaped:  # as many bytes at once as can be
+                marks = IN_STRING[self._quote] if self._quote else MARKS
+                found = marks.search(data, at)
+                stop = found.start() if found else len(data)
+                room = self._most - len(self._text)
+                self._text += data[at : min(stop, at + room)]
+                if stop - at > room:
+                    self._too_long(out)
+                    at += room + 1
+                    continue
+            if stop < len(data):
+                self._one(data[stop], out)
+            at = stop + 1
         return out
 
+    def _too_long(self, out: list[bytes | ParseError]) -> None:
+        self._fail(out, f"JSON parse error, message of more than {self._most} bytes")
+
     def _one(self, byte: int, out: list[bytes | ParseError]) -> None:
-        if self._skipping:
-            if byte == NEWLINE:
-                self._reset()
-            return
         if self._quote:
             self._text.append(byte)
             if self._escaped:
@@ -66,8 +98,8 @@ class Splitter:
                 self._word(out)
             self._depth += 1
             self._text.append(byte)
-            if self._depth > MAX_DEPTH:
-                self._fail(out, f"JSON parse error, nested deeper than {MAX_DEPTH} levels")
+            if self._depth > self._deepest:
+                self._fail(out, f"JSON parse error, nested deeper than {self._deepest} levels")
         elif byte in CLOSE:
             self._text.append(byte)
             self._depth -= 1
@@ -84,8 +116,8 @@ class Splitter:
             self._text.append(byte)
         else:
             self._text.append(byte)
-        if len(self._text) > MAX_MESSAGE:
-            self._fail(out, f"JSON parse error, message of more than {MAX_MESSAGE} bytes")
+        if len(self._text) > self._most:
+            self._too_long(out)
 
     def _word(self, out: list[bytes | ParseError]) -> None:
         """Something at top level that is no object."""

@@ -12,10 +12,9 @@ from cowferry.block import keeper, moves, names
 from cowferry.block.node import Node, chain
 from cowferry.cli.offline import image
 from cowferry.cli.sizes import human
-from cowferry.drivers import opening
+from cowferry.drivers import actual_size, opening
 from cowferry.drivers.partial import Partial
 from cowferry.errors import one_line
-from cowferry.graph import actual_size
 
 
 @click.command("info")

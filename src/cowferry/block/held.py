@@ -1,0 +1,44 @@
+"""Nodes that a job or a command holds, and the words in which others hear of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cowferry.block.node import Node
+from cowferry.errors import DeviceInUse
+
+
+class Held(NamedTuple):
+    """A node that is not to be changed by anybody else: why, and the job's id if it is a job.
+
+    `served`: exports may be added over it meanwhile, one of them for writing. `kept`: exports that
+    only read may; it lies over a node that is being written, and shows it as it was. `shared`: its
+    holder only reads it, as a disk, and so may others that hold it in this way."""
+
+    node: Node
+    why: str
+    holder: str
+    brief: bool  # by a command that waits for no stranger: another command waits for it
+    thread: int  # of the command that claimed it
+    served: bool
+    kept: bool = False
+    shared: bool = False
+
+
+def refuse_held(held: Held, wanted: str) -> DeviceInUse:
+    """The refusal of what is `wanted` of a node that is held."""
+    job = f" '{held.holder}'" if held.holder else ""
+    return DeviceInUse(
+        f"Node '{held.node.name}' is busy: {held.why}{job}, which excludes {wanted}",
+        f"wait for job{job}, or cancel it" if job else "wait for it",
+    )
+
+
+def refuse_floating(node: Node, wanted: str) -> DeviceInUse:
+    """The refusal of what is `wanted` of an overlay over a node that is being written."""
+    below = node.backing.name if node.backing is not None else ""
+    return DeviceInUse(
+        f"Node '{node.name}' is busy: '{below}' below it is in use by a writable export, so it "
+        f"shows no moment, which excludes {wanted}",
+        "blockdev-backup with sync=none keeps the moment at which it starts; use it after that",
+    )
