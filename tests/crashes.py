@@ -28,7 +28,8 @@ from cowferry import daemon as daemons
 from cowferry.block.disk import Disk
 from cowferry.block.node import chain
 from cowferry.daemon import Daemon
-from cowferry.drivers import OVERLAYS, format_of, opening
+from cowferry.drivers import OVERLAYS, opening
+from cowferry.drivers.formats import format_of
 from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.drivers.qed.image import Qed
 from cowferry.errors import CowferryError

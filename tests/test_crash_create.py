@@ -22,8 +22,9 @@ from cowferry.block import keeper, moves, names
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.bitmap_file import Stamp
 from cowferry.block.moves import Move
-from cowferry.drivers import format_of, opening
+from cowferry.drivers import opening
 from cowferry.drivers import partial as maps
+from cowferry.drivers.formats import format_of
 from cowferry.errors import ImageError
 from crashes import Wrong
 from writelog import Log, State, put_attributes, states

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -10,7 +9,7 @@ import msgspec
 from cowferry.block import names
 from cowferry.commands import Args, command
 from cowferry.commands.transaction import action, alone
-from cowferry.drivers import EXTENSIONS, OVERLAYS, fdsets
+from cowferry.drivers import OVERLAYS, formats
 from cowferry.errors import CowferryError
 from cowferry.operations.quiesce import Guests
 from cowferry.operations.snapshot import Snapshot, beside
@@ -152,6 +151,6 @@ def by_name(
                 "Parameter 'snapshot-file' is missing", "mode=existing names a file that is there"
             )
         path = beside(part.old.filename)
-    told = EXTENSIONS.get(os.path.splitext(fdsets.path_of(path))[1].lower())
+    told = formats.named(path)
     format = args.format or (told if told in OVERLAYS else "qcow2")
     return part.with_file(path, format, args.mode, args.node_name)

@@ -33,16 +33,6 @@ MODULES = {
 #: Formats of images that have a backing file.
 OVERLAYS = ("qcow2", "qed")
 
-#: File name extensions that say what format a file has. Content never says it.
-EXTENSIONS = {
-    ".qcow2": "qcow2",
-    ".qcow": "qcow2",
-    ".qed": "qed",
-    ".raw": "raw",
-    ".iso": "raw",
-    ".bin": "raw",
-}
-
 MAX_DEPTH = 1024  # nodes in a chain; 200 must work, a loop must not
 
 
@@ -108,35 +98,11 @@ def driver(name: str) -> Driver:
     if name not in _drivers and name in MODULES:
         importlib.import_module(f"cowferry.drivers.{MODULES[name]}")
     if name not in _drivers:
-        raise CowferryError(
-            f"Unknown driver '{name}'", f"known drivers: {', '.join(sorted(MODULES))}"
-        )
+        from cowferry.drivers.formats import way_out
+
+        known = f"known drivers: {', '.join(sorted(MODULES))}"
+        raise CowferryError(f"Unknown driver '{name}'", way_out(name) or known)
     return cast(Driver, _drivers[name])
-
-
-def format_of(path: str) -> str:
-    """The format that a file's name says, "raw" if it says none, or is a device or a URI.
-
-    The content is looked at only to *refuse*: a file whose name says raw (or nothing) but
-    which begins like another image needs an explicit format, for a guest could have written
-    that header. Raises `ImageError` then."""
-    if names.is_uri(path):
-        return "raw"  # what a server exports is the disk, whatever the export is called
-    found = EXTENSIONS.get(os.path.splitext(path)[1].lower())
-    if found is not None:
-        return found
-    try:
-        with open(path, "rb") as f:
-            magic = f.read(4)
-    except OSError:
-        magic = b""
-    if magic in (b"QFI\xfb", b"QED\0"):
-        raise ImageError(
-            f"'{path}': its name does not say its format",
-            "give the format explicitly (-f qcow2 or qed, or -f raw if a guest wrote that header); "
-            "formats are never guessed from the content",
-        )
-    return "raw"
 
 
 def actual_size(path: str) -> int:

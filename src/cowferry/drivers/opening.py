@@ -25,7 +25,8 @@ import msgspec
 
 from cowferry.block import identity, keeper, moves, names
 from cowferry.block.node import Node, chain
-from cowferry.drivers import EXTENSIONS, MAX_DEPTH, Common, driver, format_of, partial
+from cowferry.drivers import MAX_DEPTH, Common, driver, partial
+from cowferry.drivers.formats import format_of
 from cowferry.drivers.making import create_image, new_image
 from cowferry.errors import CowferryError, ImageError
 
@@ -388,7 +389,6 @@ def _local(node: Node) -> list[identity.Place]:
 
 
 __all__ = [
-    "EXTENSIONS",
     "backing_path",
     "close_chain",
     "create_image",

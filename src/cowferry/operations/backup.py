@@ -26,7 +26,8 @@ from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Extent, Node, State, clear
 from cowferry.block.spill import UNIT
-from cowferry.drivers import OVERLAYS, driver, format_of, opening
+from cowferry.drivers import OVERLAYS, driver, opening
+from cowferry.drivers.formats import format_of
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.backup import BITMAP_MODES, CBW_POLICIES, Backup
 from cowferry.jobs.job import POLICIES

@@ -12,7 +12,8 @@ from cowferry.block import names, unfinished
 from cowferry.block.bitmap import MOST_BITS, finest
 from cowferry.block.node import Node, chain
 from cowferry.block.unfinished import Unfinished
-from cowferry.drivers import OVERLAYS, format_of
+from cowferry.drivers import OVERLAYS
+from cowferry.drivers.formats import format_of
 from cowferry.errors import CowferryError, DeviceInUse, NotSupported
 from cowferry.jobs.job import POLICIES, Job
 from cowferry.jobs.mirror import MODES, Layer, Mirror

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowferry.block import identity, names, origin, sysio
 from cowferry.block.node import Node
-from cowferry.drivers import EXTENSIONS, OVERLAYS, fdsets, opening
+from cowferry.drivers import OVERLAYS, fdsets, formats, opening
 from cowferry.errors import CowferryError, NotSupported
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def format_by_name(target: str) -> str | None:
     """The format that a new image's name says. What a server exports is the disk: raw."""
     if names.is_uri(target):
         return "raw"
-    return EXTENSIONS.get(os.path.splitext(target)[1].lower())
+    return formats.named(target)
 
 
 def unmake(daemon: Daemon, made: list[str]) -> None:

@@ -16,7 +16,7 @@ from cowferry.block.keeper import keep
 from cowferry.block.node import Node, chain, read
 from cowferry.block.origin import of_node
 from cowferry.cli.offline import creation_options, image
-from cowferry.drivers import driver, opening
+from cowferry.drivers import driver, formats, opening
 from cowferry.errors import CowferryError, ImageError, NotSupported
 
 STEP = 64 << 20  # bytes between two looks at the progress
@@ -25,7 +25,7 @@ TOGETHER = 4 << 20  # bytes compressed together; a multiple of every granule
 
 @click.command("convert")
 @click.option("-f", "--format", "source_format", help="Format of SOURCE [by its name].")
-@click.option("-O", "--target-format", default="raw", show_default=True)
+@click.option("-O", "--target-format", metavar="FMT", help="Format of TARGET [raw].")
 @click.option("-o", "options", multiple=True, metavar="OPTS", help="Options of the target format.")
 @click.option("-B", "-b", "--backing", metavar="FILE", help="Backing file of TARGET; needs -F.")
 @click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file.")
@@ -45,13 +45,16 @@ TOGETHER = 4 << 20  # bytes compressed together; a multiple of every granule
 @click.argument("source")
 @click.argument("target")
 def convert_command(
-    source_format: str | None, target_format: str, options: tuple[str, ...], backing: str | None,
-    backing_format: str | None, no_create: bool, show_progress: bool, compress: bool,
-    bitmaps: bool, skip_broken_bitmaps: bool, force_share: bool, quiet: bool,
-    sparse: str | None, coroutines: int | None, unordered: bool,
-    cache: str | None, source_cache: str | None, image_opts: bool, source: str, target: str,
+    source_format: str | None, target_format: str | None, options: tuple[str, ...],
+    backing: str | None, backing_format: str | None, no_create: bool, show_progress: bool,
+    compress: bool, bitmaps: bool, skip_broken_bitmaps: bool, force_share: bool, quiet: bool,
+    sparse: str | None, coroutines: int | None, unordered: bool, cache: str | None,
+    source_cache: str | None, image_opts: bool, source: str, target: str,
 ) -> int:  # fmt: skip
     """Copy SOURCE, with what its backing chain holds, into TARGET. Zeroes stay zeroes."""
+    if target_format is None:
+        formats.named(target)  # which may say what we cannot write
+        target_format = "raw"
     if compress and driver(target_format).compress is Node.compress:
         raise NotSupported(f"format {target_format} cannot hold compressed data", "-O qcow2 can")
     if skip_broken_bitmaps and not bitmaps:

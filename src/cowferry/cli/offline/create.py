@@ -8,7 +8,7 @@ import click
 
 from cowferry.cli.offline import creation_options, image
 from cowferry.cli.sizes import Size, parse_size
-from cowferry.drivers import opening
+from cowferry.drivers import formats, opening
 from cowferry.errors import CowferryError
 
 
@@ -34,9 +34,7 @@ def create_command(
         cowferry create vm.qcow2 20G
         cowferry create -f raw -b base.raw -F raw vm.raw
     """
-    from cowferry.drivers import EXTENSIONS
-
-    kind = format or EXTENSIONS.get(os.path.splitext(filename)[1].lower(), "raw")
+    kind = format or formats.named(filename) or "raw"
     given = creation_options(options)
     if "size" in given:
         size = parse_size(str(given.pop("size")))

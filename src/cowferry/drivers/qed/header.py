@@ -22,7 +22,7 @@ import struct
 from dataclasses import dataclass
 
 from cowferry.block.node import Node
-from cowferry.drivers import EXTENSIONS
+from cowferry.drivers.formats import EXTENSIONS
 from cowferry.errors import CowferryError, ImageError
 
 MAGIC = b"QED\0"
