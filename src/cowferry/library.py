@@ -268,6 +268,7 @@ def backup(
     bitmap_mode: str = "on-success",
     base: Mapping[Disk, str] | str | None = None,
     base_format: str | None = None,
+    unsafe: bool = False,
     format: str | None = None,
     compress: bool = False,
     scratch: str | None = None,
@@ -277,10 +278,11 @@ def backup(
     """Copy what one disk holds (to `target`), or several (disk -> target), at this one moment.
 
     `mode` "full" with a `bitmap` begins to record what changes from this moment on; "incremental"
-    copies what it says into an overlay of `base`, the backup before; "top" copies the disk's own
-    image into an overlay of its backing file. `compress`: into compressed clusters of a qcow2
-    target. `scratch` is a folder for old data that waits for a slow target. Raises `CowferryError`;
-    then what was made is gone, and bitmaps keep every bit."""
+    copies what it says into an overlay of `base`, the backup before. Unless it is `unsafe`, a base
+    is refused if the bitmap counts from another one, or if it was written since. "top" copies the
+    disk's own image into an overlay of its backing file. `compress`: into compressed clusters of a
+    qcow2 target. `scratch` is a folder for old data that waits for a slow target. Raises
+    `CowferryError`; then what was made is gone, and bitmaps keep every bit."""
     daemon = _daemon()
     chosen = dict(disks) if isinstance(disks, Mapping) else {disks: target}
     before = base if isinstance(base, Mapping) else dict.fromkeys(chosen, base)
@@ -292,7 +294,7 @@ def backup(
         one = {
             "device": _name(disk), "target": names.absolute(path), "format": format,
             "base": names.absolute(under) if under is not None else None,
-            "base-format": base_format,
+            "base-format": base_format, "unsafe": unsafe,
         }  # fmt: skip
         wanted.append({k: v for k, v in one.items() if v is not None})
     name = f"library-{next(_numbers)}"

@@ -41,6 +41,8 @@ class Bitmap:
         self.reason = ""  # why it is inconsistent, in words that follow "it is: "
         self.guarded = False  # its keeper marks regions before a write, recorded or not
         self.busy = ""  # who uses it now and must not be disturbed; "" nobody
+        # The backup (`block/lineage.py`) since which it tells every change; b"" if none is known.
+        self.since = b""
         self.granularity = granularity
         self.recording = True  # written only inside a drain of the disk
         self.written = 0  # bytes marked in all, recorded or not; near enough for a rate
@@ -110,6 +112,7 @@ class Bitmap:
         """The same bits at this moment, kept by nobody."""
         with self.lock:
             other = Bitmap(name or self.name, self.size, self.granularity)
+            other.since = self.since
             other.bits, other.ones = self.bits.copy(), self.ones
         return other
 

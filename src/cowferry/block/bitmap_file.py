@@ -55,6 +55,8 @@ AT_REST, IN_USE, VOID = 0, 1, 2  # what state a file is in
 KINDS = ("dirty", "allocated")
 RECORDING, GUARDED, INCONSISTENT = 1, 2, 4  # flags of a bitmap
 NO_SIZE = (1 << 64) - 1
+SINCE = 1  # compatible feature: the directory ends with the backup that each bitmap counts from
+ID = 16  # bytes of that
 
 # magic, version, header length, incompatible, compatible; state, bitmaps, generation, token;
 # size, next size, inode, mtime_ns, region; directory: offset, length, crc32; backing name, format;
@@ -93,6 +95,7 @@ class Entry:
     recording: bool = True
     guarded: bool = False
     inconsistent: bool = False
+    since: bytes = b""  # 16 bytes: see `Bitmap.since`
 
 
 @dataclass
@@ -160,7 +163,7 @@ def _read(path: str, fd: int, length: int) -> Contents | None:
     sector = os.pread(fd, SECTOR, 0)
     if len(sector) < SECTOR:
         raise Damaged(path, f"cut short: {length} bytes")
-    (magic, version, header_length, incompatible, _, state, count, generation, token,
+    (magic, version, header_length, incompatible, compatible, state, count, generation, token,
      size, next_size, inode, mtime_ns, region,
      at, directory_length, directory_crc, name_length, format_length, inode_version,
      ) = HEADER.unpack_from(sector)  # fmt: skip
@@ -202,7 +205,7 @@ def _read(path: str, fd: int, length: int) -> Contents | None:
         if name_length:
             name = directory[:name_length].decode()
             contents.backing = name, directory[name_length:][:format_length].decode()
-        places = _entries(contents, directory, name_length + format_length, count)
+        places = _entries(contents, directory, name_length + format_length, count, compatible)
     except (ValueError, struct.error) as error:
         raise Damaged(path, f"damaged: {error}") from None
     names = [(e.name, e.granularity) for e, *_ in places]
@@ -221,7 +224,7 @@ def _read(path: str, fd: int, length: int) -> Contents | None:
 
 
 def _entries(
-    contents: Contents, directory: bytes, at: int, count: int
+    contents: Contents, directory: bytes, at: int, count: int, compatible: int
 ) -> list[tuple[Entry, int, int, int]]:
     """(bitmap without its bits, their offset, length and checksum). Raises `ValueError`."""
     places = []
@@ -255,6 +258,11 @@ def _entries(
             inconsistent=bool(flags & INCONSISTENT),
         )
         places.append((entry, offset, n, crc))
+    ids = directory[-(-at // 8) * 8 :]
+    if compatible & SINCE and len(ids) >= ID * count:
+        for number, (entry, *_) in enumerate(places):
+            found = ids[number * ID : (number + 1) * ID]
+            entry.since = found if any(found) else b""
     return places
 
 
@@ -473,6 +481,8 @@ def _layout(path: str, contents: Contents) -> tuple[bytes, bytes, list[int]]:
     names = [e.name.encode() for e in contents.entries]
     length = -(-(len(name) + len(format)) // 8) * 8
     length += sum(ENTRY.size + -(-len(n) // 8) * 8 for n in names)
+    known = any(e.since for e in contents.entries)
+    length += ID * len(names) if known else 0
     total = sum(-(-contents.bits(e.granularity) // 8) for e in contents.entries)
     if len(names) > MAX_BITMAPS or length > MAX_DIRECTORY or total > MAX_BITS:
         raise ImageError(
@@ -496,8 +506,11 @@ def _layout(path: str, contents: Contents) -> tuple[bytes, bytes, list[int]]:
         directory += text
         places.append(at)
         at += -(-len(data) // ALIGN) * ALIGN
+    if known:
+        directory.extend(bytes(-len(directory) % 8))
+        directory += b"".join(e.since.ljust(ID, b"\0") for e in contents.entries)
     header = HEADER.pack(
-        MAGIC, VERSION, HEADER.size, 0, 0,
+        MAGIC, VERSION, HEADER.size, 0, SINCE if known else 0,
         IN_USE if contents.in_use else AT_REST, len(names), contents.generation, contents.token,
         contents.size, NO_SIZE if contents.next_size is None else contents.next_size,
         contents.stamp.inode, contents.stamp.mtime_ns, contents.region,

@@ -42,7 +42,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import secrets
@@ -78,7 +77,7 @@ def stamp_of(fd: int) -> Stamp:
     """What ties a file to the image in `fd` as it is now."""
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode):
-        return Stamp(_identity(st.st_rdev))
+        return Stamp(names.of_device(st.st_rdev))
     return Stamp(st.st_ino, st.st_mtime_ns, names.version(fd))
 
 
@@ -164,7 +163,7 @@ class Keeper:
         with self._lock:
             if self._marks is None:
                 return
-            if self._broken:
+            if self._broken or self._counts_anew():
                 self._renew()
                 return
             self._epoch += 1
@@ -175,6 +174,12 @@ class Keeper:
                         self._marks.replace(entry, _bits(bitmap))
             finally:
                 self._hold()
+
+    def _counts_anew(self) -> bool:
+        """Whether a bitmap counts from another backup than the file says: then its bits and the
+        backup have to change together, and not the bits by themselves. Under `_lock`."""
+        entries = ((b, self._entries.get(id(b))) for b in self._persistent())
+        return any(entry is not None and entry.since != b.since for b, entry in entries)
 
     def changed(self) -> None:
         """Bitmaps were added, removed, enabled, disabled or cleared: durable on return.
@@ -701,6 +706,7 @@ def _find(node: Node) -> tuple[list[Bitmap], int, bytes]:
         if entry.kind == "dirty":
             bitmap = Bitmap(entry.name, node.size, entry.granularity)
             bitmap.recording, bitmap.guarded = entry.recording, entry.guarded
+            bitmap.since = entry.since
             bitmap.replace(_fitted(entry.bits, len(bitmap.bits)))
             if entry.inconsistent:
                 _distrusted(bitmap, "nobody kept it for a while")
@@ -756,16 +762,6 @@ def _file(node: Node) -> Node:
     return node.file
 
 
-def _identity(device: int) -> int:
-    """A number for a block device, as far as its name alone does not say which it is; else 0."""
-    folder = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
-    for name in ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file"):
-        with contextlib.suppress(OSError), open(f"{folder}/{name}", "rb") as f:
-            if text := f.read(4096).strip():
-                return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
-    return 0
-
-
 def _bits(bitmap: Bitmap) -> bitarray:
     """Its bits at this moment."""
     with bitmap.lock:
@@ -791,4 +787,5 @@ def _entry(bitmap: Bitmap, bits: bitarray) -> Entry:
         recording=bitmap.recording,
         guarded=bitmap.guarded,
         inconsistent=bitmap.inconsistent,
+        since=bitmap.since,
     )

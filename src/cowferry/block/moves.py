@@ -55,6 +55,7 @@ from cowferry.block.origin import Origin
 log = logging.getLogger(__name__)
 
 MOVED, COMMITTING, COPYING, SIZE = ".moved", ".committing", ".copying", ".size"
+BACKUP = ".backup"  # of an image that is a backup: which one (`block/lineage.py`)
 MAX_NAME = 200  # characters of a record's name in the state folder
 LONGEST = 255  # bytes of a file's name
 NEW = 9  # bytes that a record's name has in addition while it is being written
@@ -209,6 +210,7 @@ def fresh(image: str) -> None:
     The last one is that of a move: as long as it is there it leads to the disk of the old image."""
     committed(image)
     copied(image)
+    no_backup(image)
     _forget_size(image)
     settled(image)
 
@@ -317,6 +319,22 @@ def half_copied(image: str) -> dict[str, Any] | None:
     if body is None:
         return None
     return None if _named(follow(str(body.get("source"))).path) == _named(image) else body
+
+
+def backed_up(image: str, body: dict[str, Any]) -> None:
+    """Record which backup `image` is."""
+    _mark(image, BACKUP, {**body, "generation": 1}, undo=False)
+
+
+def backup_of(image: str) -> dict[str, Any] | None:
+    """What `backed_up` recorded."""
+    return _load(image, BACKUP)
+
+
+def no_backup(image: str) -> None:
+    """`image` is another one than the backup that had the name."""
+    for path in places(image, BACKUP):
+        _remove(path)
 
 
 def _named(image: str) -> str:

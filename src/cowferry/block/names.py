@@ -7,7 +7,9 @@ is never followed (`drivers/opening.py`).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import stat
@@ -46,6 +48,16 @@ def version(fd: int) -> int:
         return int.from_bytes(fcntl.ioctl(fd, FS_IOC_GETVERSION, bytes(8))[:4], "little")
     except OSError:
         return 0
+
+
+def of_device(device: int) -> int:
+    """Return a number for a block device, from what it says of itself beyond its name; else 0."""
+    folder = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for name in ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file"):
+        with contextlib.suppress(OSError), open(f"{folder}/{name}", "rb") as f:
+            if text := f.read(4096).strip():
+                return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+    return 0
 
 
 def identity(path: str) -> int:

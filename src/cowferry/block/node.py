@@ -97,6 +97,7 @@ class Node:
     span: tuple[int, int] | None = None  # bytes of its file that it uses; None: all of it
     #: Whether the format has room for dirty bitmaps of its own (`read_bitmaps`, `write_bitmaps`).
     stores_bitmaps: bool = False
+    stamps: bool = False  # the format has room to say which backup the image is
     #: Makes the persistent ones among `bitmaps` outlive a crash; None if there are none.
     keeper: Keeper | None = None
 
@@ -205,6 +206,16 @@ class Node:
         """The token that `write_bitmaps` left, if nobody else has opened the image for writing
         since; else b""."""
         return b""
+
+    def read_stamp(self) -> tuple[bytes, bool]:
+        """What `write_stamp` left, and whether nobody has opened the image for writing since."""
+        return b"", False
+
+    def write_stamp(self, data: bytes) -> None:
+        """Say durably which backup the image is, until it is opened for writing the next time.
+
+        Raises `OSError`, `CowferryError`."""
+        raise NotSupported(f"{self.driver} images have no room for that")
 
     # Placing bytes in two steps: room first, mapping later -------------------------------
 

@@ -53,6 +53,10 @@ PULL = "pull"  # what a pull backup is called unless it is given a name
 )  # fmt: skip
 @click.option("--base-format", metavar="FORMAT", help="Of --base [by its name].")
 @click.option(
+    "--unsafe", is_flag=True,
+    help="Do not ask whether --bitmap counts from --base, and whether that is as it was made.",
+)  # fmt: skip
+@click.option(
     "--format", metavar="FORMAT",
     help="Of DEST [by its name, else DISK's; raw on a device or a server].",
 )  # fmt: skip
@@ -89,7 +93,8 @@ def backup_command(
 
     Push: each DISK goes into a new file DEST. With --bitmap a full backup begins to record what
     changes from then on, and --incremental copies that into an overlay of the backup before. The
-    last DEST of a chain reads as the whole disk, and qemu-img or cowferry convert restores it.
+    last DEST of a chain reads as the whole disk, and qemu-img or cowferry convert restores it. A
+    --base is refused if the bitmap counts from another backup, or if it was written since.
 
     \b
         cowferry backup vm /backup/mon.qcow2 --bitmap b0
@@ -130,8 +135,10 @@ def backup_command(
 def _push(
     client: Client, disks: tuple[str, ...], in_background: bool, as_json: bool, *,
     incremental: bool, top: bool, bases: tuple[str, ...], base_format: str | None,
-    format: str | None, id: str | None, **more: Any,
+    format: str | None, id: str | None, unsafe: bool, **more: Any,
 ) -> int:  # fmt: skip
+    if unsafe and not incremental:
+        raise click.UsageError("--unsafe goes with --incremental")
     if incremental and top:
         raise click.UsageError("--incremental and --top exclude each other")
     mode = "incremental" if incremental else "top" if top else "full"
@@ -146,7 +153,8 @@ def _push(
             "device": disk, "target": dest, "format": format, "base": before.get(disk),
             "base-format": base_format,
         }  # fmt: skip
-        wanted.append({k: v for k, v in one.items() if v is not None})
+        plain: dict[str, Any] = {k: v for k, v in one.items() if v is not None}
+        wanted.append({**plain, "unsafe": True} if unsafe else plain)
     work: JobWork | GroupWork
     if len(pairs) > 1:
         work = GroupWork(client, id or free_id(client, "backup-group"))
@@ -213,16 +221,23 @@ def _pull(
     client: Client, disks: tuple[str, ...], in_background: bool, as_json: bool, *,
     incremental: bool, top: bool, bases: tuple[str, ...], base_format: str | None,
     format: str | None, id: str | None, bitmap: str | None, bitmap_mode: str, scratch: str | None,
-    on_cbw_error: str | None, speed: int, compress: bool, **unused: Any,
+    on_cbw_error: str | None, speed: int, compress: bool, unsafe: bool, **unused: Any,
 ) -> int:  # fmt: skip
-    if incremental or top or bases or base_format or format or compress or speed:
-        raise click.UsageError("--pull takes --bitmap, --bitmap-mode, --scratch and --id only")
+    if incremental or top or format or compress or speed or unsafe:
+        raise click.UsageError(
+            "--pull takes --bitmap, --bitmap-mode, --base, --base-format, --scratch and --id only"
+        )
+    before = _bases(bases, list(disks))
+    wanted = [
+        {k: v for k, v in one.items() if v is not None}
+        for one in ({"device": d, "base": before.get(d), "base-format": base_format} for d in disks)
+    ]
     if bitmap_mode == "always":
         raise click.UsageError("--bitmap-mode always is for a push: who pulls says how it went")
     id = id or PULL
     title = f"backup {id}"
     found = client.call(
-        "x-backup-export", id=id, disks=[{"device": d} for d in disks], bitmap=bitmap,
+        "x-backup-export", id=id, disks=wanted, bitmap=bitmap,
         anew=bitmap_mode != "never", on_cbw_error=on_cbw_error,
         scratch=absolute(scratch) if scratch is not None else None,
     )  # fmt: skip

@@ -120,13 +120,15 @@ def drive_backup(daemon: Daemon, args: DriveBackup) -> None:
 
 
 class DiskToBackup(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
-    """`base`: of an increment, the backup before it."""
+    """`base`: of an increment, the backup before it. `unsafe`: the bitmap is not asked whether it
+    counts from that backup."""
 
     device: str
     target: str
     format: str | None = None
     base: str | None = None
     base_format: str | None = None
+    unsafe: bool = False
 
 
 class DiskBackup(Args):
@@ -158,7 +160,7 @@ def disk_backup(daemon: Daemon, args: DiskBackup) -> None:
         group = Group(args.id, emit=daemon.events.emit, gone=daemon.jobs.forget_group)
     with Transaction(daemon, "backup", group) as so_far:
         for d in args.disks:
-            wanted = Wanted(d.device, d.target, d.format, d.base, d.base_format)
+            wanted = Wanted(d.device, d.target, d.format, d.base, d.base_format, d.unsafe)
             part = backup.into_new(
                 daemon, so_far, wanted, args.mode,
                 args.id if group is None else f"{args.id}-{d.device}",
@@ -187,8 +189,12 @@ def _named_once(names: list[str]) -> None:
 
 
 class DiskToExport(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
+    """`base`: the backup before, from which the bitmap has to count."""
+
     device: str
     name: str | None = None
+    base: str | None = None
+    base_format: str | None = None
 
 
 class BackupExport(Args):
@@ -201,7 +207,10 @@ class BackupExport(Args):
 
 
 class ExportedDisk(msgspec.Struct, rename="kebab", omit_defaults=True):
-    """`state` is "kept", or "lost" with the reason. `first`: the bitmap began now, all is dirty."""
+    """`state` is "kept", or "lost" with the reason. `first`: the bitmap began now, all is dirty.
+
+    `backup_id` is what the bitmap counts from if this backup ends well; `since` is the `backup_id`
+    of the backup from which it counts until then, if that is known."""
 
     device: str
     name: str
@@ -212,6 +221,8 @@ class ExportedDisk(msgspec.Struct, rename="kebab", omit_defaults=True):
     error: str | None = None
     bitmap: str | None = None
     first: bool = False
+    backup_id: str | None = None
+    since: str | None = None
 
 
 class ExportedBackup(msgspec.Struct):
@@ -228,6 +239,8 @@ def _told(daemon: Daemon, found: pull.Pull) -> ExportedBackup:
                 part.job_id, "lost" if part.over else "kept", part.scratch_bytes,
                 (part.job.error or "cancelled") if part.over else None,
                 part.bitmap.name if part.bitmap is not None else None, part.first,
+                part.id.hex() if part.bitmap is not None else None,
+                part.frozen.since.hex() or None if part.frozen is not None else None,
             )
             for part in found.parts
         ],
@@ -241,7 +254,10 @@ def backup_export(daemon: Daemon, args: BackupExport) -> ExportedBackup:
     With a bitmap, what it says at this moment goes along as qemu:dirty-bitmap:NAME. If the backup
     ends well it counts anew from the moment on, unless `anew` is false; else it keeps every bit."""
     _named_once([d.device for d in args.disks])
-    wanted = [pull.Wanted(d.device, d.name or f"{args.id}-{d.device}") for d in args.disks]
+    wanted = [
+        pull.Wanted(d.device, d.name or f"{args.id}-{d.device}", d.base, d.base_format)
+        for d in args.disks
+    ]
     found = pull.begin(
         daemon, args.id, wanted, bitmap=args.bitmap, anew=args.anew, scratch=args.scratch,
         on_cbw_error=args.on_cbw_error,

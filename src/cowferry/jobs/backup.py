@@ -33,7 +33,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from cowferry.block import sysio
+from cowferry.block import lineage, sysio
 from cowferry.block.behind import LEAST, Behind
 from cowferry.block.bitmap import Bitmap, finest
 from cowferry.block.compress import Compressed
@@ -44,6 +44,7 @@ from cowferry.block.node import ONCE, Extent, Node, State, far, read, resolve
 from cowferry.block.rates import fitted
 from cowferry.block.spill import UNIT, Spill
 from cowferry.block.throttle import WRITE
+from cowferry.errors import CowferryError
 from cowferry.jobs.job import Job, Progress, blame, check_speed
 from cowferry.jobs.states import Status
 
@@ -128,8 +129,9 @@ class Backup(Job):
     format that the target's header has to name in the end. `bitmap`: what is
     pending at T0 is what it says if `by_bitmap`, and `bitmap_mode` says what becomes of it.
     `everything` False: only what is about to be overwritten (sync none). `lasting` False: nobody
-    wants the target once the job is over. `compress`: the target can, and is to hold whole granules
-    compressed."""
+    wants the target once the job is over. `stamped` makes a durable target say that it is backup
+    `backup_id`, from which the bitmap counts then. `compress`: the target can, and is to hold whole
+    granules compressed."""
 
     type = "backup"
 
@@ -153,6 +155,8 @@ class Backup(Job):
         on_cbw_error: str = "break-guest-write",
         max_chunk: int = 0,
         lasting: bool = True,
+        backup_id: bytes = b"",
+        stamped: Callable[[], None] | None = None,
         compress: bool = False,
         released: Callable[[bool], None] | None = None,
         **common: Any,
@@ -176,6 +180,8 @@ class Backup(Job):
         self.on_cbw_error = on_cbw_error
         self.max_chunk = max_chunk or MAX_CHUNK
         self.lasting = lasting
+        self.backup_id = backup_id or lineage.new_id()  # from which the bitmap counts in the end
+        self._stamped = stamped
         self.compress = compress
         self.unit = max(UNIT, target.root.granule) if compress else UNIT  # bytes copied as one
         # What the disk still has as it was, and nobody has saved. In pieces, for a guest waits.
@@ -608,6 +614,8 @@ class Backup(Job):
             self.target.flush()
             if self._record is not None:
                 self.target.root.set_backing(*self._record)
+            if self._stamped is not None:
+                self._stamped()
 
     def suffice(self) -> None:
         """Whoever reads the overlay of a pull backup has all of it: end, and end well.
@@ -641,13 +649,16 @@ class Backup(Job):
         if not self._ended:
             since.merge(self.missing)
         bitmap.replace(since.bits)
+        bitmap.since = self.backup_id if bitmap.recording else b""
 
     def _secure(self) -> None:
         """It failed. What the bitmap is to let go of has to be durable on the target."""
         if self.bitmap is not None and self.bitmap_mode == "always":
             try:
                 self.target.flush()
-            except OSError:
+                if self._stamped is not None:
+                    self._stamped()
+            except (OSError, CowferryError):
                 self.bitmap_mode = "on-success"  # nothing is to be relied on: every bit stays
 
     def _keep(self) -> None:

@@ -21,9 +21,10 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowferry.block import names, spill
+from cowferry.block import lineage, names, spill
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
+from cowferry.block.lineage import Stamp
 from cowferry.block.node import Extent, Node, State, clear
 from cowferry.block.spill import UNIT
 from cowferry.drivers import OVERLAYS, driver, opening
@@ -147,9 +148,12 @@ class Start(Part):
         made: list[str] | None = None,
         adopted: bool = False,
         scratch: str | None = None,
+        parent: bytes | None = None,
         **more: Any,
     ) -> None:
-        """`held` becomes the part's own. Raises `CowferryError`; then the caller has it still."""
+        """`parent`: the target is stamped in the end as the backup from which the bitmap counts
+        then, made over the backup of that id (all zeroes: over none). `held` becomes the part's
+        own. Raises `CowferryError`; then the caller has it still."""
         bitmap, job_id = held.bitmap, held.job_id
         self.daemon = daemon
         self.held = held
@@ -161,6 +165,8 @@ class Start(Part):
         self.job_id = job_id
         self.lent = self._to_lend(sync)
         self.lending = False
+        self.id = lineage.new_id()
+        self.parent = parent
         self.job = Backup(
             disk,
             self.target,
@@ -173,6 +179,8 @@ class Start(Part):
             by_bitmap=sync in BY_BITMAP,
             bitmap_mode=bitmap_mode,
             scratch=scratch or spill.beside(disk.root.filename),
+            backup_id=self.id,
+            stamped=self._stamp if parent is not None else None,
             released=self._released,
             **more,
         )
@@ -231,6 +239,11 @@ class Start(Part):
         if self.lending:
             with self.target.exclusive():
                 self._unlend()
+
+    def _stamp(self) -> None:
+        """The target is durable: let it say which backup it is. Raises `OSError`."""
+        assert self.parent is not None
+        lineage.stamp(self.target.root, Stamp(self.id, self.parent))
 
     def _released(self, failed: bool) -> None:
         """The job is over."""
@@ -553,6 +566,7 @@ class Wanted(NamedTuple):
     format: str | None = None
     base: str | None = None
     base_format: str | None = None
+    unsafe: bool = False  # whatever the base is
 
 
 def into_new(
@@ -571,7 +585,9 @@ def into_new(
 
     `full`: all of it. `incremental`: an overlay of `wanted.base` with what the bitmap says.
     `top`: an overlay of what the disk lies over. A full one that names a bitmap begins it, or lets
-    it count anew from this moment on, if the backup succeeds; if it fails, all is dirty."""
+    it count anew from this moment on, if the backup succeeds; if it fails, all is dirty. An
+    increment is refused over any other backup than that from which its bitmap counts, unless that
+    is `wanted.unsafe` (`block/lineage.py`)."""
     device, target = wanted.device, wanted.target
     wait_for_disk(daemon, device, target, wanted.base)
     check_mode("mode", mode, MODES)
@@ -611,14 +627,16 @@ def into_new(
     under = source.backing if mode == "top" else None
     made: list[str] = []
     nodes: list[Node] = []  # opened here, the target first
+    parent = lineage.NONE
     held = Hold(daemon, disk, job_id, found)
     try:
         with daemon.graph.making(target):
             if base is not None:
-                under = _opened_before(daemon, base, wanted.base_format)
+                under = opened_before(daemon, base, wanted.base_format)
                 nodes.append(under)
                 targets.check_node(f"no backup of '{device}'", disk, under)
                 held.add(under)
+                parent = check_before(daemon, under, found, device, wanted.unsafe)
             if format != "raw" or not targets.is_there(target):
                 if os.path.isfile(target) and os.path.getsize(target):
                     raise CowferryError(
@@ -632,14 +650,33 @@ def into_new(
         return Start(
             daemon, so_far, disk, node, held, sync=what.sync,
             bitmap_mode=what.bitmap_mode or "on-success", made=made, adopted=True,
-            compress=compress, **more,
+            parent=parent if found is not None else None, compress=compress, **more,
         )  # fmt: skip
     except BaseException:
         _withdraw(daemon, held, nodes, made)
         raise
 
 
-def _opened_before(daemon: Daemon, path: str, format: str | None) -> Node:
+def check_before(
+    daemon: Daemon, base: Node, bitmap: Bitmap | None, device: str, unsafe: bool
+) -> bytes:
+    """Return the id of the backup `base`, over which an increment by `bitmap` is to be laid.
+
+    Raises `CowferryError` unless the bitmap counts from it, or it is `unsafe`. The caller gives its
+    turn away meanwhile."""
+    name = base.filename
+    try:
+        with daemon.apart():
+            if unsafe or bitmap is None:
+                found = lineage.stamp_of(base)
+                return found.id if found is not None and not found.written else lineage.NONE
+            hint = f"to lay the increment over '{name}' all the same, use unsafe"
+            return lineage.check(base, bitmap.since, bitmap.name, device, hint)
+    except OSError as error:
+        raise CowferryError(f"'{name}' cannot be read: {error.strerror or error}") from error
+
+
+def opened_before(daemon: Daemon, path: str, format: str | None) -> Node:
     """The backup before, with all that it lies over. Raises `CowferryError`."""
     if not (names.is_uri(path) or os.path.exists(path)):
         raise CowferryError(f"the backup before, '{path}', is not there", "name where it is")

@@ -296,9 +296,11 @@ class Clear(_Change):
     def do(self) -> None:
         self.before = self.bitmap.copy()
         self.bitmap.clear(0, self.bitmap.size)
+        self.bitmap.since = b""  # it counts from now on, and that is no backup's moment
 
     def undo(self) -> None:
         self.bitmap.replace(self.before.bits)
+        self.bitmap.since = self.before.since
 
 
 class Record(_Change):
@@ -316,11 +318,13 @@ class Record(_Change):
         return self.bitmap.persistent and not self.node.read_only
 
     def do(self) -> None:
-        self.before = self.bitmap.recording
+        self.before = self.bitmap.recording, self.bitmap.since
         self.bitmap.recording = self.recording
+        if not self.recording:
+            self.bitmap.since = b""  # a write from now on is not in it
 
     def undo(self) -> None:
-        self.bitmap.recording = self.before
+        self.bitmap.recording, self.bitmap.since = self.before
 
 
 class Merge(_Change):
@@ -334,6 +338,7 @@ class Merge(_Change):
         check_usable(node, bitmap, changing=True)
         super().__init__(so_far, node, bitmap)
         self.sources: list[Bitmap] = []
+        self.since = b""  # what the one source counts from, if it is of the same disk
         for source in sources:
             of, name = (node_name, source) if isinstance(source, str) else source
             where, found = look_up(so_far.daemon, of, name, so_far)
@@ -344,15 +349,20 @@ class Merge(_Change):
                     f"size is {found.size}) and can't be merged"
                 )
             self.sources.append(found)
+            if len(sources) == 1 and where in chain(node):
+                self.since = found.since
 
     def do(self) -> None:
         self.before = self.bitmap.copy()
         for source in self.sources:
             if source is not self.bitmap:
                 self.bitmap.merge(source)
+        if not self.bitmap.since and self.bitmap.recording:
+            self.bitmap.since = self.since  # it has all that the other one tells
 
     def undo(self) -> None:
         self.bitmap.replace(self.before.bits)
+        self.bitmap.since = self.before.since
 
 
 # Exports ----------------------------------------------------------------------------------

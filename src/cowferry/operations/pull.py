@@ -33,9 +33,11 @@ from cowferry.operations.backup import (
     Hold,
     Start,
     all_dirty,
+    check_before,
     check_scratch,
     check_source,
     node_named,
+    opened_before,
 )
 from cowferry.operations.transaction import Transaction
 
@@ -46,10 +48,13 @@ STOPPING = 60.0  # seconds that a job may take to end
 
 
 class Wanted(NamedTuple):
-    """A disk, and the name of its export."""
+    """A disk, and the name of its export. `base` is the backup before, from which the bitmap has
+    to count."""
 
     device: str
     name: str
+    base: str | None = None
+    base_format: str | None = None
 
 
 class Kept(Start):
@@ -68,7 +73,7 @@ class Kept(Start):
         scratch: str | None,
         on_cbw_error: str,
     ) -> None:
-        self.device, self.name = wanted
+        self.device, self.name = wanted.device, wanted.name
         self.first = first
         self.frozen: Bitmap | None = None  # the bitmap as it was at the moment
         self.export: NbdExport | None = None
@@ -77,6 +82,8 @@ class Kept(Start):
         held = Hold(daemon, disk, job_id, bitmap)
         overlay: Node | None = None
         try:
+            if wanted.base is not None:
+                _check_base(daemon, wanted, wanted.base, bitmap)
             overlay = _scratch(daemon, disk, scratch)
             super().__init__(
                 daemon, so_far, disk, overlay, held, sync="none",
@@ -184,7 +191,7 @@ def _part(
     scratch: str | None, on_cbw_error: str,
 ) -> Kept:  # fmt: skip
     """One disk of the backup `id`. Raises `CowferryError`."""
-    wait_for_disk(daemon, wanted.device, scratch)
+    wait_for_disk(daemon, wanted.device, scratch, wanted.base)
     job_id = f"{id}-{wanted.device}"
     if daemon.nbd is None:
         raise CowferryError("NBD server not running", "start it with nbd-server-start")
@@ -194,10 +201,21 @@ def _part(
     source = node_named(daemon, wanted.device)
     check_source(daemon, daemon.graph.disk(wanted.device), wanted.device, None)
     found, first = _bitmap(daemon, so_far, source, wanted.device, bitmap, anew)
+    if wanted.base is not None and found is None:
+        raise CowferryError(f"no bitmap is named that counts from '{wanted.base}'", "name it, too")
     return Kept(
         daemon, so_far, wanted, job_id, bitmap=found, first=first, anew=anew, scratch=scratch,
         on_cbw_error=on_cbw_error,
     )  # fmt: skip
+
+
+def _check_base(daemon: Daemon, wanted: Wanted, base: str, bitmap: Bitmap | None) -> None:
+    """Raise `CowferryError` unless the bitmap counts from the backup in the file `base`."""
+    before = opened_before(daemon, base, wanted.base_format)
+    try:
+        check_before(daemon, before, bitmap, wanted.device, unsafe=False)
+    finally:
+        daemon.graph.let_go(before)
 
 
 def _bitmap(

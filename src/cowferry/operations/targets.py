@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowferry.block import identity, names, origin, sysio
+from cowferry.block import identity, moves, names, origin, sysio
 from cowferry.block.node import Node
 from cowferry.drivers import OVERLAYS, fdsets, formats, opening
 from cowferry.errors import CowferryError, NotSupported
@@ -100,6 +100,7 @@ def unmake(daemon: Daemon, made: list[str]) -> None:
         while made:
             path = made.pop()
             if os.path.exists(path):
+                moves.no_backup(path)
                 sysio.unlink(path)
 
 

@@ -40,6 +40,7 @@ from bitarray import bitarray
 
 from cowferry.block.bitmap import Bitmap
 from cowferry.drivers.qcow2 import header as headers
+from cowferry.drivers.qcow2 import sources
 from cowferry.drivers.qcow2.refcounts import OFFSET, big_endian, swapped
 from cowferry.errors import CowferryError, ImageError, NotSupported
 
@@ -230,6 +231,7 @@ def read(image: Qcow2) -> list[Bitmap]:
             _load(image, entry, bitmap.bits)
             bitmap.ones = bitmap.bits.count()
         out.append(bitmap)
+    sources.read(image.header, out)
     return out
 
 
@@ -297,9 +299,13 @@ def prepare(image: Qcow2) -> int:
     _warn_of_stale(image)
     mark = token(image)
     stored = h.extension(headers.EXT_BITMAPS) if entries else None
+    told = bool(entries) and sources.kept(h)
+    if not told:
+        h.extensions = sources.without(h.extensions)
     h.extensions = _extensions(h, stored, mark if entries else b"")
     note(image, entries)
-    return headers.BITMAPS_VALID * bool(entries) | headers.BITMAPS_KEPT * bool(entries and mark)
+    valid = headers.BITMAPS_VALID * bool(entries) | sources.VALID * told
+    return valid | headers.BITMAPS_KEPT * bool(entries and mark)
 
 
 def _warn_of_stale(image: Qcow2) -> None:
@@ -342,7 +348,11 @@ def write(image: Qcow2, bitmaps: list[Bitmap], token: bytes = b"") -> None:
         raise ValueError(f"a token of {len(token)} bytes")
     if bitmaps:
         _make_room(image)
-    with image.flushing:
+    beside = [
+        (headers.EXT_BITMAPS, bytes(EXTENSION.size)),
+        (headers.EXT_BITMAPS_KEPT, bytes(TOKEN)),
+    ]
+    with image.flushing, sources.recorded(image, bitmaps, beside):
         old = directory(image)
         try:
             _store(image, old, bitmaps, token)
@@ -568,6 +578,7 @@ def set_extensions(h: headers.Header, extensions: list[tuple[int, bytes]]) -> No
     h.autoclear &= ~(headers.BITMAPS_VALID | headers.BITMAPS_KEPT)
     h.autoclear |= headers.BITMAPS_VALID * (headers.EXT_BITMAPS in kinds)
     h.autoclear |= headers.BITMAPS_KEPT * (headers.EXT_BITMAPS_KEPT in kinds)
+    h.autoclear = h.autoclear & ~sources.VALID | sources.VALID * (sources.EXTENSION in kinds)
 
 
 def _flags(image: Qcow2, old: list[Entry], entries: list[Entry], token: bytes) -> None:

@@ -23,7 +23,7 @@ from cowferry.block.node import ZEROES, Extent, Node, State, part, read_runs, re
 from cowferry.drivers import Common, register
 from cowferry.drivers.plan import Plan
 from cowferry.drivers.qcow2 import bitmaps as store
-from cowferry.drivers.qcow2 import changes, flush, metadata, snapshots
+from cowferry.drivers.qcow2 import changes, flush, metadata, snapshots, stamp
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2.clusters import (
     ALL,
@@ -85,7 +85,7 @@ class Qcow2(Node):
         self.metadata: set[int] = {0}  # host clusters that hold tables
         self.bitmap_clusters: set[int] = set()  # of them, those of stored bitmaps
         self.unkept = False  # stored bitmaps should know of writes, and nobody sees to it
-        self.stores_bitmaps = header.version >= 3
+        self.stores_bitmaps = self.stamps = header.version >= 3
         self.broken = False  # found damaged: no more writes (Q4)
         self._closed = False
         self.snapshots = snapshots.read(self)
@@ -581,6 +581,13 @@ class Qcow2(Node):
     def bitmap_token(self) -> bytes:
         """What `write_bitmaps` left, if the autoclear bit beside it is still there."""
         return store.token(self)
+
+    def read_stamp(self) -> tuple[bytes, bool]:
+        return stamp.read(self)
+
+    def write_stamp(self, data: bytes) -> None:
+        self._writable()
+        stamp.write(self, data)
 
     # The image as a whole ----------------------------------------------------------------
 
