@@ -12,6 +12,7 @@ import os
 import resource
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -507,3 +508,26 @@ def test_the_header_keeps_fields_that_a_newer_program_put_behind_ours(tmp_path: 
     assert data[100:104] == struct.pack(">I", 128) and data[112:128] == further
     assert data[88:96] == bytes(8), "it was opened for writing"
     assert qemu_check(path) == 0
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2", "qed"])
+@pytest.mark.parametrize("bitmap", [False, True])
+def test_a_size_that_no_image_can_have_is_refused_and_changes_nothing(
+    tmp_path: Path, format: str, bitmap: bool
+) -> None:
+    """A bitmap of that many bits, or an L1 table of terabytes, is never laid out in memory."""
+    path = tmp_path / f"vm.{format}"
+    opening.create_image(str(path), format, MIB, {})
+    if bitmap:
+        run = [sys.executable, "-m", "cowferry", "bitmap", "--add", str(path), "b"]
+        assert not subprocess.run(run, capture_output=True).returncode
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    done = subprocess.run(
+        [sys.executable, "-m", "cowferry", "resize", str(path), "+7E"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and str(path) in done.stderr and "Traceback" not in done.stderr
+    left = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert left[path.name] == before[path.name] or bitmap
+    assert left.keys() == before.keys()

@@ -17,6 +17,7 @@ from typing import Any
 from bitarray import bitarray
 
 MOST_BITS = 1 << 28  # of a bitmap that follows a guest: 32 MiB
+MAX_BYTES = 512 << 20  # of memory for the bits of one bitmap
 PIECE = 1 << 18  # bits that are merged at once
 
 
@@ -168,6 +169,10 @@ class Bitmap:
             "persistent": self.persistent,
         }
         return {**out, "inconsistent": True} if self.inconsistent else out
+
+    def fits(self, size: int) -> bool:
+        """Whether there is memory for the bits of a disk of `size` bytes."""
+        return size // self.granularity // 8 <= MAX_BYTES
 
     def resize(self, size: int) -> None:
         """The disk has another size now; new bytes count as clean. Inside a drain."""

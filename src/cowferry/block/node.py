@@ -30,7 +30,7 @@ from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from cowferry.errors import NotSupported
+from cowferry.errors import CowferryError, NotSupported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,6 +164,13 @@ class Node:
         New bytes are a change, and recorded: the disk may have been larger once, and who has a copy
         of what was there then has to hear that it is zero by now."""
         before = self.size
+        for bitmap in self.bitmaps.values():
+            if not bitmap.fits(size):
+                raise CowferryError(
+                    f"'{self.filename}' cannot have {size} bytes: its bitmap '{bitmap.name}' would "
+                    "be too large",
+                    "remove the bitmap first, or use a larger granularity; nothing was changed",
+                )
         if self.keeper is not None:
             self.keeper.resizing(size)
         try:

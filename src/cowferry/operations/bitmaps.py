@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cowferry.block import keeper
-from cowferry.block.bitmap import Bitmap
+from cowferry.block.bitmap import MAX_BYTES, Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node, chain
 from cowferry.block.walk import children
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 MAX_NAME = 1023  # bytes
 MIN_GRANULARITY, MAX_GRANULARITY = 512, 1 << 31
-MAX_BITS = 512 << 20  # bytes of memory for one bitmap
 FEW = 20  # names that an error tells
 # The default granularity in bytes is a cluster, but no finer (it is not worth its memory unless it
 # is asked for) and no coarser (a backup would copy what nobody wrote).
@@ -238,7 +237,7 @@ class Add(_Change):
                 f"Node '{node_name}' is written through '{above[0]}', where nobody would tell it",
                 f"add the bitmap to '{above[0]}'",
             )
-        if node.size // granularity // 8 > MAX_BITS:
+        if node.size // granularity // 8 > MAX_BYTES:
             raise CowferryError(
                 f"Bitmap '{name}' of '{node_name}' would have {node.size // granularity} bits",
                 "choose a larger granularity",

@@ -41,8 +41,15 @@ def resize_command(
             client.call("block_resize", device=filename, size=wanted, force=force or None)
     else:
         with image(filename, format, read_only=False, image_opts=image_opts) as node:
-            node.change_size(new_size(filename, node.size, size, shrink))
-            node.flush()
+            wanted = new_size(filename, node.size, size, shrink)
+            try:
+                node.change_size(wanted)
+                node.flush()
+            except OSError as error:
+                raise CowferryError(
+                    f"'{filename}' cannot be resized to {wanted} bytes: {error.strerror or error}",
+                    f"it has {node.size} bytes",
+                ) from error
     if not quiet:
         click.echo("Image resized.")
     return 0
