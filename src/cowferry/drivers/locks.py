@@ -17,6 +17,7 @@ import fcntl
 import os
 import struct
 
+from cowferry.drivers import holders
 from cowferry.errors import DeviceInUse
 
 F_OFD_GETLK, F_OFD_SETLK = 36, 37
@@ -60,21 +61,21 @@ class Lock:
         mine = cls(fd)
         try:
             for start in [USED + p for p in used] + [UNSHARED + p for p in unshared]:
-                fcntl.fcntl(fd, F_OFD_SETLK, _lock(fcntl.F_RDLCK, start, 1))
-            for row, wanted, verb in ((UNSHARED, used, "use"), (USED, unshared, "share")):
+                try:
+                    fcntl.fcntl(fd, F_OFD_SETLK, _lock(fcntl.F_RDLCK, start, 1))
+                except (BlockingIOError, PermissionError):  # somebody has it for themselves
+                    row = USED if start < UNSHARED else UNSHARED
+                    raise _refused(fd, name, row, start - row, "") from None
+            for row, wanted, shared in ((UNSHARED, used, ""), (USED, unshared, "shared ")):
                 for p in wanted:
-                    answer = fcntl.fcntl(fd, F_OFD_GETLK, _lock(fcntl.F_WRLCK, row + p, 1))
-                    if _flock.unpack(answer)[0] != fcntl.F_UNLCK:
-                        mine.drop()
-                        what = "shared " if verb == "share" else ""
-                        raise DeviceInUse(
-                            f"'{name}': failed to get {what}\"{NAMES[p]}\" lock",
-                            "another process has the image open; nothing was changed. Is a "
-                            "guest using it? (reading it meanwhile: info -U)",
-                        )
+                    if _holder(fd, row + p) is not None:
+                        raise _refused(fd, name, row, p, shared)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 return mine
+            raise
+        except DeviceInUse:
+            mine.drop()
             raise
         mine.keeps_writers_out = WRITE in unshared
         return mine
@@ -82,3 +83,21 @@ class Lock:
     def drop(self) -> None:
         """Let go of every byte."""
         fcntl.fcntl(self.fd, F_OFD_SETLK, _lock(fcntl.F_UNLCK, USED, 200))
+
+
+def _holder(fd: int, byte: int) -> int | None:
+    """The process that has a lock in our way; 0 if the kernel does not say which, None if none."""
+    kind, _, _, _, pid = _flock.unpack(fcntl.fcntl(fd, F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte, 1)))
+    return None if kind == fcntl.F_UNLCK else max(int(pid), 0)
+
+
+def _refused(fd: int, name: str, row: int, permission: int, shared: str) -> DeviceInUse:
+    pid = _holder(fd, row + permission)
+    holder = (
+        holders.Holder(pid, holders.command(pid)) if pid else holders.find(fd, row + permission)
+    )
+    return DeviceInUse(
+        f"'{name}': failed to get {shared}\"{NAMES[permission]}\" lock: "
+        f"{holder or 'another process'} has the image open",
+        "nothing was changed. Is a guest using it? (reading it meanwhile: info -U)",
+    )

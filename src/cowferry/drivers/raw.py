@@ -69,8 +69,9 @@ class Raw(Node):
         end = options.offset + (options.size or 0)
         if options.offset < 0 or (options.size or 0) < 0 or end > file.size:
             raise CowferryError(
-                f"'{file.filename}': offset {options.offset} and size {options.size} do not fit "
-                f"into its {file.size} bytes"
+                f"'{file.filename}' has {file.size} bytes, and {options.size or 0} bytes at offset "
+                f"{options.offset} do not fit",
+                "it is too small for the disk, or has been made smaller",
             )
         filling = partial.find(file) if isinstance(file, File) else None
         if filling is None or not isinstance(file, File):

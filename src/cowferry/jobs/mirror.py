@@ -163,7 +163,10 @@ class Mirror(Job):
 
     def run(self) -> Iterator[Progress]:
         if self.target.size != self.disk.size and not self.inside:
-            raise CowferryError("Source and target image have different sizes")
+            raise CowferryError(
+                "Source and target image have different sizes",
+                f"{self.disk.size} and {self.target.size} bytes",
+            )
         for layer in self.layers:
             yield from self._copy_layer(layer)
         self._attach()
