@@ -15,6 +15,7 @@ image could talk us into opening something that its owner did not mean. Hence:
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -77,18 +78,35 @@ def _flag(value: Any) -> Any:
     return {"on": True, "off": False}.get(value, value) if isinstance(value, str) else value
 
 
+class Absent(Node):
+    """An external data file that is not opened, because only headers are looked at."""
+
+    driver = "file"
+    read_only = True
+
+    def __init__(self, name: str) -> None:
+        self.filename = name
+        self.is_device = False
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        raise OSError(errno.EBADF, f"'{self.filename}' was not opened")
+
+
 def open_node(
-    options: Mapping[str, Any], lookup: Lookup | None = None, opened: Opened | None = None
-) -> Node:
+    options: Mapping[str, Any], lookup: Lookup | None = None, opened: Opened | None = None,
+    *, headers: bool = False,
+) -> Node:  # fmt: skip
     """The node that `blockdev-add`'s options describe, its children and its backing chain.
 
     A child given as a string is looked up by name, and stays its owner's. `opened` hears of
-    every node opened here, children first, with the options it was opened from. Raises
-    `CowferryError`; then nothing stays open."""
+    every node opened here, children first, with the options it was opened from. With `headers` no
+    external data file is opened: read-only, for the headers of the chain. Raises `CowferryError`;
+    then nothing stays open."""
     made: list[Node] = []
     try:
-        node = _open(options, lookup, made, opened)
-        _follow(node, lookup, made, opened, _flag(options.get("force-share")) is True)
+        node = _open(options, lookup, made, opened, headers)
+        share = _flag(options.get("force-share")) is True
+        _follow(node, lookup, made, opened, share, headers)
     except BaseException:
         for m in reversed(made):
             m.close()
@@ -104,12 +122,14 @@ def open_image(
     backing: bool = True,
     force_share: bool = False,
     opened: Opened | None = None,
+    headers: bool = False,
     **more: Any,
 ) -> Node:
     """Open the image at `path`, with its backing chain (read-only) unless `backing` is False.
 
     The format is given or follows from the name (`format_of`). `more` are further driver options
-    (`data_file="path"`, `lazy_refcounts=True`). Raises `CowferryError`."""
+    (`data_file="path"`, `lazy_refcounts=True`); `headers` as in `open_node`. Raises
+    `CowferryError`."""
     options = image_options(path, format, read_only=read_only, force_share=force_share)
     for key, value in more.items():
         key = key.replace("_", "-")
@@ -118,7 +138,7 @@ def open_image(
         options[key] = value
     if not backing:
         options["backing"] = None
-    return open_node(options, opened=opened)
+    return open_node(options, opened=opened, headers=headers)
 
 
 def current_image(path: str, format: str | None = None) -> tuple[str, str | None]:
@@ -232,6 +252,43 @@ def backing_path(image: str, recorded: str) -> str:
     return os.path.join(os.path.dirname(image), recorded)
 
 
+def check_circle(image: str, recorded: str, format: str | None) -> None:
+    """Raise `ImageError` if `image` would lie below itself with that backing file.
+
+    Only headers are read, as far as they can be: what is not there yet, or cannot be read, ends the
+    search. `image` need not be there."""
+    places = identity.of_path(image) if os.path.exists(image) else []
+    above, seen = image, set[str]()
+    while len(seen) < MAX_DEPTH:
+        try:
+            path = backing_path(above, recorded)
+        except CowferryError:
+            return
+        there = identity.of_path(path)
+        if names.same(path, image) or any(
+            identity.meet(a, b) for a in places for b in there if not (a.within or b.within)
+        ):
+            through = f" through '{above}'" if above != image else ""
+            raise ImageError(
+                f"'{image}' cannot be its own backing file, which it would be{through}",
+                "nothing was changed",
+            )
+        if path in seen or not os.path.exists(path):
+            return
+        seen.add(path)
+        try:
+            node = open_image(
+                path, format, read_only=True, backing=False, force_share=True, headers=True
+            )
+        except (CowferryError, OSError):
+            return
+        spec = node.backing_spec
+        node.close()
+        if spec is None:
+            return
+        above, (recorded, format) = path, spec
+
+
 def leads_to(image: str, recorded: str, filename: str) -> bool:
     """Whether the backing name that `image` records means the image `filename`.
 
@@ -255,8 +312,9 @@ def _beside(image: str, recorded: str) -> str | None:
 
 
 def _open(
-    options: Mapping[str, Any], lookup: Lookup | None, made: list[Node], opened: Opened | None
-) -> Node:
+    options: Mapping[str, Any], lookup: Lookup | None, made: list[Node], opened: Opened | None,
+    headers: bool = False,
+) -> Node:  # fmt: skip
     name = options.get("driver")
     if not isinstance(name, str):
         raise CowferryError("Parameter 'driver' is missing")
@@ -287,7 +345,9 @@ def _open(
     try:
         for key, recorded in cls.companions(children).items():
             path = _beside(children["file"].filename, recorded)
-            if path is not None:
+            if headers:
+                children[key] = Absent(recorded)
+            elif path is not None:
                 inherited = _common(given.read_only, given.force_share)
                 below = {**inherited, **file_options(path)}
                 children[key] = _open(below, lookup, made, opened)
@@ -307,8 +367,8 @@ def _open(
     if backing is None or (isinstance(backing, Mapping) and not backing):
         node.backing_refused = backing is None
     elif isinstance(backing, Mapping):
-        node.backing = _open({"read-only": True, **backing}, lookup, made, opened)
-        _follow(node.backing, lookup, made, opened, given.force_share)
+        node.backing = _open({"read-only": True, **backing}, lookup, made, opened, headers)
+        _follow(node.backing, lookup, made, opened, given.force_share, headers)
     elif isinstance(backing, str) and backing:
         if lookup is None:
             raise CowferryError(f"Cannot find device='' nor node-name='{backing}'")
@@ -336,8 +396,9 @@ def _name(children: Mapping[str, Node]) -> str:
 
 
 def _follow(
-    node: Node, lookup: Lookup | None, made: list[Node], opened: Opened | None, share: bool
-) -> None:
+    node: Node, lookup: Lookup | None, made: list[Node], opened: Opened | None, share: bool,
+    headers: bool,
+) -> None:  # fmt: skip
     """Open what the headers ask for, from `node` down. Iterative: chains may be long.
 
     With `share` beside whoever writes there, as the image above."""
@@ -362,7 +423,7 @@ def _follow(
             format = "raw"
         try:
             options = image_options(path, format, read_only=True, force_share=share)
-            below = _open(options, lookup, made, opened)
+            below = _open(options, lookup, made, opened, headers)
         except CowferryError as error:
             raise ImageError(
                 f"Could not open backing file of '{node.filename}': {error.desc}",

@@ -27,15 +27,17 @@ def image(
     force_share: bool = False,
     image_opts: bool = False,
     repair: bool = False,
+    headers: bool = False,
 ) -> Iterator[Node]:
-    """The node that an image argument names, closed at the end. Raises `CowferryError`."""
+    """The node that an image argument names, closed at the end; `headers` as in
+    `opening.open_node`. Raises `CowferryError`."""
     if image_opts:
         if format is not None:
             raise CowferryError("--image-opts and --format are mutually exclusive")
         options = parse_option(name, "driver")
         given = {"read-only": read_only, "force-share": force_share, "repair": repair}
         options = {**given, **options}
-        node = opening.open_node(options)
+        node = opening.open_node(options, headers=headers)
     else:
         if not (names.is_uri(name) or os.path.exists(name)):
             raise ImageError(f"Could not open '{name}': No such file or directory")
@@ -46,12 +48,29 @@ def image(
             backing=backing,
             force_share=force_share,
             repair=repair,
+            headers=headers,
         )
     try:
         partial.check_bare(node)
         yield node
     finally:
         opening.close_chain(node)
+
+
+CACHES = {"none": True, "off": True, "directsync": True}
+CACHES |= {"writeback": False, "writethrough": False, "unsafe": False}
+
+
+def cached(mode: str | None, of: str = "") -> bool:
+    """Whether a cache mode (-t, -T) lets the kernel keep an image's bytes. Raises `CowferryError`.
+
+    Every command makes durable what it has written before it ends, whatever the mode. With none and
+    directsync the kernel is told to forget the bytes, because they are not read past its cache."""
+    if mode is not None and mode not in CACHES:
+        raise CowferryError(
+            f"Invalid {of}cache option: {mode}", f"the modes are {', '.join(sorted(CACHES))}"
+        )
+    return mode is None or not CACHES[mode]
 
 
 def creation_options(texts: tuple[str, ...]) -> dict[str, Any]:

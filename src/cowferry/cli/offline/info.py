@@ -29,8 +29,9 @@ def info_command(
 ) -> int:
     """Show what FILENAME is: format, sizes, backing file, snapshots."""
     with image(
-        filename, format, backing=whole, force_share=force_share, image_opts=image_opts
-    ) as node:
+        filename, format, backing=whole, force_share=force_share, image_opts=image_opts,
+        headers=True,
+    ) as node:  # fmt: skip
         infos = [describe(n) for n in (chain(node) if whole else [node])]
     if output == "json":
         click.echo(json.dumps(infos if whole else infos[0], indent=4))

@@ -136,9 +136,9 @@ class Qcow2(Node):
         if "file" not in children or "data-file" in children:
             return {}
         header = cls._header(children["file"])
-        if not header.incompatible & headers.DATA_FILE or header.data_file is None:
+        if not header.incompatible & headers.DATA_FILE:
             return {}
-        return {"data-file": header.data_file}
+        return {"data-file": header.data_file or ""}  # it may have no name
 
     @classmethod
     def plan(cls, path: str, size: int, options: Mapping[str, Any]) -> Plan:
