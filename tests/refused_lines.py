@@ -64,7 +64,7 @@ LINES: dict[str, str] = {
         {device} 1M -f qcow2 -o preallocation=full
         {device} 1M -f qcow2 -o preallocation=falloc
         {device} 1M -f qcow2 -o nosuch=1
-        {device} 64k -f raw -o preallocation=full
+        {device} 1G -f raw -o preallocation=full
         {tiny} 1M -f raw
         {tiny} 1M -f qcow2
         {tiny} 1M -f qcow2 -o preallocation=metadata

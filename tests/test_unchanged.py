@@ -83,10 +83,6 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "a target that exists with data of its own": (
         "copy vm {f}/alone.qcow2 --reuse-external --shallow",
     ),
-    "a convert that fails leaves what it has made": (
-        "convert {f}/alone.qcow2 {f}/new.qcow2 -O qcow2 -B {f}/nowhere.raw -F raw",
-        "convert {f}/alone.qcow2 {f}/new.qcow2 -O qcow2 -B {f}/user.txt -F qcow2",
-    ),
     "errors of the human monitor, and of rebase --complete, exit with 0": (
         "monitor drive_backup vm {f}/user.txt",
         "monitor drive_mirror vm {f}/user.txt",
@@ -110,9 +106,6 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "group copy vm={f}/new.raw two={f}/user.txt",
         "group copy vm={f}/new.raw two={tiny}",
         "x-disk-copy device=vm job-id=j target={f}/new.raw",
-    ),
-    "preallocation of a raw image on a device is ignored": (
-        "create {device} 64k -f raw -o preallocation=full",
     ),
     "change --notify opens an image that is no good by itself": ("change vm {f}/half.qcow2",),
     "a size that needs a larger L1 table than there may be": ("resize {f}/alone.qcow2 +7E",),

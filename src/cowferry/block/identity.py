@@ -417,3 +417,24 @@ def connection(target: str, mine: Place, layer: Layer, theirs: Place) -> str:
         f"'{target}' {mine.how} {mine.name}, and '{layer.name}', {layer.role}, "
         f"{theirs.how} {theirs.name}"
     )
+
+
+def same(a: Sequence[Place], b: Sequence[Place]) -> bool:
+    """Whether both are exactly the same bytes, as far as that can be known."""
+    return _stores(a) == _stores(b) != set()
+
+
+def _stores(places: Sequence[Place]) -> set[tuple[str, int, int]]:
+    return {(p.store, p.start, p.stop) for p in places if not p.within}
+
+
+def one_image(a: Node | None, b: Node | None) -> bool:
+    """Whether two nodes read the same, because they and all below them are the same files in the
+    same formats."""
+    while a is not b:
+        if a is None or b is None or a.driver != b.driver or a.size != b.size:
+            return False
+        if a.remote or not same(of_node(a), of_node(b)):
+            return False
+        a, b = a.backing, b.backing
+    return True

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from types import FrameType
 from typing import Any
 
 import click
@@ -55,6 +56,9 @@ COMMANDS = {
     "qmp": ("live", "Send one QMP command."),
     "monitor": ("live", "Talk to the human monitor."),
 }
+OFFLINE = {name for name, (module, _) in COMMANDS.items() if module.startswith("offline.")}
+#: Commands whose exit codes are qemu-img's.
+AS_QEMU_IMG = OFFLINE - {"bitmap", "current"}
 
 
 class Lazy(click.Group):
@@ -77,12 +81,28 @@ class Lazy(click.Group):
 
 @click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cowferry", prog_name="cowferry")
-def group() -> None:
+@click.pass_context
+def group(ctx: click.Context) -> None:
     """Serve virtual disks, and change them while their guests run.
 
     COMMAND --help says what each takes. Live commands talk to the daemon of the run folder
     ($COWFERRY_RUN), or to the QMP socket given by -c or $COWFERRY_QMP.
     """
+    if ctx.invoked_subcommand in OFFLINE:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _ended)
+
+
+def _ended(number: int, frame: FrameType | None) -> None:
+    """Leave by the way of an error, on which what was begun is undone."""
+    sys.exit(128 + number)
+
+
+def status_of(error: click.ClickException) -> int:
+    """The exit code for a mistake on the command line: 2, or 1 for the commands of qemu-img. There
+    2 says that `check` has found corruption, or that `compare` could not open an image."""
+    ctx = error.ctx if isinstance(error, click.UsageError) else None
+    return 1 if ctx is not None and ctx.info_name in AS_QEMU_IMG else error.exit_code
 
 
 def complain(error: CowferryError) -> None:
@@ -105,7 +125,7 @@ def main(argv: list[str] | None = None) -> Any:
         sys.exit(130)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        sys.exit(status_of(error))
     except CowferryError as error:
         complain(error)
         sys.exit(1)

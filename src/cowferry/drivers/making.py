@@ -36,11 +36,12 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cowferry.block import keeper, moves, names, origin, sysio
+from cowferry.block import identity, keeper, moves, names, origin, sysio
+from cowferry.block.identity import Layer
 from cowferry.block.origin import Origin
 from cowferry.drivers import driver, fdsets, partial
 from cowferry.drivers.locks import Lock
@@ -62,32 +63,36 @@ class New:
     `path` is where it lies until then, and `options` open it there. `blank`: it reads as zeroes,
     but for what a backing file shows. `in_place`: what was there is lost already."""
 
-    def __init__(self, format: str, target: _Target, blank: bool) -> None:
+    def __init__(self, format: str, target: _Target, data: _Target | None, blank: bool) -> None:
         self.format = format
         self.path = target.new
+        self.data_path = data.new if data is not None else None
         self.blank = blank
         self.in_place = bool(target.in_place)
 
     @property
     def options(self) -> dict[str, Any]:
         """blockdev-add options. They take no lock: `new_image` has it."""
-        file = {"driver": "file", "filename": self.path, "locking": "off"}
-        return {"driver": self.format, "file": file}
+        options: dict[str, Any] = {"driver": self.format}
+        for child, path in (("file", self.path), ("data-file", self.data_path)):
+            if path is not None:
+                options[child] = {"driver": "file", "filename": path, "locking": "off"}
+        return options
 
 
 def create_image(
     path: str, format: str, size: int, options: Mapping[str, Any], *, goal: bool = False,
-    like: Origin | None = None, node: File | None = None,
+    like: Origin | None = None, node: File | None = None, apart: Sequence[Layer] = (),
 ) -> None:  # fmt: skip
     """Make a new image, and do nothing else. See `new_image`."""
-    with new_image(path, format, size, options, goal=goal, like=like, node=node):
+    with new_image(path, format, size, options, goal=goal, like=like, node=node, apart=apart):
         pass
 
 
 @contextmanager
 def new_image(
     path: str, format: str, size: int, options: Mapping[str, Any], *, goal: bool = False,
-    like: Origin | None = None, node: File | None = None,
+    like: Origin | None = None, node: File | None = None, apart: Sequence[Layer] = (),
 ) -> Iterator[New]:  # fmt: skip
     """Make a new image of `size` bytes at `path`, in place of the one that is there.
 
@@ -101,6 +106,8 @@ def new_image(
 
     What is recorded of an older image with this name is removed, unless the new one is the `goal`
     of a disk that has yet to move there: until it moves, the old name leads where it led.
+
+    The image is refused if it would change a byte of the files `apart` (`identity.layers`).
 
     Raises `CowferryError`, and what the block raises."""
     if names.is_uri(path):
@@ -117,6 +124,9 @@ def new_image(
         targets.insert(0, _Target(data_path, plan.data.plan, like))
         if names.same(targets[0].image, image.image):
             raise CowferryError(f"'{path}' cannot be its own data file")
+    for each in targets:
+        places = identity.of_path(each.image)
+        identity.check_apart(f"Could not create '{each.name}'", each.name, places, apart)
     with ExitStack() as stack:
         for each in targets:
             stack.enter_context(each)
@@ -126,7 +136,9 @@ def new_image(
             for each in targets:
                 each.begin()
                 each.plan.make(each.new, targets[0].new if each is not targets[0] else None)
-            yield New(format, image, plan.zero_on_device or not image.is_device)
+            data = targets[0] if plan.data is not None else None
+            on_device = any(each.is_device for each in targets)
+            yield New(format, image, data, plan.zero_on_device or not on_device)
             _finish(targets, goal)
         except BaseException as error:
             if image.replaced:  # decided: what is left to do is tidied up

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowferry.block import identity, moves, names, origin, sysio
@@ -154,7 +153,7 @@ def below(target: Node, shown: Node | None) -> Below:
     record = _to_record(target, target.backing)
     if record is not None:
         target.check_backing(*record)
-    return Below(compare=not _one_image(target.backing, shown), record=record)
+    return Below(compare=not identity.one_image(target.backing, shown), record=record)
 
 
 def _named(path: str, backing: Node) -> tuple[str, str]:
@@ -185,22 +184,7 @@ def leads_to(image: str, spec: Spec, node: Node) -> bool:
         there = identity.of_path(opening.backing_path(image, recorded))
     except CowferryError:
         return False
-    return _stores(there) == _stores(identity.of_node(node)) != set()
-
-
-def _stores(places: Sequence[identity.Place]) -> set[tuple[str, int, int]]:
-    return {(p.store, p.start, p.stop) for p in places if not p.within}
-
-
-def _one_image(a: Node | None, b: Node | None) -> bool:
-    """Whether two nodes read the same, because they and all below them are the same files."""
-    while a is not b:
-        if a is None or b is None or a.driver != b.driver or a.size != b.size:
-            return False
-        if a.remote or _stores(identity.of_node(a)) != _stores(identity.of_node(b)):
-            return False
-        a, b = a.backing, b.backing
-    return True
+    return identity.same(there, identity.of_node(node))
 
 
 def check_backing(target: Node, backing: Node) -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-from types import FrameType
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import click
 
-from cowferry.block import names
+from cowferry.block import identity, names
 from cowferry.block.bitmap import Bitmap
-from cowferry.block.compress import Compressed
-from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.keeper import keep
-from cowferry.block.node import Node, chain, read
-from cowferry.block.origin import of_node
-from cowferry.cli.offline import creation_options, image
+from cowferry.block.node import Node
+from cowferry.block.origin import Origin, of_node
+from cowferry.cli.offline import cached, creation_options, image
+from cowferry.cli.offline.conversion import Concatenated, Conversion
+from cowferry.cli.offline.progress import Report
+from cowferry.cli.sizes import parse_size
 from cowferry.drivers import driver, formats, opening
 from cowferry.errors import CowferryError, ImageError, NotSupported
 
-STEP = 64 << 20  # bytes between two looks at the progress
-TOGETHER = 4 << 20  # bytes compressed together; a multiple of every granule
+MAX_SPARSE = 16 << 20  # bytes
 
 
 @click.command("convert")
@@ -30,35 +30,115 @@ TOGETHER = 4 << 20  # bytes compressed together; a multiple of every granule
 @click.option("-B", "-b", "--backing", metavar="FILE", help="Backing file of TARGET; needs -F.")
 @click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file.")
 @click.option("-n", "no_create", is_flag=True, help="TARGET exists: write into it.")
+@click.option("--target-is-zero", is_flag=True, help="With -n: TARGET reads as zeroes; trust me.")
 @click.option("-p", "show_progress", is_flag=True, help="Show progress.")
 @click.option("-c", "compress", is_flag=True, help="Into compressed clusters of TARGET.")
 @click.option("--bitmaps", is_flag=True, help="The persistent dirty bitmaps of SOURCE, too.")
 @click.option("--skip-broken-bitmaps", is_flag=True, help="Of those, not the inconsistent ones.")
 @click.option("-U", "--force-share", is_flag=True, help="SOURCE may be open elsewhere.")
-@click.option("-q", "--quiet", is_flag=True)
-@click.option("-S", "sparse", metavar="SIZE", help="Taken for compatibility.")
-@click.option("-m", "coroutines", type=int, help="Taken for compatibility.")
-@click.option("-W", "unordered", is_flag=True, help="Taken for compatibility.")
-@click.option("-t", "cache", metavar="MODE", help="Taken for compatibility.")
-@click.option("-T", "source_cache", metavar="MODE", help="Taken for compatibility.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@click.option(
+    "-S", "sparse", metavar="SIZE",
+    help="So many zero bytes in a row become a hole; 0: allocate all of TARGET. [4k, but none "
+    "where the file system shares extents]",
+)  # fmt: skip
+@click.option(
+    "-m", "coroutines", type=int, metavar="N", help="1 to 16; copies run as they are best."
+)
+@click.option("-W", "unordered", is_flag=True, help="Taken for compatibility: writes are in order.")
+@click.option("-t", "cache", metavar="MODE", help="none: keep TARGET out of the page cache.")
+@click.option("-T", "source_cache", metavar="MODE", help="none: keep SOURCE out of the page cache.")
 @click.option("--image-opts", is_flag=True, help="SOURCE is an option string.")
-@click.argument("source")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.argument("target")
 def convert_command(
     source_format: str | None, target_format: str | None, options: tuple[str, ...],
-    backing: str | None, backing_format: str | None, no_create: bool, show_progress: bool,
-    compress: bool, bitmaps: bool, skip_broken_bitmaps: bool, force_share: bool, quiet: bool,
-    sparse: str | None, coroutines: int | None, unordered: bool, cache: str | None,
-    source_cache: str | None, image_opts: bool, source: str, target: str,
+    backing: str | None, backing_format: str | None, no_create: bool, target_is_zero: bool,
+    show_progress: bool, compress: bool, bitmaps: bool, skip_broken_bitmaps: bool,
+    force_share: bool, quiet: bool, sparse: str | None, coroutines: int | None, unordered: bool,
+    cache: str | None, source_cache: str | None, image_opts: bool, sources: tuple[str, ...],
+    target: str,
 ) -> int:  # fmt: skip
-    """Copy SOURCE, with what its backing chain holds, into TARGET. Zeroes stay zeroes."""
+    """Copy SOURCE, with what its backing chain holds, into TARGET. Zeroes stay zeroes.
+
+    A new TARGET gets its name when it is complete: until then, and after an error, what has that
+    name stays as it was. A device, and with -n an image that exists, is written in place; what it
+    has beyond the size of SOURCE is zeroed. Several SOURCEs are put one after another.
+
+    Exit code: 0 done, 1 failed, 130 interrupted."""
     if target_format is None:
         formats.named(target)  # which may say what we cannot write
         target_format = "raw"
+    given = _checked(
+        target_format, options, backing, backing_format, no_create, target_is_zero, compress,
+        bitmaps, skip_broken_bitmaps, coroutines, len(sources),
+    )  # fmt: skip
+    least = _sparse(sparse)
+    drop = {
+        "drop_source": not cached(source_cache, "source "),
+        "drop_target": not cached(cache),
+    }
+    for name in sources:
+        if names.same(name, target):
+            raise CowferryError(f"'{name}' cannot be converted into itself", "nothing was changed")
+    with ExitStack() as stack:
+        parts = [
+            stack.enter_context(
+                image(name, source_format, force_share=force_share, image_opts=image_opts)
+            )
+            for name in sources
+        ]
+        source = parts[0] if len(parts) == 1 else Concatenated(parts)
+        copies = _bitmaps(source, skip_broken_bitmaps) if bitmaps else []
+        apart = [layer for part in parts for layer in identity.layers(part, "the source")]
+        if no_create:
+            opened = _existing(target, target_format, given, apart)
+        else:
+            like = _permissions(parts)
+            opened = _new(target, target_format, source.size, given, like, apart)
+        out, blank, in_place = stack.enter_context(opened)
+        _check_target(out, target, source, compress, copies)
+        work = Conversion(
+            source, out, blank=blank or target_is_zero, sparse=least, compress=compress, **drop
+        )
+        try:
+            with Report(source.size, show_progress and not quiet) as report:
+                work.run(report)
+            for bitmap in copies:
+                bitmap.resize(out.size)
+                keep(out, bitmap)
+        except CowferryError as error:
+            if in_place:
+                error.hint = _partly(target, work.done)
+            raise
+        except KeyboardInterrupt:
+            if in_place:
+                click.echo(f"cowferry: interrupted: {_partly(target, work.done)}", err=True)
+            raise
+    return 0
+
+
+def _partly(target: str, done: int) -> str:
+    return (
+        f"'{target}' is partly written: up to offset {done} it has the bytes of the source, what "
+        "follows may be old, new or mixed"
+    )
+
+
+def _checked(
+    target_format: str, options: tuple[str, ...], backing: str | None, backing_format: str | None,
+    no_create: bool, target_is_zero: bool, compress: bool, bitmaps: bool,
+    skip_broken_bitmaps: bool, coroutines: int | None, count: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The options of the target format, if all options go together. Raises `CowferryError`."""
     if compress and driver(target_format).compress is Node.compress:
         raise NotSupported(f"format {target_format} cannot hold compressed data", "-O qcow2 can")
     if skip_broken_bitmaps and not bitmaps:
         raise CowferryError("Use of --skip-broken-bitmaps requires --bitmaps")
+    if target_is_zero and not no_create:
+        raise CowferryError("--target-is-zero requires use of -n flag")
+    if coroutines is not None and not 1 <= coroutines <= 16:
+        raise CowferryError("Invalid number of coroutines: -m takes a number between 1 and 16")
     given = creation_options(options)
     if backing:
         given |= {"backing_file": backing}
@@ -66,36 +146,108 @@ def convert_command(
         given |= {"backing_fmt": backing_format}
     if given.get("backing_file") and not given.get("backing_fmt"):
         raise CowferryError("backing file specified without backing format", "add -F FORMAT")
-    if names.same(source, target):
-        raise CowferryError(f"'{source}' cannot be converted into itself")
-    with image(source, source_format, force_share=force_share, image_opts=image_opts) as node:
-        wanted = _bitmaps(node, skip_broken_bitmaps) if bitmaps else []
-        if not no_create:
-            origin = of_node(node)
-            opening.create_image(
-                target, target_format, node.size, given, like=origin and origin.masked()
+    if no_create and (others := given.keys() - {"backing_file", "backing_fmt"}):
+        raise CowferryError(
+            f"'{min(others)}' is an option for a new image, and with -n no image is made",
+            "leave out -n or -o",
+        )
+    if count > 1 and given.get("backing_file"):
+        raise CowferryError("several images put one after another cannot have a backing file")
+    if count > 1 and bitmaps:
+        raise CowferryError("several images put one after another have no bitmaps in common")
+    return given
+
+
+def _sparse(text: str | None) -> int | None:
+    """Bytes, from what was typed. Raises `CowferryError`."""
+    if text is None:
+        return None
+    size = parse_size(text)
+    if size % 512 or size > MAX_SPARSE:
+        raise CowferryError(
+            f"Invalid buffer size for sparse output specified: {text}",
+            f"-S takes multiples of 512 up to {MAX_SPARSE}, and 0 for no holes at all",
+        )
+    return size
+
+
+Opened = tuple[Node, bool, bool]  # the target, whether it reads as zeroes, whether it was there
+
+
+@contextmanager
+def _existing(
+    target: str, format: str, options: dict[str, Any], apart: list[identity.Layer]
+) -> Iterator[Opened]:
+    refusal = f"Could not convert into '{target}'"
+    identity.check_apart(refusal, target, identity.of_path(target), apart)
+    with image(target, format, read_only=False) as out:
+        identity.check_apart(refusal, target, identity.of_node(out), apart)
+        _check_backing(out, target, options)
+        yield out, False, True
+
+
+def _check_backing(out: Node, target: str, options: dict[str, Any]) -> None:
+    """Raise `CowferryError` if an image that exists has another backing file than -B says."""
+    wanted, format = options.get("backing_file"), options.get("backing_fmt")
+    if not wanted:
+        return
+    below = out.backing
+    if (
+        below is None
+        or format not in (None, below.driver)
+        or not opening.leads_to(target, str(wanted), below.filename)
+    ):
+        has = f"'{below.filename}', format {below.driver}" if below is not None else "none"
+        raise CowferryError(
+            f"'{target}' has another backing file than '{wanted}', format {format}: {has}",
+            "nothing was written; leave out -B, or give the image that backing file: "
+            "cowferry rebase",
+        )
+
+
+def _permissions(parts: list[Node]) -> Origin | None:
+    """For a new image with bytes of all of these."""
+    found = of_node(parts[0])
+    for more in map(of_node, parts[1:]):
+        found = found.narrowed(more) if found is not None and more is not None else found
+    return found and found.masked()
+
+
+@contextmanager
+def _new(
+    target: str, format: str, size: int, options: dict[str, Any], like: Origin | None,
+    apart: list[identity.Layer],
+) -> Iterator[Opened]:  # fmt: skip
+    if options.get("backing_file"):
+        given = str(options["backing_file"]), str(options["backing_fmt"])
+        opening.check_circle(target, *given)
+    making = opening.new_image(target, format, size, options, like=like, apart=apart)
+    with making as new:
+        out = opening.open_node(new.options)
+        try:
+            yield out, new.blank, new.in_place
+        finally:
+            opening.close_chain(out)
+
+
+def _check_target(
+    out: Node, target: str, source: Node, compress: bool, copies: list[Bitmap]
+) -> None:
+    """Raise `CowferryError` if the target cannot hold the source. Nothing was written yet."""
+    if out.size < source.size:
+        raise ImageError(
+            f"'{target}' has {out.size} bytes, fewer than the {source.size} of '{source.filename}'",
+            "nothing was written",
+        )
+    if compress:
+        out.check_compression()
+    for bitmap in copies:
+        if bitmap.name in out.bitmaps:
+            raise CowferryError(
+                f"Bitmap already exists: '{bitmap.name}' in '{target}'",
+                f"remove it: cowferry bitmap --remove '{target}' '{bitmap.name}'; nothing was "
+                "written",
             )
-        with image(target, target_format, read_only=False) as out:
-            if out.size < node.size:
-                raise ImageError(
-                    f"'{target}' has {out.size} bytes, fewer than the {node.size} of '{source}'",
-                    "nothing was written",
-                )
-            if compress:
-                out.check_compression()
-            for bitmap in wanted:
-                if bitmap.name in out.bitmaps:
-                    raise CowferryError(
-                        f"Bitmap already exists: '{bitmap.name}' in '{target}'",
-                        f"remove it: cowferry bitmap --remove '{target}' '{bitmap.name}'; nothing "
-                        "was written",
-                    )
-            _copy(node, out, not no_create, compress, show=show_progress and not quiet)
-            out.flush()
-            for bitmap in wanted:
-                bitmap.resize(out.size)
-                keep(out, bitmap)
-    return 0
 
 
 def _bitmaps(source: Node, skip_broken: bool) -> list[Bitmap]:
@@ -115,65 +267,3 @@ def _bitmaps(source: Node, skip_broken: bool) -> list[Bitmap]:
             copy.recording = bitmap.recording
             copies.append(copy)
     return copies
-
-
-def _copy(source: Node, target: Node, fresh: bool, compress: bool, show: bool) -> None:
-    # Of a target on a backing file, what the source has from that same file may stay there.
-    base = None
-    if target.backing is not None:
-        below = target.backing.filename
-        base = next(
-            (n for n in chain(source) if n is not source and names.same(n.filename, below)), None
-        )
-    skip_zero = fresh and target.backing is None
-    copier = Copier()
-    report = Report(source.size, show)
-    granule = max(source.granule, target.granule)
-    for start in range(0, source.size, STEP):
-        length = min(STEP, source.size - start)
-        for span in spans(source, start, length, granule, base):
-            if span.kind is Kind.ZERO and skip_zero:
-                continue
-            if compress and span.kind is Kind.COPY:
-                _compress(source, target, span)
-            else:
-                copier.place(source, target, span)
-        report.at(start + length)
-    if target.size > source.size and not skip_zero:
-        rest = Span(source.size, target.size - source.size, Kind.ZERO)
-        copier.place(source, target, rest)
-    report.end()
-
-
-def _compress(source: Node, target: Node, span: Span) -> None:
-    target.changing(span.offset, span.length)
-    for at in range(span.offset, span.offset + span.length, TOGETHER):
-        data = memoryview(bytearray(min(TOGETHER, span.offset + span.length - at)))
-        read(source, data, at)
-        with Compressed(target, at, data) as packed:
-            packed.put()
-
-
-class Report:
-    """Progress on standard output with -p, and on standard error at SIGUSR1."""
-
-    def __init__(self, total: int, show: bool) -> None:
-        self.total = max(total, 1)
-        self.show = show
-        self.done = 0
-        signal.signal(signal.SIGUSR1, self._asked)
-
-    def at(self, done: int) -> None:
-        """So far."""
-        self.done = done
-        if self.show:
-            click.echo(f"    ({100 * done / self.total:.2f}/100%)\r", nl=False)
-            sys.stdout.flush()
-
-    def end(self) -> None:
-        """A new line after the last."""
-        if self.show:
-            click.echo()
-
-    def _asked(self, number: int, frame: FrameType | None) -> None:
-        click.echo(f"    ({100 * self.done / self.total:.2f}/100%)", err=True)
