@@ -5,6 +5,7 @@ A device is not made, may be larger than the disk, and has its records in the st
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from chains import chain_of_disks, contents, differs
-from cowferry.block import keeper, moves
+from cowferry.block import keeper, moves, sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.daemon import Daemon
@@ -236,3 +237,24 @@ def test_a_window_that_is_not_a_disk_of_its_own_keeps_its_size(
     with pytest.raises(CowferryError, match="fixed size"):
         node.resize(SIZE)
     node.close()
+
+
+def test_a_size_that_cannot_be_recorded_is_refused(
+    scene: tuple[Daemon, Told, bytearray], device: Make, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    daemon, told, oracle = scene
+    path = device(2 * SIZE)
+    pivot(daemon, told, "x-disk-copy", target=path, format="raw")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sysio, "rename", full)
+        with pytest.raises(CowferryError, match="No space left"):
+            daemon.execute("block_resize", {"device": "vm", "size": 2 * SIZE})
+    disk = daemon.graph.disk("vm")
+    assert disk.size == SIZE and not differs(contents(disk), oracle)
+    daemon.remove_disk("vm")
+    assert daemon.open_disk("vm", str(tmp_path / "vm.qcow2")).size == SIZE
