@@ -65,8 +65,6 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "backing vm vm.qcow2 alias.qcow2 --unsafe",
         "backing vm vm.qcow2 json:{{}} --unsafe",
         "backing vm vm.qcow2 vm.qcow2 --unsafe",
-        "rebase {f}/moved.qcow2 -u -b {f}/moved.snap1.qcow2 -F qcow2",
-        "rebase {f}/over.qcow2 -u -b {f}/over.qcow2 -F qcow2",
     ),
     "change compares sizes only": (
         "change two {f}/other.raw --no-notify",
@@ -88,7 +86,6 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "monitor drive_mirror vm {f}/user.txt",
         "monitor frobnicate",
         "monitor snapshot_blkdev nosuch {f}/new.qcow2",
-        "rebase {f}/alone.qcow2 --complete",
     ),
     "advice to remove what we did not make": (
         "add new={f}/copied.qcow2",

@@ -45,6 +45,8 @@ def create(path: str, size: int, format: str = "qcow2", **options: Any) -> None:
     Raises `CowferryError`."""
     from cowferry.drivers import opening
 
+    if options.get("backing_file"):
+        opening.check_circle(path, str(options["backing_file"]), options.get("backing_fmt"))
     opening.create_image(path, format, size, options)
 
 

@@ -11,9 +11,8 @@ import msgspec
 from cowferry.block.node import Node, chain
 from cowferry.commands import Args, NoArgs, command
 from cowferry.commands.throttle import shown
-from cowferry.drivers import MAX_DEPTH, actual_size, driver
+from cowferry.drivers import MAX_DEPTH, actual_size, driver, opening
 from cowferry.drivers.file import File
-from cowferry.drivers.making import create_image
 from cowferry.errors import CowferryError
 from cowferry.jobs.create import Create
 
@@ -91,7 +90,9 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     target = path
 
     def make() -> None:
-        create_image(target, kind, size, plain, node=node)
+        if plain.get("backing_file"):
+            opening.check_circle(target, str(plain["backing_file"]), plain.get("backing_fmt"))
+        opening.create_image(target, kind, size, plain, node=node)
         if node is not None:
             node.refresh_size()
 

@@ -253,27 +253,30 @@ def backing_path(image: str, recorded: str) -> str:
 
 
 def check_circle(image: str, recorded: str, format: str | None) -> None:
-    """Raise `ImageError` if `image` would lie below itself with that backing file.
+    """Raise `ImageError` if `image`, with that backing file, would be a file of the chain below it.
 
-    Only headers are read, as far as they can be: what is not there yet, or cannot be read, ends the
-    search. `image` need not be there."""
+    The files are compared by what they are. Only headers are read, and only as far as they can be:
+    what is not there yet, or cannot be read, ends the search. `image` need not be there."""
     places = identity.of_path(image) if os.path.exists(image) else []
+
+    def check(path: str, through: str) -> None:
+        pairs = ((a, b) for a in places for b in identity.of_path(path))
+        if names.same(path, image) or any(
+            identity.meet(a, b) for a, b in pairs if not (a.within or b.within)
+        ):
+            way = f": '{through}' leads back to it" if through != image else ""
+            raise ImageError(
+                f"'{image}' cannot be its own backing file{way}", "nothing was changed"
+            )
+
     above, seen = image, set[str]()
     while len(seen) < MAX_DEPTH:
         try:
             path = backing_path(above, recorded)
         except CowferryError:
             return
-        there = identity.of_path(path)
-        if names.same(path, image) or any(
-            identity.meet(a, b) for a in places for b in there if not (a.within or b.within)
-        ):
-            through = f" through '{above}'" if above != image else ""
-            raise ImageError(
-                f"'{image}' cannot be its own backing file, which it would be{through}",
-                "nothing was changed",
-            )
-        if path in seen or not os.path.exists(path):
+        check(path, above)
+        if path in seen:
             return
         seen.add(path)
         try:
@@ -282,8 +285,10 @@ def check_circle(image: str, recorded: str, format: str | None) -> None:
             )
         except (CowferryError, OSError):
             return
-        spec = node.backing_spec
+        data, spec = getattr(node, "data", None), node.backing_spec
         node.close()
+        if isinstance(data, Absent):
+            check(os.path.join(os.path.dirname(path), data.filename), path)
         if spec is None:
             return
         above, (recorded, format) = path, spec

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from cowferry.block import names
-from cowferry.block.node import Node
+from cowferry.block import names, sysio
+from cowferry.block.node import Node, chain, files
 from cowferry.cli.keyval import parse_option
 from cowferry.drivers import opening, partial
-from cowferry.errors import CowferryError, ImageError
+from cowferry.errors import CowferryError, ImageError, one_line
 
 
 @contextmanager
@@ -50,11 +50,26 @@ def image(
             repair=repair,
             headers=headers,
         )
-    try:
+    with closed(node):
         partial.check_bare(node)
         yield node
-    finally:
+
+
+@contextmanager
+def closed(node: Node) -> Iterator[None]:
+    """An image and its chain are closed at the end. If that fails, too, the first error counts."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError, CowferryError):
+            opening.close_chain(node)
+        raise
+    try:
         opening.close_chain(node)
+    except OSError as error:
+        raise ImageError(
+            f"Could not close '{node.filename}': {one_line(error.strerror or str(error))}"
+        ) from error
 
 
 CACHES = {"none": True, "off": True, "directsync": True}
@@ -71,6 +86,18 @@ def cached(mode: str | None, of: str = "") -> bool:
             f"Invalid {of}cache option: {mode}", f"the modes are {', '.join(sorted(CACHES))}"
         )
     return mode is None or not CACHES[mode]
+
+
+def forget(node: Node | None) -> None:
+    """Have the kernel forget what it has cached of an image and its chain, once it is written."""
+    for layer in chain(node):
+        for file in files(layer):
+            own = sysio.another(file.fd) if file.fd >= 0 else -1
+            if own >= 0:
+                try:
+                    sysio.let_go(own, 0, 0)
+                finally:
+                    os.close(own)
 
 
 def creation_options(texts: tuple[str, ...]) -> dict[str, Any]:

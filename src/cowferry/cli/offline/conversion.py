@@ -13,13 +13,13 @@ share extents (reflink), data is shared as it is, and nobody reads it to look fo
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator, Sequence
 
-from cowferry.block import identity, sysio
+from cowferry.block import identity
 from cowferry.block.compress import Compressed
 from cowferry.block.copy import Copier, Kind, Span, differing, spans
-from cowferry.block.node import Extent, Node, State, chain, far, files, read, resolve, with_holes
+from cowferry.block.node import Extent, Node, State, chain, far, read, resolve, with_holes
+from cowferry.cli.offline import forget
 from cowferry.cli.offline.progress import Report
 from cowferry.errors import CowferryError, ImageError, one_line
 
@@ -75,7 +75,8 @@ class Conversion:
                 self.done = span.offset
                 self._span(span)
                 report.at(span.offset + span.length)
-                self._drop()
+                for node in self.dropped:
+                    forget(node)
             self.done = source.size
             self._zero(source.size, target.size - source.size)
             target.flush()
@@ -179,19 +180,6 @@ class Conversion:
             start = -1
         if size > begin:
             yield begin, size, False
-
-    def _drop(self) -> None:
-        """Have the kernel forget what was read or written, if it is not to be cached."""
-        for node in self.dropped:
-            for image in chain(node):
-                for file in files(image):
-                    if file.fd >= 0:
-                        own = sysio.another(file.fd)
-                        if own >= 0:
-                            try:
-                                sysio.let_go(own, 0, 0)
-                            finally:
-                                os.close(own)
 
     def _told(self, error: OSError) -> CowferryError:
         """The error, with the side and the place where it happened."""

@@ -13,7 +13,7 @@ from cowferry.block.bitmap import Bitmap
 from cowferry.block.keeper import keep
 from cowferry.block.node import Node
 from cowferry.block.origin import Origin, of_node
-from cowferry.cli.offline import cached, creation_options, image
+from cowferry.cli.offline import cached, closed, creation_options, image
 from cowferry.cli.offline.conversion import Concatenated, Conversion
 from cowferry.cli.offline.progress import Report
 from cowferry.cli.sizes import parse_size
@@ -224,10 +224,8 @@ def _new(
     making = opening.new_image(target, format, size, options, like=like, apart=apart)
     with making as new:
         out = opening.open_node(new.options)
-        try:
+        with closed(out):
             yield out, new.blank, new.in_place
-        finally:
-            opening.close_chain(out)
 
 
 def _check_target(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from cowferry.cli.offline import creation_options, image
@@ -30,10 +28,14 @@ def create_command(
     With a backing file the size may be left out: it is then the backing file's. A raw image with
     one is to be filled from it, by `cowferry stream`: FILENAME.filling says what it holds already.
 
+    An image that has that name stays as it was until the new one is complete. No file of the
+    backing chain is replaced.
+
     \b
         cowferry create vm.qcow2 20G
         cowferry create -f raw -b base.raw -F raw vm.raw
-    """
+
+    Exit code: 0 done, 1 failed."""
     kind = format or formats.named(filename) or "raw"
     given = creation_options(options)
     if "size" in given:
@@ -48,10 +50,9 @@ def create_command(
             raise CowferryError(
                 "backing file specified without backing format", "add -F FORMAT (raw, qcow2, qed)"
             )
+        opening.check_circle(filename, str(below), str(given["backing_fmt"]))
         if not unsafe:
             path = opening.backing_path(filename, below)
-            if os.path.realpath(path) == os.path.realpath(filename):
-                raise CowferryError(f"'{filename}' cannot be its own backing file")
             with image(path, given["backing_fmt"], force_share=True) as node:
                 size = node.size if size is None else size
     if size is None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import click
 
-from cowferry.block.node import Node, read
-from cowferry.cli.offline import image
-from cowferry.drivers import opening, partial
-from cowferry.errors import CowferryError, ImageError
+from cowferry.block.node import Extent, Node, State, read, resolve
+from cowferry.cli.offline import cached, forget, image
+from cowferry.cli.offline.progress import Report
+from cowferry.drivers import formats, opening, partial
+from cowferry.errors import CowferryError, ImageError, NotSupported, one_line
 
-STEP = 1 << 20
+STEP = 1 << 20  # bytes compared at once
+WINDOW = 64 << 20  # bytes whose runs are looked up together, at first
+MANY = 1 << 20  # granules whose runs are looked up together, at most
 
 
 @click.command("rebase")
@@ -22,10 +26,12 @@ STEP = 1 << 20
 @click.option(
     "--complete", is_flag=True, help="FILENAME, a raw image, holds all of it: its .filling is lost."
 )
-@click.option("-p", "show_progress", is_flag=True, help="Taken for compatibility.")
-@click.option("-q", "--quiet", is_flag=True)
-@click.option("-t", "cache", metavar="MODE", help="Taken for compatibility.")
-@click.option("-T", "source_cache", metavar="MODE", help="Taken for compatibility.")
+@click.option("-p", "show_progress", is_flag=True, help="Show progress.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@click.option("-t", "cache", metavar="MODE", help="none: keep FILENAME out of the page cache.")
+@click.option(
+    "-T", "source_cache", metavar="MODE", help="none: keep the backing files out of the page cache."
+)
 @click.argument("filename")
 def rebase_command(
     format: str | None, unsafe: bool, backing: str | None, backing_format: str | None,
@@ -36,60 +42,163 @@ def rebase_command(
 
     Without -u what FILENAME reads as does not change: what differs between the old and the new
     backing file is first copied into it. With -u only the name changes, which is right if the file
-    has moved, and destroys the content if it is another one.
+    has moved, and destroys the content if it is another one. An image does not become a backing
+    file of itself.
 
     A raw image that is being filled has FILENAME.filling beside it, and is refused without it or
     with one that is no good. --complete says that the image holds all of its bytes nevertheless; if
     that is not so, the others read as anything.
-    """
+
+    Exit code: 0 done, 1 failed, 130 interrupted. After an error or an interrupt FILENAME reads as
+    before, over its old backing file."""
     if complete == (backing is not None):
         raise click.UsageError("either -b or --complete is needed")
+    drop, drop_below = not cached(cache), not cached(source_cache, "source ")
     if backing is None:
-        file = opening.open_node(opening.file_options(filename))
-        try:
-            partial.declare_complete(file)
-        finally:
-            file.close()
+        if unsafe or backing_format:
+            raise click.UsageError("-u and -F go with -b")
+        _declare_complete(filename, format)
         return 0
     if backing and not backing_format:
         raise CowferryError("backing file specified without backing format", "add -F FORMAT")
+    if backing:
+        opening.check_circle(filename, backing, backing_format)
     with image(filename, format, read_only=False, backing=not unsafe) as node:
         if node.driver == "raw" and node.backing_spec is None:
             raise ImageError(f"'{filename}': raw images have no backing file")
         if not unsafe:
-            _settle(node, backing, backing_format)
+            with Report(node.size, show_progress and not quiet) as report:
+                _settle(node, backing, backing_format, report, drop_below)
         elif backing:
             opening.backing_path(filename, backing)
-        node.set_backing(backing or None, backing_format if backing else None)
+        try:
+            node.set_backing(backing or None, backing_format if backing else None)
+        except OSError as error:
+            raise ImageError(
+                f"Could not record the backing file of '{filename}': "
+                f"{one_line(error.strerror or str(error))}",
+                "it reads as before, over its old backing file",
+            ) from error
+        if drop:
+            forget(node)
     return 0
 
 
-def _settle(node: Node, backing: str, backing_format: str | None) -> None:
+def _declare_complete(filename: str, format: str | None) -> None:
+    """Take the word of the user that a raw image lacks nothing. Raises `CowferryError`."""
+    if not os.path.exists(filename):
+        raise ImageError(f"Could not open '{filename}': No such file or directory")
+    kind = format or formats.format_of(filename)
+    if kind != "raw":
+        raise NotSupported(
+            f"'{filename}' is a {kind} image: only a raw image that is being filled lacks anything",
+            "nothing was changed; leave out --complete",
+        )
+    file = opening.open_node(opening.file_options(filename))
+    try:
+        partial.declare_complete(file)
+    finally:
+        file.close()
+
+
+def _settle(node: Node, backing: str, format: str | None, report: Report, drop: bool) -> None:
     """Copy into the overlay what would read otherwise on the new backing file. Durable."""
     new: Node | None = None
     if backing:
         path = opening.backing_path(node.filename, backing)
-        if os.path.realpath(path) == os.path.realpath(node.filename):
-            raise ImageError(f"'{node.filename}' cannot be its own backing file")
-        new = opening.open_image(path, backing_format, read_only=True)
+        new = opening.open_image(path, format, read_only=True)
+    at = 0
     try:
-        _copy_differences(node, new)
+        try:
+            for at in _copy_differences(node, new):
+                report.at(at)
+            node.flush()
+        except OSError as error:
+            raise ImageError(
+                f"Could not rebase '{node.filename}': {one_line(error.strerror or str(error))}, at "
+                f"offset {at} or behind it",
+                "its backing file is the old one, and it reads as before",
+            ) from error
+        if drop:
+            forget(node.backing)
+            forget(new)
     finally:
         opening.close_chain(new)
-    node.flush()
 
 
-def _copy_differences(node: Node, new: Node | None) -> None:
-    from cowferry.block.node import State
-
+def _copy_differences(node: Node, new: Node | None) -> Iterator[int]:
+    """Yield how far it is, in bytes. What reads the same below is left where it is."""
     was, will = memoryview(bytearray(STEP)), memoryview(bytearray(STEP))
-    for start in range(0, node.size, STEP):
-        at = start
-        for e in list(node.extents(start, min(STEP, node.size - start))):
-            if e.state is State.HOLE:
-                old, fresh = was[: e.length], will[: e.length]
-                read(node.backing, old, at)
-                read(new, fresh, at)
-                if old != fresh:
-                    node.pwrite(old, at)
-            at += e.length
+    start, window = 0, WINDOW
+    while start < node.size:
+        length = min(window, node.size - start)
+        window = min(window * 2, max(node.granule * MANY, WINDOW))
+        for hole, end in list(_holes(node, start, length)):
+            for at, stop in _may_differ(node.backing, new, hole, end):
+                window = WINDOW
+                for offset in range(at, stop, STEP):
+                    n = min(STEP, stop - offset)
+                    read(node.backing, was[:n], offset)
+                    read(new, will[:n], offset)
+                    _copy(node, was[:n], will[:n], offset)
+                    yield offset
+        start += length
+        yield start
+
+
+def _holes(node: Node, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the runs that the image has from below."""
+    for e in node.extents(offset, length):
+        if e.state is State.HOLE:
+            yield offset, offset + e.length
+        offset += e.length
+
+
+def _may_differ(
+    old: Node | None, new: Node | None, start: int, end: int
+) -> Iterator[tuple[int, int]]:
+    """(start, end) of what two chains do not say to be the same bytes, neighbours joined."""
+    left, right = (iter(resolve(n, start, end - start)) for n in (old, new))
+    a, b = next(left), next(right)
+    begin = -1
+    while start < end:
+        n = min(a.length, b.length)
+        if _same(a, b):
+            if begin >= 0:
+                yield begin, start
+            begin = -1
+        elif begin < 0:
+            begin = start
+        start += n
+        if start < end:
+            a = _behind(a, n) if a.length > n else next(left)
+            b = _behind(b, n) if b.length > n else next(right)
+    if begin >= 0:
+        yield begin, end
+
+
+def _behind(e: Extent, length: int) -> Extent:
+    return e._replace(length=e.length - length, host=e.host + length)
+
+
+def _same(a: Extent, b: Extent) -> bool:
+    """Whether two runs are zeroes, or lie in one file at one place."""
+    if a.state is State.ZERO and b.state is State.ZERO:
+        return True
+    if a.fd < 0 or b.fd < 0 or a.host != b.host or a.state is not b.state:
+        return False
+    return os.path.samestat(os.fstat(a.fd), os.fstat(b.fd))
+
+
+def _copy(node: Node, was: memoryview, will: memoryview, offset: int) -> None:
+    """Write the granules of the image that would read otherwise."""
+    if was == will:
+        return
+    first = offset
+    end = offset + len(was)
+    while first < end:
+        last = min((first // node.granule + 1) * node.granule, end)
+        here = slice(first - offset, last - offset)
+        if was[here] != will[here]:
+            node.pwrite(was[here], first)  # `zero` would see that it reads as zero already
+        first = last
