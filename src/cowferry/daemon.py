@@ -74,7 +74,8 @@ class Events:
     def forget(self, listener: Listener) -> None:
         """Hear no more."""
         with self.lock:
-            self.listeners = [x for x in self.listeners if x is not listener]
+            # By value: each look at a bound method makes another object.
+            self.listeners = [x for x in self.listeners if x != listener]
 
 
 class Daemon:

@@ -47,6 +47,7 @@ import os
 import secrets
 import stat
 import threading
+import weakref
 from collections.abc import Collection, Iterator
 
 from bitarray import bitarray
@@ -91,7 +92,8 @@ class Keeper:
     holds: Bitmap  # where a change of the node is not yet marked durably
 
     def __init__(self, node: Node, generation: int = 0, token: bytes = b"") -> None:
-        self.node = node
+        # A weak one, because the node has us: an image that was let go goes at once.
+        self.node: Node = weakref.proxy(node)
         # Duty: the file, its picture and `holds` change together; guards all that follows. Held
         # over writes of the file, never over its fdatasync on behalf of a guest's write.
         self._lock = threading.Lock()

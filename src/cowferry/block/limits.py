@@ -31,10 +31,11 @@ from collections.abc import Mapping
 from copy import copy
 from typing import NamedTuple
 
-from cowferry.block.throttle import READ, SLICE, TIMER, WRITE, Bucket, Go, Timer
+from cowferry.block.throttle import READ, SLICE, TIMER, WRITE, Bucket, Go, Timer, unless_gone
 from cowferry.errors import CowferryError
 
 MOST = 10**15  # units per second, and units of a burst in all: QEMU's bound
+LONGEST = 60.0  # seconds until the timer looks again, however long a request has to wait
 SOON = 1e-9  # seconds that are no time: a clock's rounding
 
 
@@ -304,10 +305,11 @@ class Group:
             self._turn = 1 - direction
         waits = [self._wait(d) for d in (READ, WRITE) if self._waiting[d]]
         if waits:
-            due = self._last + min(waits)
+            wait = min(*waits, LONGEST)
+            due = self._last + wait
             if self._alarm is None or due < self._alarm:
                 self._alarm = due
-                self._timer.after(min(waits), lambda: self._due(due))
+                self._timer.after(wait, unless_gone(self._due, due))
         return out
 
     def _due(self, due: float) -> None:

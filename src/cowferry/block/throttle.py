@@ -18,6 +18,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -94,10 +95,25 @@ class Throttle:
         return bucket.wait()
 
 
+def unless_gone(method: Callable[..., None], *arguments: object) -> Callable[[], None]:
+    """Return a call of a bound method for a timer, which does not keep the method's object.
+
+    It does nothing if the object is gone by then."""
+    weak = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = weak()
+        if alive is not None:
+            alive(*arguments)
+
+    return call
+
+
 class Timer:
     """Calls what is due, on one thread that begins with the first call. Thread-safe.
 
-    What it calls must not block: it hands work to others."""
+    What it calls must not block: it hands work to others. It keeps what it calls until then, so a
+    call that is due late is `unless_gone`."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self.clock = clock
@@ -128,6 +144,7 @@ class Timer:
                 call()
             except Exception:
                 log.exception("what was due failed")
+            del call  # or it would be kept until the next one is due
 
 
 TIMER = Timer()  # the process's

@@ -150,7 +150,10 @@ def new_image(
             told = _told(error, targets)
             if told is error:
                 raise
-            raise told from error
+            try:
+                raise told from error
+            finally:
+                del told  # its traceback has this frame: they would keep each other
 
 
 def _like_backing(path: str, options: Mapping[str, Any]) -> Origin | None:

@@ -227,7 +227,11 @@ class Link:
                 break
             self._sleep(call)
         if call.error is not None:
-            raise call.error
+            error, call.error, call.failed = call.error, None, None
+            try:
+                raise error
+            finally:
+                del error  # its traceback has this frame: they would keep each other
         return call
 
     def _sleep(self, call: Call) -> None:

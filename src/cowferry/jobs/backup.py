@@ -685,8 +685,10 @@ class Backup(Job):
                 self._writer.shutdown()
             self.spill.close()
             self.behind.close()
-            if self._released is not None:
-                self._released(not self._ended)
+            released = self._released
+            self._released = self._stamped = None  # whose they are knows the job, too
+            if released is not None:
+                released(not self._ended)
 
     def details(self) -> dict[str, Any]:
         return {"x-scratch": self.spill.filed}

@@ -71,6 +71,7 @@ class Group:
             if job.status is Status.CREATED:
                 job.withdraw()
         self._gone(self)
+        self._part()
 
     # Verbs ---------------------------------------------------------------------------------
 
@@ -223,3 +224,10 @@ class Group:
                 data["cancelled"] = True
             self._gone(self)  # first: whoever hears of the end may use the id again
             self._emit("JOB_GROUP_COMPLETED", data)
+            self._part()
+
+    def _part(self) -> None:
+        """All members are over: they and the group no longer keep each other in memory."""
+        for job in self.members:
+            job.group = None
+        self.outcome = None

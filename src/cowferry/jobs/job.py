@@ -39,7 +39,7 @@ from cowferry.block import moves
 from cowferry.block.disk import Disk, in_order
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, read
-from cowferry.block.throttle import TIMER, Throttle
+from cowferry.block.throttle import TIMER, Throttle, unless_gone
 from cowferry.errors import CowferryError
 from cowferry.jobs.states import TRANSITIONS, Status, allow
 
@@ -222,7 +222,7 @@ class Job(Ending):
             self.user_paused = False  # and whatever error it was stopped for, it ends otherwise
             self.io_status = "ok"
             self.changed.notify_all()
-        TIMER.after(GRACE, self._give_up)
+        TIMER.after(GRACE, unless_gone(self._give_up))
 
     def complete(self) -> None:
         """A ready job is to finish its work. A member of a group finishes with its group."""
@@ -341,7 +341,7 @@ class Job(Ending):
             for node in self.strands():
                 node.abort()
             if self.strands():  # what was about to be asked when we aborted hangs again
-                TIMER.after(GRACE, self._give_up)
+                TIMER.after(GRACE, unless_gone(self._give_up))
 
     def _main(self) -> None:
         failure: BaseException | None = None
@@ -356,7 +356,10 @@ class Job(Ending):
             failure = error
             if not isinstance(error, OSError | CowferryError):
                 log.exception("job %s failed", self.id)
-        self._conclude(succeeded, failure)
+        try:
+            self._conclude(succeeded, failure)
+        finally:
+            del failure  # its traceback has this frame, which would keep both
 
     def _work(self) -> None:
         work = self.run()

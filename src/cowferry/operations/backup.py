@@ -184,11 +184,15 @@ class Start(Part):
             released=self._released,
             **more,
         )
-        held.add(target, kept=sync == "none")
-        if so_far.group is not None:
-            so_far.group.add(self.job)
-        daemon.works_on[self.job] = disk
-        daemon.jobs.admit(self.job, job_id, reserved=True)
+        try:
+            held.add(target, kept=sync == "none")
+            if so_far.group is not None:
+                so_far.group.add(self.job)
+            daemon.works_on[self.job] = disk
+            daemon.jobs.admit(self.job, job_id, reserved=True)
+        except BaseException:
+            del self.job  # it knows us, and we would keep each other
+            raise
 
     def _to_lend(self, sync: str) -> Node | None:
         """What the target is to lie over meanwhile, if it lies over nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,8 @@ def _start(
     def make(held: Claim) -> Job:
         def released() -> None:
             held.end()
-            if disk.root is not target and abandoned is not None:
+            job = made()  # who calls this
+            if disk.root is not target and abandoned is not None and job is not None:
                 abandoned(job)
 
         def detached() -> None:
@@ -181,6 +183,7 @@ def _start(
             released=released,
             **more,
         )
+        made = weakref.ref(job)  # or the job and `released` would keep each other
         return job
 
     return begin(daemon, disk, held, make, group)

@@ -76,10 +76,11 @@ class Transaction:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        parts, self.parts = self.parts, []  # each of them knows us
         if error is None:
             self.daemon.graph.bitmaps_changed()
             return
-        for part in reversed(self.parts):
+        for part in reversed(parts):
             try:
                 part.abort()
             except (OSError, CowferryError):

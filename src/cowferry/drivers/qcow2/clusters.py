@@ -12,6 +12,7 @@ image's ordered flush only; a dirty table is never dropped from memory.
 from __future__ import annotations
 
 import errno
+import weakref
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ class Map:
     """The active L1 table and its L2 tables."""
 
     def __init__(self, image: Qcow2) -> None:
-        self.image = image
+        # A weak one, so that an image that was let go goes at once, with its tables.
+        self.image: Qcow2 = weakref.proxy(image)
         h = image.header
         self.bits = h.cluster_bits
         self.words = 2 if h.extended_l2 else 1  # per cluster

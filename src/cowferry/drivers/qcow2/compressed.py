@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,8 @@ class Pieces:
     """The compressed clusters of one image. Thread-safe in the manner of `Node`."""
 
     def __init__(self, image: Qcow2) -> None:
-        self.image = image
+        # A weak one, so that an image that was let go goes at once, with its tables.
+        self.image: Qcow2 = weakref.proxy(image)
         # Guarded by the image's `meta`, as the tables are:
         self._last: tuple[int, bytes] = (0, b"")  # the entry and the bytes of the last one read
         self._linked = 0  # how often anything was: the same entry may mean other bytes since

@@ -24,6 +24,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import weakref
 from array import array
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,8 @@ class Refcounts:
     """The refcount structures of one image."""
 
     def __init__(self, image: Qcow2) -> None:
-        self.image = image
+        # A weak one, so that an image that was let go goes at once, with its tables.
+        self.image: Qcow2 = weakref.proxy(image)
         h = image.header
         self.order = h.refcount_order
         self.cluster_bits = h.cluster_bits

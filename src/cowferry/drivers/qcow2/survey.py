@@ -13,6 +13,7 @@ image stays quick. The image's `meta` lock guards everything here, and the calle
 from __future__ import annotations
 
 import logging
+import weakref
 from array import array
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,8 @@ class Survey:
     """Which L2 tables are still to be looked at, and what those before have shown."""
 
     def __init__(self, image: Qcow2) -> None:
-        self.image = image
+        # A weak one, so that an image that was let go goes at once, with its tables.
+        self.image: Qcow2 = weakref.proxy(image)
         self.withheld: set[int] = set()  # clusters in use whose refcount is 0
         self._indexes: list[int] | None = None  # active tables to look at; None: not begun
         self._others: list[int] = []  # host offsets of the tables of snapshots

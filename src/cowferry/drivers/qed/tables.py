@@ -17,6 +17,7 @@ Source: the specification, sections Tables and Data cluster offsets.
 from __future__ import annotations
 
 import sys
+import weakref
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
@@ -55,7 +56,8 @@ class Tables:
 
     def __init__(self, image: Qed) -> None:
         h = image.header
-        self.image = image
+        # A weak one, so that an image that was let go goes at once, with its tables.
+        self.image: Qed = weakref.proxy(image)
         self.bits = h.bits
         self.table_bytes = h.table_bytes
         self.page_bytes = min(PAGE, h.table_bytes)
