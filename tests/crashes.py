@@ -38,7 +38,8 @@ from cowferry.jobs.job import Job, Jobs, finish
 from cowferry.jobs.mirror import Mirror
 from cowferry.jobs.states import Status
 from cowferry.jobs.stream import Stream
-from cowferry.operations.snapshot import Change, Snapshot
+from cowferry.operations.change import Change
+from cowferry.operations.snapshot import Snapshot
 from daemons import Told
 from tests_support import need
 from writelog import Log, Oracle, State, put_attributes, states

@@ -26,12 +26,12 @@ import test_crash_partial as partials
 import test_crash_snapshot as snapshots
 from cowferry.block import bitmap_file, keeper, moves, sysio
 from cowferry.block.keeper import Keeper
-from cowferry.commands import change as change_command
 from cowferry.drivers import opening, partial
 from cowferry.drivers.file import File
 from cowferry.drivers.partial import Partial
 from cowferry.jobs.job import Ending
 from cowferry.jobs.mirror import Mirror
+from cowferry.operations import change as change_operation
 from cowferry.operations import transaction as transactions
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -52,7 +52,7 @@ WAY_DOWN = {
     "Raw.flush", "Raw.reopen", "Raw.close", "Raw.resize", "Raw.pwrite", "File.flush", "File.pwrite",
     "Disk.pwrite", "Disk.zero", "Disk.discard", "Disk.flush", "Disk.resize",
     "_flushed", "Job.attempt", "_remove", "settled", "committed", "fresh",
-    "Barrier.flush", "Barrier._sync", "Marks.flush", "Node.change_size",
+    "Barrier.flush", "Barrier._sync", "Marks.flush", "Node.change_size", "Raw.change_size",
     "Partial.pwrite", "Partial.reopen", "Partial.set_backing",
 }  # fmt: skip
 
@@ -60,7 +60,7 @@ WAY_DOWN = {
 MAY_BE_LOST = {
     "Mirror.approach": "it makes the drain short; settle flushes again",
     "_start.<locals>.make.<locals>.detached": "the image that was left is closed",
-    "Graph._release": "an image that is left is closed; nobody reads it again under that name",
+    "Graph._close": "an image that is left is closed; nobody reads it again under that name",
 }
 
 
@@ -118,7 +118,7 @@ def record_last(patch: pytest.MonkeyPatch) -> None:
             job.parted()
         moves.record(moving)
 
-    for module in (crashes, transactions, change_command):
+    for module in (crashes, transactions, change_operation):
         patch.setattr(module, "finish", finish)
 
 

@@ -15,7 +15,7 @@ from chains import make_base, overlay
 from cowferry.block import moves, sysio
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
-from crashes import CLUSTER, SIZE, Again, Judge, World, a_disk, hear, sound
+from crashes import CLUSTER, SIZE, Again, Judge, World, a_disk, hear, sound, the_job
 from daemons import Told
 from writelog import Oracle, State
 
@@ -162,7 +162,9 @@ def test_a_quiet_change_to_an_image_over_the_present_one(tmp_path: Path, format:
     with world:
         world.churn(10)
         carelessly(new, (str(path), format))
-        world.now("change", device="vm", target=str(new), notify=False)
+        world.execute("change", device="vm", target=str(new), notify=False, x_job_id="vm")
+        job = the_job(world)
+        world.end([job], world.ready(job))
         world.churn(10)
     judge = Judge(world)
     judge.each(6)

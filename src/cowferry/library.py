@@ -426,12 +426,17 @@ def limit(
     return dict(found["limits"])
 
 
-def change(disk: Disk, target: str, format: str | None = None, *, notify: bool = False) -> None:
-    """Switch the disk to another image, under a drain; it holds the same bytes unless `notify`.
+def change(
+    disk: Disk, target: str, format: str | None = None, *, notify: bool = False,
+    unsafe: bool = False,
+) -> None:  # fmt: skip
+    """Switch the disk to another image, under a drain.
 
-    Raises `CowferryError`, with the disk where it was."""
+    It has to hold the same bytes, which are compared, unless the guest is to `notify` another
+    medium, or it is `unsafe`. Raises `CowferryError`, with the disk where it was."""
     arguments: dict[str, Any] = {
         "device": _name(disk), "target": names.absolute(target), "notify": notify,
+        "unsafe": unsafe,
     }  # fmt: skip
     if format is not None:
         arguments["format"] = format

@@ -27,6 +27,7 @@ class QmpError(CowferryError):
 OPTIONS = {
     "mode=existing": "--reuse-external",
     "use unsafe": "use --unsafe",
+    "use x-unsafe": "use --unsafe",
     "resume it first, or use force": "resume it first, or leave out --soft",
     "use force": "use --force",
     "query-jobs lists": "cowferry jobs lists",

@@ -12,9 +12,18 @@ import click
 
 from cowferry.block import names as image_names
 from cowferry.cli.client import Client, QmpError, connect
-from cowferry.cli.options import absolute, control, json_output, pair
+from cowferry.cli.options import (
+    absolute,
+    control,
+    job_id,
+    json_lines,
+    json_output,
+    pair,
+    speed,
+)
 from cowferry.cli.serve import disk_name
 from cowferry.cli.sizes import Seconds
+from cowferry.cli.waiting import JobWork, Words, follow
 from cowferry.errors import CowferryError
 
 
@@ -129,27 +138,50 @@ def handed_over(client: Client, chosen: list[tuple[str, str | None]]) -> Iterato
     "--no-notify", is_flag=True,
     help="FILE holds what the disk does: the guest must not notice. The move is recorded.",
 )  # fmt: skip
+@click.option("--unsafe", is_flag=True, help="With --no-notify: do not compare the two images.")
 @click.option("--force", is_flag=True, help="Cancel what runs on DISK first.")
+@speed
+@json_lines
 @control
 def change_command(
-    disk: str, file: str, format: str | None, no_notify: bool, force: bool, path: str | None
-) -> int:
+    disk: str, file: str, format: str | None, no_notify: bool, unsafe: bool, force: bool,
+    speed: int, as_json: bool, path: str | None,
+) -> int:  # fmt: skip
     """Switch DISK to the image in FILE, between two writes of its guest.
 
     As it is, this is another medium in the drive, of any size. With --no-notify it is the same
-    disk somewhere else: of the same size, or an overlay that stands on the present image, and it
-    is recorded that DISK is there now.
+    disk somewhere else: FILE holds the same bytes, or is an overlay that stands on the present
+    image, and it is recorded that DISK is there now. The two are compared first, which may take
+    long; what the guest writes meanwhile is compared again. Ctrl-C cancels; the disk then stays
+    where it is.
 
     \b
         cowferry change cdrom debian.iso
         cowferry change vm /srv/images/vm_1.qcow2 --no-notify
     """
+    verify = no_notify and not unsafe
+    if unsafe and not no_notify:
+        raise click.UsageError("--unsafe goes with --no-notify: another medium is not compared")
+    if speed and not verify:
+        raise click.UsageError("--speed goes with --no-notify, and without --unsafe")
+    target = absolute(file)
     with connect(path) as client:
+        work = JobWork(client, job_id("change", disk))
         client.call(
             "change",
-            device=disk, target=absolute(file), format=format, notify=not no_notify, force=force,
+            device=disk, target=target, format=format, notify=not no_notify, force=force,
+            unsafe=unsafe or None, speed=speed or None, x_job_id=work.id if verify else None,
         )  # fmt: skip
-    return 0
+        if not verify:
+            return 0
+        words = Words(
+            f"change {disk}",
+            f"{disk} stays where it is",
+            f"{disk} is intact and stays where it is; a guest that is not notified must find the "
+            "same bytes (--unsafe does not look)",
+            pivoted=f"{disk} is on '{target}' now",
+        )
+        return follow(work, words, as_json)
 
 
 @click.command("backing")
@@ -157,25 +189,43 @@ def change_command(
 @click.argument("image")
 @click.argument("name")
 @click.option("--unsafe", is_flag=True, help="Do not compare what is there under NAME.")
+@speed
+@json_lines
 @control
-def backing_command(disk: str, image: str, name: str, unsafe: bool, path: str | None) -> int:
+def backing_command(
+    disk: str, image: str, name: str, unsafe: bool, speed: int, as_json: bool, path: str | None
+) -> int:
     """Record NAME as the backing file in the header of IMAGE, which is in DISK's chain.
 
     This is `rebase -u` while the guest runs: for a backing file that has been moved, or will be
     found under another name. Only the header changes. IMAGE is a file or a node-name; NAME is
     recorded as it stands, and is seen from IMAGE's folder. Unless --unsafe is given, what is there
-    must read as the present backing file does.
+    must read as the present backing file does, and is compared with it. A NAME that leads back to
+    IMAGE is refused.
 
     \b
         cowferry backing vm vm.qcow2 ../templates/base.raw
     """
+    if unsafe and speed:
+        raise click.UsageError("--unsafe compares nothing: it goes without --speed")
     with connect(path) as client:
         node = node_in(client, disk, image)
-        client.call(
+        work = JobWork(client, job_id("backing", disk))
+        started = client.call(
             "change-backing-file",
             device=disk, image_node_name=node, backing_file=name, unsafe=unsafe or None,
+            speed=speed or None, x_job_id=work.id,
         )  # fmt: skip
-    return 0
+        if not started.get("job"):
+            return 0
+        words = Words(
+            f"backing {disk}",
+            "the header names the old backing file",
+            "the header names the old backing file; the new one must hold the same bytes where the "
+            "disk shows them (--unsafe does not look)",
+            pivoted=f"the header names '{name}'",
+        )
+        return follow(work, words, as_json)
 
 
 def node_in(client: Client, disk: str, image: str) -> str:

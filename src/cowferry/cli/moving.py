@@ -83,6 +83,9 @@ def stream_command(
     "--backing-file", metavar="NAME",
     help="What the image above --top is to record as its backing file, as it stands.",
 )  # fmt: skip
+@click.option(
+    "--unsafe", is_flag=True, help="Record --backing-file even if it does not lead to the base."
+)
 @speed
 @on_error()
 @ending(
@@ -93,8 +96,8 @@ def stream_command(
 @json_lines
 @control
 def commit_command(
-    disk: str, top: str | None, base: str | None, backing_file: str | None, speed: int,
-    on_error: str, pivot: bool, finish: bool, in_background: bool, as_json: bool,
+    disk: str, top: str | None, base: str | None, backing_file: str | None, unsafe: bool,
+    speed: int, on_error: str, pivot: bool, finish: bool, in_background: bool, as_json: bool,
     path: str | None,
 ) -> int:  # fmt: skip
     """Merge layers of DISK's chain downwards while its guest runs.
@@ -118,12 +121,15 @@ def commit_command(
     it knows, and cannot know those of others.
     """
     at_ready = exclusive(pivot, finish, in_background) or "pivot"
+    if unsafe and backing_file is None:
+        raise click.UsageError("--unsafe goes with --backing-file")
     with connect(path) as client:
         work = JobWork(client, job_id("commit", disk))
         client.call(
             "block-commit",
             job_id=work.id, device=disk, top=image(top), base=image(base),
             backing_file=backing_file, speed=speed, on_error=on_error, x_carry_bitmaps=True,
+            x_unsafe=unsafe or None,
         )  # fmt: skip
         if in_background:
             return started(work, as_json)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from cowferry.commands import Args, command
 from cowferry.errors import CowferryError, NotSupported
-from cowferry.jobs.job import finish
+from cowferry.jobs.job import check_speed
+from cowferry.operations import change as operation
 from cowferry.operations import reopen
-from cowferry.operations.snapshot import Change
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -21,31 +21,39 @@ class ChangeMedium(Args):
     format: str | None = None
     notify: bool = True
     force: bool = False
+    unsafe: bool = False
+    speed: int = 0
+    x_job_id: str | None = None
+
+
+def _check_speed(speed: int, job_id: str | None) -> None:
+    check_speed(speed)
+    if speed and job_id is None:
+        raise CowferryError("Parameter 'speed' goes with 'x-job-id': it is the job's")
 
 
 @command("change", locked=False)
 def change(daemon: Daemon, args: ChangeMedium) -> None:
     """Switch a disk to another image, under a drain (`format` may stand in `arg`, too).
 
-    With `notify` false the guest is not told: the image has to be of the same size, and the move
-    is recorded. An image whose backing file is the present one goes on top of it."""
+    With `notify` false the guest is not told: the image has to hold the same bytes, and the move is
+    recorded. They are compared first, unless it is `unsafe`; with `x-job-id` by a job, and this
+    returns when that has started. An image whose backing file is the present one goes on top."""
     if args.device == "vnc":
         raise NotSupported("there is no VNC here")
     if args.force:
         daemon.cancel_on(args.device)
+    _check_speed(args.speed, args.x_job_id)
+    if args.x_job_id is not None and (args.notify or args.unsafe):
+        raise CowferryError(
+            "Parameter 'x-job-id' goes with notify=false and without unsafe",
+            "else nothing is compared, and there is no job",
+        )
     with daemon.turn():
-        part = Change(daemon, args.device, args.target, args.format or args.arg, not args.notify)
-        try:
-            with daemon.graph.turn.apart():
-                finish([part])
-        except BaseException as error:
-            part.abort()
-            if isinstance(error, OSError):
-                raise CowferryError(
-                    f"'{args.device}' could not be changed: {error.strerror or error}",
-                    "it is as it was",
-                ) from error
-            raise
+        operation.change(
+            daemon, args.device, args.target, args.format or args.arg, quietly=not args.notify,
+            unsafe=args.unsafe, job_id=args.x_job_id, speed=args.speed,
+        )  # fmt: skip
 
 
 class ChangeBackingFile(Args):
@@ -53,16 +61,23 @@ class ChangeBackingFile(Args):
     image_node_name: str
     backing_file: str
     unsafe: bool = False
+    speed: int = 0
+    x_job_id: str | None = None
 
 
 @command("change-backing-file", locked=False)
-def change_backing_file(daemon: Daemon, args: ChangeBackingFile) -> None:
+def change_backing_file(daemon: Daemon, args: ChangeBackingFile) -> dict[str, str]:
     """Write another backing file name into an image's header, if it leads to the same bytes.
 
-    With `unsafe` it is not looked at."""
-    reopen.change_backing_file(
-        daemon, args.device, args.image_node_name, args.backing_file, args.unsafe
-    )
+    What is there is compared, unless it is the same file, or it is `unsafe`. With `x-job-id` a job
+    does that: this returns when the job has started, with its id as `job`, if there is one."""
+    _check_speed(args.speed, args.x_job_id)
+    with daemon.turn():
+        job = operation.change_backing_file(
+            daemon, args.device, args.image_node_name, args.backing_file, unsafe=args.unsafe,
+            job_id=args.x_job_id, speed=args.speed,
+        )  # fmt: skip
+    return {} if job is None else {"job": job.id}
 
 
 class BlockdevReopen(Args):

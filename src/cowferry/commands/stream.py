@@ -21,6 +21,7 @@ class AlongTheChain(JobOptions, kw_only=True):
     backing_mask_protocol: bool = False
     on_error: OnError = "report"
     filter_node_name: str | None = None
+    x_unsafe: bool = False
 
     def common(self) -> dict[str, Any]:
         return {
@@ -28,6 +29,7 @@ class AlongTheChain(JobOptions, kw_only=True):
             "base": self.base,
             "base_node": self.base_node,
             "backing_file": self.backing_file,
+            "unsafe": self.x_unsafe,
             "on_error": self.on_error,
         }
 

@@ -149,8 +149,6 @@ def current_image(path: str, format: str | None = None) -> tuple[str, str | None
     path = canonical(path)
     try:
         now = moves.follow(path, format)
-        top = moves.half_committed(now.path)
-        copied = moves.half_copied(now.path)
     except OSError as error:
         raise ImageError(
             f"'{path}': which image is current cannot be told: {error.strerror or error}",
@@ -162,19 +160,34 @@ def current_image(path: str, format: str | None = None) -> tuple[str, str | None
             f"put it back; or, if '{path}' holds all of it again, remove "
             f"'{moves.place(path, moves.MOVED)}'",
         )
+    check_whole(now.path)
+    return now.path, now.format
+
+
+def check_whole(path: str) -> None:
+    """Raise `ImageError` if the image is no good by itself: a commit into it, or a copy to it, was
+    begun and not finished (C2)."""
+    try:
+        top = moves.half_committed(path)
+        copied = moves.half_copied(path)
+    except OSError as error:
+        raise ImageError(
+            f"'{path}': whether it is whole cannot be told: {error.strerror or error}",
+            "the images are as they were; look at the records beside them",
+        ) from error
     if top is not None:
         raise ImageError(
-            f"'{now.path}' holds a part of '{top}', whose commit was not finished or went past it",
+            f"'{path}' holds a part of '{top}', whose commit was not finished or went past it",
             f"below '{top}' it is as good as ever: open that or what lies over it, and commit "
             "again; an image that a finished commit went past is of no use any more",
         )
     if copied is not None:
         raise ImageError(
-            f"'{now.path}' holds a part of a copy of '{copied['source']}' that was not finished",
-            f"open '{copied['source']}', and copy it to '{now.path}' again: it goes on from there; "
-            f"or remove both '{now.path}' and '{moves.place(now.path, moves.COPYING)}'",
+            f"'{path}' holds a part of a copy of '{copied['source']}' that was not finished",
+            f"open '{copied['source']}', and copy it to '{path}' again: it goes on from there. "
+            f"The record '{moves.place(path, moves.COPYING)}' says so: without it '{path}' is "
+            "taken for a whole image, which it is not",
         )
-    return now.path, now.format
 
 
 def canonical(name: str) -> str:

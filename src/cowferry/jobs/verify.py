@@ -22,7 +22,7 @@ from cowferry.block.disk import Disk
 from cowferry.block.moves import Move
 from cowferry.block.node import ONCE, Node, State, read
 from cowferry.errors import CowferryError
-from cowferry.jobs.job import Ending, Job, Progress
+from cowferry.jobs.job import Ending, Job, Progress, finish
 
 CHUNK = 1 << 20  # bytes compared at once
 FEW = 4 << 20  # bytes that are compared under the drain rather than chased
@@ -134,6 +134,16 @@ class Verify(Job):
         finally:
             if self._released is not None:
                 self._released(self._ended)
+
+    def at_once(self, check: Callable[[], None]) -> None:
+        """Do all of it in the calling thread, as no job that others see. `check` is called now and
+        then, and raises if it is to stop. Raises `CowferryError`, `OSError`."""
+        try:
+            for _ in self.run():
+                check()
+            finish([self])
+        finally:
+            self.clean()
 
     def _detach(self) -> None:
         """Inside a drain."""

@@ -111,16 +111,20 @@ class Claim:
     Guests may go on writing through `root`, and through no other node."""
 
     def __init__(
-        self, daemon: Daemon, nodes: list[Node], root: Node, job_type: str, job_id: str
-    ) -> None:
-        """Raises `CowferryError`; then nothing is held."""
+        self, daemon: Daemon, nodes: list[Node], root: Node, job_type: str, job_id: str,
+        brief: bool = True,
+    ) -> None:  # fmt: skip
+        """Without a `job_id` a command holds the nodes by itself; not `brief`, for a long time.
+        Raises `CowferryError`; then nothing is held."""
         self.daemon = daemon
         self.nodes: list[Node] = []
         self.root = root
         self.job_type = job_type
-        self.why = f"block device is in use by block job: {job_type}"
+        self.why = f"block device is in use by block job: {job_type}" if job_id else job_type
         self.holder = job_id
-        daemon.jobs.reserve(job_id)
+        self.brief = brief
+        if job_id:
+            daemon.jobs.reserve(job_id)
         try:
             self.add(*nodes)
         except BaseException:
@@ -130,8 +134,9 @@ class Claim:
     def add(self, *nodes: Node) -> None:
         """Hold these as well. Raises `DeviceInUse`; then none of them is held."""
         self.daemon.graph.claim(
-            list(nodes), self.why, self.holder, wanted=self.job_type, served=self.root
-        )
+            list(nodes), self.why, self.holder, wanted=self.job_type, served=self.root,
+            brief=self.brief,
+        )  # fmt: skip
         self.nodes += nodes
 
     def release(self) -> None:

@@ -17,6 +17,7 @@ from cowferry.operations import (
     root_disk,
     wait_for_disk,
 )
+from cowferry.operations.change import check_name
 
 if TYPE_CHECKING:
     from cowferry.block.disk import Disk
@@ -39,10 +40,12 @@ def start(
     auto_finalize: bool = True,
     auto_dismiss: bool = True,
     carry: bool = False,
+    unsafe: bool = False,
     group: Group | None = None,
 ) -> Job:
     """Put what the layers from `top` down hold into `base`. Raises `CowferryError`.
 
+    A `backing_file` that is to be recorded has to lead to `base`, unless it is `unsafe`.
     With `carry` the disk's bitmaps go along where it moves to the base; else they stay, as in QEMU.
 
     An unknown device is `DeviceNotFound` before anything else is looked at: clients probe so."""
@@ -147,7 +150,14 @@ def start(
             **common,
         )
 
-    return begin(daemon, disk, Claim(daemon, claimed, root, "commit", job_id), make, group)
+    held = Claim(daemon, claimed, root, "commit", job_id)
+    if backing_file is not None:
+        try:
+            check_name(daemon, above, record, lower, unsafe)
+        except BaseException:
+            held.withdraw()
+            raise
+    return begin(daemon, disk, held, make, group)
 
 
 def _active(daemon: Daemon, disk: Disk, into: Into, held: Claim, common: dict[str, Any]) -> Job:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from cowferry.block import keeper, moves
 from cowferry.block.disk import Disk, in_order
 from cowferry.block.moves import Move
-from cowferry.block.node import Node, State, chain, read
+from cowferry.block.node import Node, chain
 from cowferry.block.walk import children
-from cowferry.drivers import opening
 from cowferry.errors import CowferryError, NotSupported
-from cowferry.operations import find, root_disk, wait_for_disk
+from cowferry.operations import find, wait_for_disk
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -210,78 +209,3 @@ def _file(daemon: Daemon, node: Node, wanted: Any, taken: list[Node]) -> Steps:
         node.filename = to.filename
 
     return [(lambda: put(new), lambda: put(old))]
-
-
-def change_backing_file(
-    daemon: Daemon, device: str, image: str, backing_file: str, unsafe: bool
-) -> None:
-    """The header only. Unless `unsafe`, the name has to lead to the bytes that are there now.
-
-    Looking takes as long as reading: others have their turn meanwhile."""
-    graph = daemon.graph
-    why = "change-backing-file"
-    with daemon.turn():
-        wait_for_disk(daemon, device)
-        disk = root_disk(daemon, device)
-        node = find(daemon, image)
-        if node.backing is None:
-            raise CowferryError(
-                "not allowing backing file change on an image without a backing file"
-            )
-        if not any(n is node for n in chain(disk.root)):
-            raise CowferryError(
-                f"'{device}' and image file are not in the same chain", f"'{image}'"
-            )
-        format = node.backing.driver
-        claimed = list(chain(node))
-        graph.claim(claimed, why, served=disk.root)
-    was_read_only = node.read_only
-    try:
-        if not unsafe:
-            _check_same(node, backing_file, format)
-        with ExitStack() as drained:
-            for d in in_order(graph.disks_above(node)):
-                drained.enter_context(d.exclusive())
-            if was_read_only:
-                node.reopen(False)
-            try:
-                node.set_backing(backing_file, format)
-            finally:
-                if was_read_only:
-                    node.reopen(True)
-    except OSError as error:
-        raise CowferryError(
-            f"the header of '{node.filename}' could not be changed: {error.strerror or error}",
-            "it names the old backing file",
-        ) from error
-    finally:
-        graph.release(claimed, why)
-
-
-def _check_same(node: Node, backing_file: str, format: str) -> None:
-    """Raise `CowferryError` unless the overlay would read the same over the file named."""
-    assert node.backing is not None
-    path = opening.backing_path(node.filename, backing_file)
-    hint = "to record it all the same, use unsafe"
-    try:
-        other = opening.open_image(path, format, read_only=True, force_share=True)
-    except CowferryError as error:
-        raise CowferryError(f"'{path}' cannot be the backing file: {error.desc}", hint) from error
-    try:
-        at = 0
-        for e in list(node.extents(0, node.size)):
-            if e.state is State.HOLE:
-                for start in range(at, at + e.length, STEP):
-                    length = min(STEP, at + e.length - start)
-                    ours, theirs = (memoryview(bytearray(length)) for _ in range(2))
-                    read(node.backing, ours, start)
-                    read(other, theirs, start)
-                    if ours != theirs:
-                        raise CowferryError(
-                            f"'{path}' differs from '{node.backing.filename}' in what the overlay "
-                            f"shows, in the MiB at offset {start}",
-                            f"the overlay would read differently; {hint}",
-                        )
-            at += e.length
-    finally:
-        opening.close_chain(other)

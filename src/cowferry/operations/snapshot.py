@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cowferry.block import keeper, names, origin, sysio
 from cowferry.block.bitmap import Bitmap
@@ -21,7 +21,7 @@ from cowferry.block.disk import Disk
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
 from cowferry.drivers import OVERLAYS, driver, opening
-from cowferry.errors import CowferryError, DeviceInUse, NotSupported
+from cowferry.errors import CowferryError, NotSupported
 from cowferry.operations import (
     check_unlimited,
     find,
@@ -230,95 +230,6 @@ class Snapshot(Part):
         if self.adopted and self.overlay is not None:
             self.graph.let_go(self.overlay)
         targets.unmake(self.daemon, self.made)
-
-
-class Change(Part):
-    """Another image for a disk: `change`. With `quietly` it holds the same bytes, and the disk
-    has moved there; without, it is another medium."""
-
-    def __init__(
-        self, daemon: Daemon, device: str, path: str, format: str | None, quietly: bool
-    ) -> None:
-        self.graph = daemon.graph
-        wait_for_disk(daemon, device, path)
-        self.disk = self.graph.disk(device)
-        self.old = self.disk.root
-        self.quietly = quietly
-        self.was_read_only = self.old.read_only
-        self.why = "change"
-        self.claimed = [self.old]
-        self.graph.claim(self.claimed, self.why, served=self.old)
-        try:
-            if self.graph.stranger(self.old, []) is not None:
-                raise DeviceInUse(f"'{device}' lies below another node")
-            options = opening.image_options(path, format, read_only=self.old.read_only)
-            self.under: Node | None = None  # a node of the present chain that the new one is over
-            self.new = self._opened(options)
-        except BaseException:
-            self.graph.release(self.claimed, self.why)
-            raise
-        try:
-            self.graph.claim([self.new], self.why, served=self.old)
-            self.claimed.append(self.new)
-            if quietly and self.new.size != self.old.size:
-                raise CowferryError(
-                    f"'{path}' has {self.new.size} bytes and '{device}' {self.old.size}",
-                    "a guest that is not notified cannot know; change with notify",
-                )
-        except BaseException:
-            self.abort()
-            raise
-
-    def approach(self) -> None:
-        self.old.flush()
-        self.new.flush()  # whoever made it may not have
-
-    def drains(self) -> list[Disk]:
-        return [self.disk]
-
-    def _opened(self, options: dict[str, Any]) -> Node:
-        """The new image; one whose backing file is in the present chain goes on top of that."""
-        new = self.graph.adopt({**options, "backing": None})
-        spec = new.backing_spec
-        if spec is None:
-            return new
-        self.under = next(
-            (n for n in chain(self.old) if opening.leads_to(new.filename, spec[0], n.filename)),
-            None,
-        )
-        if self.under is not None:
-            return new
-        self.graph.let_go(new)
-        return self.graph.adopt(options)
-
-    def settle(self) -> None:
-        self.old.flush()
-        if self.under is self.old and not self.old.read_only:
-            self.old.reopen(True)
-
-    def unsettle(self) -> None:
-        if self.old.read_only != self.was_read_only:
-            self.old.reopen(self.was_read_only)
-
-    def moves(self) -> list[Move]:
-        if not self.quietly:
-            return []
-        return [move_of(self.disk, self.old, self.new)]
-
-    def switch(self) -> None:
-        if self.under is not None:
-            self.new.backing = self.under
-        self.disk.root = self.new
-
-    def parted(self) -> None:
-        self.graph.reroot(self.disk, self.new)
-        self.graph.release(self.claimed, self.why)
-        self.graph.detached(self.old, None)
-
-    def abort(self) -> None:
-        """As it was."""
-        self.graph.release(self.claimed, self.why)
-        self.graph.let_go(self.new)
 
 
 def beside(image: str) -> str:

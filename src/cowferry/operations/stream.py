@@ -10,6 +10,7 @@ from cowferry.errors import CowferryError, NotSupported
 from cowferry.jobs.job import Job
 from cowferry.jobs.stream import Stream
 from cowferry.operations import Claim, begin, free, job_name, wait_for_disk
+from cowferry.operations.change import check_name
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -29,9 +30,12 @@ def start(
     on_error: str = "report",
     auto_finalize: bool = True,
     auto_dismiss: bool = True,
+    unsafe: bool = False,
     group: Group | None = None,
 ) -> Job:
-    """Fill a disk, or a layer of one, from what is below it. Raises `CowferryError`."""
+    """Fill a disk, or a layer of one, from what is below it. Raises `CowferryError`.
+
+    A `backing_file` that is to be recorded has to lead to the base, unless it is `unsafe`."""
     graph = daemon.graph
     wait_for_disk(daemon, device)
     disk = graph.disk(device)
@@ -62,7 +66,9 @@ def start(
     elif bottom is not None:
         below = graph.find_base(disk, bottom, by_node=True).backing
     record = graph.backing_name(top, below)
-    if record is not None and backing_file is not None:
+    if backing_file is not None:
+        if record is None:
+            raise CowferryError("backing file specified, but streaming the entire chain")
         record = (backing_file, record[1])
     if record is not None:
         top.check_backing(*record)
@@ -86,4 +92,11 @@ def start(
             auto_dismiss=auto_dismiss,
         )
 
-    return begin(daemon, disk, Claim(daemon, between, top, "stream", job_id), make, group)
+    held = Claim(daemon, between, top, "stream", job_id)
+    if backing_file is not None and record is not None and below is not None:
+        try:
+            check_name(daemon, top, record, below, unsafe)
+        except BaseException:
+            held.withdraw()
+            raise
+    return begin(daemon, disk, held, make, group)

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowferry.block import identity, moves, names, origin, sysio
-from cowferry.block.node import Node
+from cowferry.block.node import Node, chain
 from cowferry.drivers import OVERLAYS, fdsets, formats, opening
 from cowferry.errors import CowferryError, NotSupported
 
@@ -120,6 +120,12 @@ def check_node(refusal: str, disk: Disk, node: Node) -> None:
 def check_folder(refusal: str, disk: Disk, folder: str) -> None:
     """Raise `CowferryError` if files made in a folder would be stored inside the disk itself."""
     identity.check_apart(refusal, folder, identity.of_folder(folder), layers(disk))
+
+
+def circles(disk: Disk, node: Node) -> bool:
+    """Whether the bytes of a node are those of an export of the disk itself."""
+    own = identity.Place(disk.store)
+    return any(identity.meet(own, place) for n in chain(node) for place in identity.of_node(n))
 
 
 def layers(disk: Disk) -> list[identity.Layer]:
