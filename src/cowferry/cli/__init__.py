@@ -6,13 +6,14 @@ named in `COMMANDS`, under a variable of the same name (dashes as underscores).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -112,6 +113,16 @@ def complain(error: CowferryError) -> None:
         click.echo(f"  {error.hint}", err=True)
 
 
+def interrupted() -> NoReturn:
+    """End the program after Ctrl-C, at once, with exit status 130.
+
+    The interpreter would first wait for all threads, and a thread may wait for a server."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(130)
+
+
 def main(argv: list[str] | None = None) -> Any:
     """The entry point: never a traceback for a mistake of the user's."""
     sys.setrecursionlimit(max(sys.getrecursionlimit(), qmp.RECURSION))
@@ -121,16 +132,14 @@ def main(argv: list[str] | None = None) -> Any:
             signal.signal(number, signal.SIG_IGN)
     try:
         status = group.main(argv, prog_name="cowferry", standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        interrupted()
     except click.ClickException as error:
         error.show()
         sys.exit(status_of(error))
     except CowferryError as error:
         complain(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
