@@ -94,7 +94,7 @@ class Witness:
         A path in a sentence that tells the reader to remove something must be there, and must not
         have been there before."""
         text = re.sub(r"(cowferry|with) bitmap --remove[^;\n]*", "", text)
-        text = re.sub(r"block-dirty-bitmap-remove[^;\n]*", "", text)
+        text = re.sub(r"block-dirty-bitmap-remove[^;\n]*|remove the bitmap", "", text)
         out = []
         for sentence in re.split(r"[;\n]|\. ", text):
             if not ADVICE.search(sentence):
@@ -128,6 +128,7 @@ class House:
         self.state = folder / "state"
         self.run = folder / "run"
         self.run.mkdir()
+        self.state.mkdir()
         self._held = contextlib.ExitStack()
         try:
             self._build(mounts)

@@ -389,11 +389,12 @@ def stream(s: Scene) -> Act:
 @contextlib.contextmanager
 def half_committed(s: Scene, base: Image) -> Iterator[None]:
     """A commit that fails may leave a record beside the base if it has changed the base."""
-    before = Path(base.path).read_bytes()
+    files = [Path(base.path), *([Path(s.beside[base.path])] if base.path in s.beside else [])]
+    before = [path.read_bytes() for path in files]
     try:
         yield
     except Failed:
-        if Path(base.path).read_bytes() != before:
+        if [path.read_bytes() for path in files] != before:
             s.kept.add(f"{base.path}.committing")
         raise
 
@@ -435,7 +436,7 @@ def copy(s: Scene) -> Act:
     s.serve(vm)
     target = s.place("copy")
     if s.kind == "raw":  # the same command goes on from there
-        s.kept |= {target, f"{target}.copying"}
+        s.kept |= {target, f"{target}.copying", f"{vm.path}.bitmaps"}
 
     def act() -> None:
         with s.guest() as guest:
@@ -487,6 +488,7 @@ def increment(s: Scene) -> Act:
         if first not in s.others:
             s.kept.add(f"{vm.path}.bitmaps")
             s.others[first] = run_backup(s, first.path, kind, bitmap="b0")
+            s.kept.add(f"{first.path}.backup")  # which backup it is
         s.others[second] = run_backup(
             s, second.path, kind, bitmap="b0", mode="incremental", base=first
         )
@@ -522,6 +524,7 @@ def bitmap(s: Scene) -> Act:
     def act() -> None:
         if not s.execute("x-query-bitmaps", device="vm"):
             s.verb("bitmap", "--live", "--add", "vm", "b0")
+            s.kept.add(f"{vm.path}.bitmaps")
         before = bytes(s.oracle)
         with s.guest() as guest:
             s.scribble(guest, 4)

@@ -135,9 +135,13 @@ class Mounts:
         # A flush of a device costs milliseconds if its file lies on a disk, and nothing in memory.
         shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.folder = Path(tempfile.mkdtemp(prefix="cowferry-storages-", dir=shm))
-        script = 'cat; for p in "$1"/*/; do umount -l "$p" 2>/dev/null; done; rm -rf "$1"'
+        # Not below /dev, where an image counts as a device and has its records elsewhere.
+        self._points = Path(tempfile.mkdtemp(prefix="cowferry-mounts-"))
+        script = 'cat; for p in "$2"/*/; do umount -l "$p" 2>/dev/null; done; rm -rf "$1" "$2"'
         self._janitor = subprocess.Popen(
-            ["sh", "-c", script, "sh", self.folder], stdin=subprocess.PIPE, start_new_session=True
+            ["sh", "-c", script, "sh", self.folder, self._points],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
 
     def __enter__(self) -> Mounts:
@@ -158,7 +162,7 @@ class Mounts:
         need("mount", *([] if kind == "tmpfs" else [f"mkfs.{kind}"]))
         if os.geteuid() != 0:
             unavailable("mounting needs root")
-        path = self.folder / kind
+        path = self._points / kind
         path.mkdir(exist_ok=True)
         if kind == "tmpfs":
             what = ["-t", "tmpfs", "-o", "size=24m,huge=never", "none"]

@@ -47,8 +47,6 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "bitmap {f}/plain.raw --merge b0 -b {f}/smaller.raw b0",
         "bitmap {f}/plain.raw --merge nosuch b0",
         "bitmap {f}/plain.raw --remove nosuch",
-        'blockdev-add driver=qcow2 node-name=x file={"driver": "file", '
-        '"filename": "{f}/alone.qcow2"} backing=nosuch',
         "rebase {f}/part.raw -b {f}/nowhere.raw -F raw",
         "resize {f}/alone.qcow2 -1M",
         "resize {f}/alone.qcow2 128k",
@@ -75,17 +73,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "change vm nbd+unix:///vm?socket={run}/nbd.sock",
         "copy vm nbd+unix:///two?socket={run}/nbd.sock",
     ),
-    "an increment over a stranger": (
-        "backup vm {f}/new.qcow2 --incremental --bitmap b0 --base {f}/small.qcow2",
-    ),
     "a target that exists with data of its own": (
         "copy vm {f}/alone.qcow2 --reuse-external --shallow",
-    ),
-    "errors of the human monitor, and of rebase --complete, exit with 0": (
-        "monitor drive_backup vm {f}/user.txt",
-        "monitor drive_mirror vm {f}/user.txt",
-        "monitor frobnicate",
-        "monitor snapshot_blkdev nosuch {f}/new.qcow2",
     ),
     "advice to remove what we did not make": (
         "add new={f}/copied.qcow2",
@@ -102,7 +91,6 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "group copy vm={f}/new.raw two={f}/locked.raw",
         "group copy vm={f}/new.raw two={f}/user.txt",
         "group copy vm={f}/new.raw two={tiny}",
-        "x-disk-copy device=vm job-id=j target={f}/new.raw",
     ),
     "change --notify opens an image that is no good by itself": ("change vm {f}/half.qcow2",),
     "a size that needs a larger L1 table than there may be": ("resize {f}/alone.qcow2 +7E",),
