@@ -337,16 +337,19 @@ class Marks:
             fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             return False
+        places = [(self._offsets[id(e)], _sectors(e.bits)) for e in self.contents.entries]
         try:
-            end = SECTOR + len(directory)
-            same = os.pread(fd, len(directory), SECTOR) == directory
-            for e in self.contents.entries if same else ():
-                bits = _sectors(e.bits)
-                same = same and os.pread(fd, len(bits), self._offsets[id(e)]) == bits
-                end = max(end, self._offsets[id(e)] + len(bits))
+            old = os.pread(fd, SECTOR, 0)
+            there = os.pread(fd, len(directory), SECTOR)
+            count = len(places)
+            same = _unsummed(there, old, count) == _unsummed(directory, sector, count) and all(
+                os.pread(fd, len(bits), offset) == bits for offset, bits in places
+            )
             if same:
-                sysio.take_room(fd, 0, end)
-                self._write_header(fd, sector)
+                sysio.take_room(
+                    fd, 0, max([SECTOR + len(directory), *(o + len(b) for o, b in places)])
+                )
+                self._take_over(fd, old, _with_sum(sector, there), places)
         except OSError:
             same = False
         if same:
@@ -356,10 +359,14 @@ class Marks:
         return same
 
     @staticmethod
-    def _write_header(fd: int, sector: bytes) -> None:
-        """Durably. Raises `OSError`; then the old one is there, or the new one."""
-        old = os.pread(fd, SECTOR, 0)
+    def _take_over(fd: int, old: bytes, sector: bytes, places: list[tuple[int, bytes]]) -> None:
+        """Write another header, durably. Raises `OSError`; then the old one is there, or this one.
+
+        The bits are what they were, and written once more. A process before may have seen its
+        fdatasync fail: then they are in memory only, and no later fdatasync writes them."""
         try:
+            for offset, bits in places:
+                sysio.pwrite(fd, bits, offset)
             sysio.pwrite(fd, sector, 0)
             sysio.fdatasync(fd)
         except OSError:
@@ -435,6 +442,32 @@ class Marks:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             os.close(self._fd)
+
+
+def _unsummed(directory: bytes, sector: bytes, count: int) -> bytes:
+    """A directory without the checksums of the bits: in a file in use they are out of date.
+
+    Empty if it is not of this many bitmaps."""
+    out = bytearray(directory)
+    try:
+        # Behind the backing file's name and format.
+        at = sum(HEADER.unpack_from(sector)[-3:-1])
+        for _ in range(count):
+            at = -(-at // 8) * 8
+            entry = list(ENTRY.unpack_from(out, at))
+            entry[2] = 0
+            ENTRY.pack_into(out, at, *entry)
+            at += ENTRY.size + entry[6]
+    except struct.error:
+        return b""
+    return bytes(out)
+
+
+def _with_sum(sector: bytes, directory: bytes) -> bytes:
+    """A header's sector for that directory."""
+    fields = list(HEADER.unpack_from(sector))
+    fields[-4] = zlib.crc32(directory)
+    return _sealed(HEADER.pack(*fields))
 
 
 def _sectors(bits: bitarray) -> bytes:
