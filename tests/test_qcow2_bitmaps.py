@@ -32,7 +32,7 @@ from chains import contents, differs
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.drivers import opening
-from cowferry.drivers.qcow2 import bitmaps as store
+from cowferry.drivers.qcow2 import bitmap_directory as listing
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.errors import CowferryError, NotSupported
@@ -306,10 +306,10 @@ def test_a_bitmap_that_did_not_change_stays_where_it_is(tmp_path: Path) -> None:
     same, other = dirty("same", granularity=512), dirty("other", granularity=512)
     with image_at(path) as image:
         image.write_bitmaps([same, other])
-        before = {e.name: e for e in store.directory(image)}
+        before = {e.name: e for e in listing.directory(image)}
         other.clear(0, MIB)
         image.write_bitmaps([other, same])
-        after = {e.name: e for e in store.directory(image)}
+        after = {e.name: e for e in listing.directory(image)}
         assert after[b"same"] == before[b"same"]
         assert after[b"other"].table_offset != before[b"other"].table_offset
 

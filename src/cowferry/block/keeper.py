@@ -501,9 +501,12 @@ class Keeper:
 def attach(node: Node, repair: bool = False) -> None:
     """A format node was opened: its persistent bitmaps are there, and kept if it is writable.
 
-    Raises `ImageError` if they cannot be kept, though they should; then the node is not to be
-    written, unless it is to `repair` it. What is wrong with a bitmap itself makes it inconsistent,
-    and is told in the log."""
+    A node that is opened for `repair` and stores its bitmaps itself is left alone: a repair changes
+    no byte of the disk, so the bitmaps stay right where they are. Raises `ImageError` if they
+    cannot be kept, though they should; then the node is not to be written, unless it is opened for
+    `repair`. What is wrong with a bitmap itself makes it inconsistent, and is told in the log."""
+    if repair and node.stores_bitmaps:
+        return
     if not can_keep(node):
         if node.file is not None and not node.filter:
             check_bypass(node)

@@ -22,6 +22,7 @@ from cowferry.cli.options import F, control, json_output
 from cowferry.cli.sizes import Size, human
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
+from cowferry.drivers.qcow2.bitmap_directory import text as shown
 from cowferry.errors import CowferryError, ImageError, one_line
 
 ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
@@ -93,6 +94,8 @@ def bitmap_command(
     It is kept in the image if the format has room for it (qcow2), else in FILENAME.bitmaps beside
     it. Actions are done in the order in which they are given.
 
+    A byte of a name that is no UTF-8 is shown, and may be typed, as \\xNN.
+
     \b
         cowferry bitmap --add vm.raw monday             record from now on
         cowferry bitmap --live --add vm monday          the same while a guest runs
@@ -102,6 +105,7 @@ def bitmap_command(
     """
     actions: list[Action] = ctx.obj
     verbs = {a.verb for a in actions}
+    name, actions = _typed(name), [a._replace(source=_typed(a.source)) for a in actions]
     for wrong, text in (
         ((actions or mapping) and name is None, "the NAME of a bitmap is missing"),
         (actions and (listing or mapping), "--list and --map go without actions"),
@@ -131,6 +135,15 @@ def bitmap_command(
         except CowferryError as error:
             raise CowferryError(f"'{filename}': {error.desc}", error.hint) from error
     return 0
+
+
+def _typed(name: str | None) -> str | None:
+    """Return a name as the list shows it, if bytes were typed that are no UTF-8."""
+    try:
+        (name or "").encode()
+        return name
+    except UnicodeEncodeError:
+        return shown(os.fsencode(name or ""))
 
 
 class Bitmaps:

@@ -7,10 +7,27 @@ from typing import Any
 
 import click
 
-from cowferry.cli.offline import image
+from cowferry.cli.offline import cached, forget, image
+from cowferry.errors import one_line
 
 
-@click.command("check")
+class NotDone(click.UsageError):
+    """A usage error that does not end as if the image were corrupt."""
+
+    exit_code = 1
+
+
+class Check(click.Command):
+    """A command whose usage errors are `NotDone`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise NotDone(error.format_message(), error.ctx) from None
+
+
+@click.command("check", cls=Check)
 @click.option("-f", "--format", "format", help="Format [by the name].")
 @click.option(
     "-r", "--repair", type=click.Choice(["leaks", "all"]), help="Mend what can be mended."
@@ -18,17 +35,30 @@ from cowferry.cli.offline import image
 @click.option("--output", type=click.Choice(["human", "json"]), default="human")
 @click.option("-U", "--force-share", is_flag=True, help="Even while another process has it open.")
 @click.option("-q", "--quiet", is_flag=True)
-@click.option("-T", "cache", metavar="MODE", help="Taken for compatibility.")
+@click.option("-T", "cache", metavar="MODE", help="none: keep the image out of the page cache.")
 @click.option("--image-opts", is_flag=True, help="FILENAME is an option string.")
 @click.argument("filename")
 def check_command(
     format: str | None, repair: str | None, output: str, force_share: bool, quiet: bool,
     cache: str | None, image_opts: bool, filename: str,
 ) -> int:  # fmt: skip
-    """Check FILENAME. Exit code: 0 clean, 1 could not check, 2 corrupt, 3 leaks, 63 no checker."""
+    """Check FILENAME, and with -r repair it.
+
+    What a repair cannot correct without doubt it leaves alone, and says so. Nothing that is
+    referenced is overwritten.
+
+    \b
+    Exit code:
+        0   no errors were found, or all were repaired
+        1   the check could not be done
+        2   the image is corrupt, or a part of it still is
+        3   it has leaked clusters, which waste room and do no harm
+        63  the format has no check
+    """
+    keep = cached(cache)
     with image(
         filename, format, read_only=repair is None, backing=False, force_share=force_share,
-        image_opts=image_opts, repair=repair is not None,
+        image_opts=image_opts, repair=True,
     ) as node:  # fmt: skip
         checker = getattr(node, "check", None)
         if checker is None:
@@ -36,6 +66,15 @@ def check_command(
                 click.echo("This image format does not support checks", err=output == "json")
             return 63
         result = checker(repair)
+        if not keep:
+            forget(node)
+    if not quiet:
+        for message in (*result.messages, *result.repairs):
+            click.echo(one_line(message), err=True)
+        if result.left:
+            click.echo("After the repair:", err=True)
+        for message in result.left:
+            click.echo(one_line(message), err=True)
     if output == "json":
         click.echo(json.dumps(as_json(filename, node.driver, result), indent=4))
     elif not quiet:
@@ -44,7 +83,7 @@ def check_command(
 
 
 def as_json(filename: str, format: str, r: Any) -> dict[str, Any]:
-    """qemu-img's ImageCheck: counts that are zero are left out."""
+    """qemu-img's ImageCheck: counts that are zero are left out. `repairs` is ours."""
     out: dict[str, Any] = {}
     if r.image_end_offset:
         out["image-end-offset"] = r.image_end_offset
@@ -59,18 +98,20 @@ def as_json(filename: str, format: str, r: Any) -> dict[str, Any]:
         "leaks-fixed": r.leaks_fixed,
     }
     out |= {k: v for k, v in counts.items() if v}
+    if r.repairs:
+        out["repairs"] = list(r.repairs)
     return out | {"check-errors": r.check_errors, "filename": filename, "format": format}
 
 
 def in_words(r: Any) -> None:
     """As qemu-img prints it."""
-    for message in r.messages[:100]:
-        click.echo(message, err=True)
     if r.corruptions_fixed or r.leaks_fixed:
         click.echo(
             "The following inconsistencies were found and repaired:\n\n"
             f"    {r.leaks_fixed} leaked clusters\n    {r.corruptions_fixed} corruptions\n"
         )
+    if r.check_errors:
+        click.echo(f"\n{r.check_errors} parts of the image could not be read.")
     if not (r.corruptions or r.leaks or r.check_errors):
         click.echo("No errors were found on the image.")
     if r.corruptions:

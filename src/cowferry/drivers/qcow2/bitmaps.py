@@ -1,9 +1,8 @@
 """Dirty bitmaps inside the image: reading them with suspicion, and changing them all or none.
 
-A header extension says where the *directory* is; each of its entries has a name, flags, and the
-place of a *table*, whose words say where the clusters of the bits are, or that they are all 0 or 1.
-The whole is valid only while the autoclear bit 0 is set: a program that writes to the image and
-does not know bitmaps has cleared it.
+The directory (`bitmap_directory.py`) names the bitmaps and their places. The whole is valid only
+while the autoclear bit 0 is set: a program that writes to the image and does not know bitmaps has
+cleared it.
 
 **Changing them.** What differs from what is stored goes into new clusters, the directory, too; when
 that is durable, with its refcounts, sector 0 changes in one write, and then the old clusters are
@@ -23,6 +22,11 @@ no lease for writing in place, and the first change flags what records in use (`
 
 **What we do not understand** (other types, flags, extra data) stays as it is, byte for byte.
 
+**Damage.** A damaged bitmap is listed as inconsistent, with the reason. The next time the directory
+is written it gets an empty table and the flag in_use, so that other programs can open the image and
+remove the bitmap. Its old clusters are not given back, because they may be another owner's; they
+leak until `check -r`.
+
 Source: the qcow2 specification, sections Bitmaps extension and Bitmaps.
 """
 
@@ -30,10 +34,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import struct
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bitarray import bitarray
@@ -41,7 +44,27 @@ from bitarray import bitarray
 from cowferry.block.bitmap import Bitmap
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2 import sources
-from cowferry.drivers.qcow2.refcounts import OFFSET, big_endian, swapped
+from cowferry.drivers.qcow2.bitmap_directory import (
+    ALL_ONES,
+    AUTO,
+    EXTENSION,
+    EXTRA_COMPATIBLE,
+    IN_USE,
+    MAX_BITMAPS,
+    MAX_BYTES,
+    MAX_DIRECTORY,
+    MAX_NAME,
+    Directory,
+    Entry,
+    clusters,
+    clusters_for,
+    directory,
+    look,
+    own_places,
+    places,
+    text,
+)
+from cowferry.drivers.qcow2.refcounts import swapped
 from cowferry.errors import CowferryError, ImageError, NotSupported
 
 if TYPE_CHECKING:
@@ -49,169 +72,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXTENSION = struct.Struct(">IIQQ")  # how many, zero, bytes and place of the directory
-ENTRY = struct.Struct(">QIIBBHI")
-IN_USE, AUTO, EXTRA_COMPATIBLE = 1, 2, 4  # flags
-KNOWN_FLAGS = IN_USE | AUTO | EXTRA_COMPATIBLE
-DIRTY_TRACKING = 1  # the only type
-ALL_ONES = 1  # in a table: no cluster, all bits set
 TOKEN = 16  # bytes
-
-MAX_BITMAPS = 65535
-MAX_DIRECTORY = MAX_BITMAPS * 1024  # bytes; QEMU's
-MAX_NAME = 1023  # bytes
-MAX_BYTES = 512 << 20  # of the bits of one bitmap (QEMU's), and of all together
 BATCH = 1 << 20  # bytes of bits that are written at once
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One bitmap as the directory has it; places in bytes."""
-
-    name: bytes
-    granularity_bits: int
-    flags: int
-    table_offset: int
-    table: array[int]  # of each cluster of bits: where it lies, or 0, or ALL_ONES
-    kind: int = DIRTY_TRACKING
-    extra: bytes = b""
-
-    @property
-    def understood(self) -> bool:
-        """Whether it is of a kind that we may use."""
-        strange = self.extra and not self.flags & EXTRA_COMPATIBLE
-        return self.kind == DIRTY_TRACKING and not self.flags & ~KNOWN_FLAGS and not strange
-
-    @property
-    def tracks(self) -> bool:
-        """Whether others rely on it to know of every write."""
-        return self.understood and self.flags & (AUTO | IN_USE) == AUTO
-
-    def encode(self) -> bytes:
-        """As it lies in the directory."""
-        fixed = ENTRY.pack(
-            self.table_offset, len(self.table), self.flags, self.kind, self.granularity_bits,
-            len(self.name), len(self.extra),
-        )  # fmt: skip
-        whole = fixed + self.extra + self.name
-        return whole + bytes(-len(whole) % 8)
-
-
-def clusters_for(size: int, granularity_bits: int, cluster_bits: int) -> int:
-    """How many clusters the bits of a disk of `size` bytes take."""
-    return -(-size >> granularity_bits + 3 + cluster_bits)
-
-
 # Reading ------------------------------------------------------------------------------------
-
-
-def directory(image: Qcow2) -> list[Entry]:
-    """The bitmaps of the image, checked. Raises `ImageError` if any of it cannot be.
-
-    And `NotSupported` if there is nothing wrong with it, and it is too much for us."""
-    h, file = image.header, image.file
-
-    def bad(what: str) -> ImageError:
-        return ImageError(
-            f"'{image.filename}': {what}",
-            "the disk's own bytes are not concerned; opened for writing it loses its bitmaps",
-        )
-
-    extension = h.extension(headers.EXT_BITMAPS)
-    if extension is None or not h.autoclear & headers.BITMAPS_VALID:
-        return []
-    if len(extension) != EXTENSION.size:
-        raise bad(f"the bitmaps extension has {len(extension)} bytes, not {EXTENSION.size}")
-    number, reserved, size, offset = EXTENSION.unpack(extension)
-    if reserved or not 1 <= number <= MAX_BITMAPS:
-        raise bad(f"the bitmaps extension is invalid ({number} bitmaps)")
-    if not number * ENTRY.size < size <= MAX_DIRECTORY:
-        raise bad(f"the bitmap directory has the invalid size {size}")
-    claims = Claims(image, bad)
-    claims.take(offset, size, "the bitmap directory")
-    data = bytearray(size)
-    file.pread(memoryview(data), offset)
-    entries: list[Entry] = []
-    names: set[bytes] = set()
-    at = total = 0
-    for i in range(number):
-        if at + ENTRY.size > size:
-            raise bad(f"the bitmap directory ends before bitmap {i}")
-        place, length, flags, kind, bits, name_size, extra = ENTRY.unpack_from(data, at)
-        start = at + ENTRY.size + extra
-        end = start + name_size
-        if end > size:
-            raise bad(f"bitmap {i} runs over the end of the bitmap directory")
-        name = bytes(data[start:end])
-        if not 1 <= name_size <= MAX_NAME or name in names:
-            raise bad(f"the name of bitmap {i} is invalid, or another's")
-        names.add(name)
-        which = f"bitmap '{text(name)}'"
-        entry = Entry(
-            name, bits, flags, place, array("Q"), kind, bytes(data[start - extra : start])
-        )
-        if kind == DIRTY_TRACKING and not 9 <= bits <= 31:
-            raise bad(f"{which} has the invalid granularity 2^{bits}")
-        need = clusters_for(image.size, bits, h.cluster_bits)
-        if not length or (entry.understood and not flags & IN_USE and length != need):
-            raise bad(f"{which} has a table of {length} clusters, not {need}, for this disk")
-        total += length
-        if total << h.cluster_bits > MAX_BYTES:
-            raise NotSupported(
-                f"'{image.filename}': its bitmaps have more than {MAX_BYTES >> 20} MiB",
-                "remove some of them; nothing was changed",
-            )
-        claims.take(place, length * 8, f"the table of {which}")
-        words = bytearray(length * 8)
-        file.pread(memoryview(words), place)
-        table = big_endian("Q", words)
-        for word in table:
-            if word > ALL_ONES:
-                claims.take(word, h.cluster_size, f"a cluster of {which}")
-        entries.append(replace(entry, table=table))
-        at = (end + 7) & ~7
-    if at < size:
-        raise bad("the bitmap directory has something behind its last bitmap")
-    return entries
-
-
-class Claims:
-    """Which clusters were said to hold what: none twice, none of another table, all in the file."""
-
-    def __init__(self, image: Qcow2, bad: Any) -> None:
-        self.image, self.bad = image, bad
-        bits = image.header.cluster_bits
-        self.mask, self.end = (1 << bits) - 1, -(-image.file.size >> bits) << bits
-        self.taken: set[int] = set()
-
-    def take(self, offset: int, length: int, what: str) -> None:
-        """Raises what `bad` makes of it."""
-        if not offset or offset & ~OFFSET or offset & self.mask:
-            raise self.bad(f"{what} has the invalid offset {offset:#x}")
-        if offset + length > self.end:
-            raise self.bad(f"{what} at {offset:#x} lies beyond the end of the file")
-        for cluster in clusters(self.image, offset, length):
-            other = cluster in self.image.metadata and cluster not in self.image.bitmap_clusters
-            if other or cluster in self.taken:
-                raise self.bad(f"{what} at {offset:#x} overlaps with something else")
-            self.taken.add(cluster)
-
-
-def clusters(image: Qcow2, offset: int, length: int) -> range:
-    """The host clusters of a range of bytes that begins with one."""
-    bits = image.header.cluster_bits
-    return range(offset >> bits, (offset + length + (1 << bits) - 1) >> bits)
-
-
-def places(image: Qcow2, entries: Iterable[Entry]) -> Iterator[int]:
-    """The host cluster of each part of the directory, the tables and the bits."""
-    extension = image.header.extension(headers.EXT_BITMAPS)
-    if extension is not None and entries:
-        _, _, size, offset = EXTENSION.unpack(extension)
-        yield from clusters(image, offset, size)
-    for entry in entries:
-        yield from clusters(image, entry.table_offset, len(entry.table) * 8)
-        yield from (w >> image.header.cluster_bits for w in entry.table if w > ALL_ONES)
 
 
 def read(image: Qcow2) -> list[Bitmap]:
@@ -220,12 +85,16 @@ def read(image: Qcow2) -> list[Bitmap]:
     _warn_of_stale(image)
     for entry in directory(image):
         need = clusters_for(image.size, entry.granularity_bits, image.header.cluster_bits)
-        usable = entry.understood and len(entry.table) == need
+        usable = entry.usable and len(entry.table) == need
         bits = min(max(entry.granularity_bits, 9), 31)
-        bitmap = Bitmap(text(entry.name), image.size if usable else 0, 1 << bits, persistent=True)
+        bitmap = Bitmap(entry.shown, image.size if usable else 0, 1 << bits, persistent=True)
         bitmap.recording = bool(entry.flags & AUTO)
-        bitmap.inconsistent = not entry.understood or bool(entry.flags & IN_USE)
-        if not entry.understood:
+        bitmap.inconsistent = not entry.usable or bool(entry.flags & IN_USE)
+        if entry.flaw:
+            bitmap.reason = f"it is damaged: {entry.flaw}"
+        elif entry.unread:
+            bitmap.reason = entry.unread
+        elif not entry.understood:
             bitmap.reason = "it is of a kind that only the program that made it knows"
         if usable:
             _load(image, entry, bitmap.bits)
@@ -251,27 +120,35 @@ def _load(image: Qcow2, entry: Entry, bits: bitarray) -> None:
             bits[start:stop] = piece[: stop - start]
 
 
-def text(name: bytes) -> str:
-    """A name as we show it; `name.encode` with the same error handler leads back."""
-    return name.decode("utf-8", "surrogateescape")
-
-
 def info(image: Qcow2) -> list[dict[str, Any]]:
     """QMP: a list of Qcow2BitmapInfo, as qemu-img's info shows it."""
     try:
-        entries = directory(image)
+        found = look(image)
     except CowferryError as error:
         log.warning("%s", error.desc)
         return []
+    _tell_of_damage(image, found)
     words = ((IN_USE, "in-use"), (AUTO, "auto"))
     return [
         {
-            "flags": [word for flag, word in words if e.flags & flag],
-            "name": text(e.name),
-            "granularity": 1 << e.granularity_bits,
+            "flags": [word for flag, word in words if (e.flags | IN_USE * bool(e.flaw)) & flag],
+            "name": e.shown,
+            "granularity": 1 << min(e.granularity_bits, 63),
         }
-        for e in entries
+        for e in found.entries
     ]
+
+
+def _tell_of_damage(image: Qcow2, found: Directory) -> None:
+    """No bitmap is lost in silence."""
+    if found.problem:
+        log.error("'%s': %s: what follows is lost", image.filename, found.problem)
+    for e in found.entries:
+        if e.flaw:
+            log.error(
+                "'%s': bitmap '%s' is damaged (%s) and cannot be used; the other bitmaps can",
+                image.filename, e.shown, e.flaw,
+            )  # fmt: skip
 
 
 def token(image: Qcow2) -> bytes:
@@ -286,15 +163,18 @@ def token(image: Qcow2) -> bytes:
 
 
 def prepare(image: Qcow2) -> int:
-    """The image is about to be written to. Returns the autoclear bits that stay true.
+    """Get ready for the first write to the image. Return the autoclear bits that stay true.
 
-    Bitmaps that cannot be read, or that somebody let go stale, are not ours to keep. Their
-    clusters are not given back: who knows who has taken them meanwhile (check -r leaks does)."""
+    A directory that cannot be read, and bitmaps that another program let go stale, cannot be kept.
+    Their clusters are not given back, because that program may have used them for something else;
+    `check -r leaks` gives back those that nothing uses."""
     h = image.header
     try:
-        entries = directory(image)
+        found = look(image)
+        _tell_of_damage(image, found)
+        entries = found.entries
     except ImageError as error:
-        log.warning("%s: its bitmaps are lost", error.desc)
+        log.error("%s: its bitmaps are lost", error.desc)
         entries = []
     _warn_of_stale(image)
     mark = token(image)
@@ -353,16 +233,14 @@ def write(image: Qcow2, bitmaps: list[Bitmap], token: bytes = b"") -> None:
         (headers.EXT_BITMAPS_KEPT, bytes(TOKEN)),
     ]
     with image.flushing, sources.recorded(image, bitmaps, beside):
-        old = directory(image)
+        old = look(image)
         try:
             _store(image, old, bitmaps, token)
-        except (
-            OSError
-        ):  # no room, perhaps: those that are stored will do, where nobody looks at bits
-            entries = _stored(image, old, bitmaps) if token else None
+        except OSError:  # no room, perhaps: while they are in use the stored bits do not count
+            entries = _stored(image, old.entries, bitmaps) if token else None
             if entries is None:
                 raise
-            _flags(image, old, entries, token)
+            _flags(image, old.entries, entries, token)
 
 
 def _make_room(image: Qcow2) -> None:
@@ -375,51 +253,136 @@ def _make_room(image: Qcow2) -> None:
             image.set_backing(h.backing_file, h.backing_format)
 
 
-def _store(image: Qcow2, old: list[Entry], bitmaps: list[Bitmap], token: bytes) -> None:
+def _store(image: Qcow2, old: Directory, bitmaps: list[Bitmap], token: bytes) -> None:
     """All of it. Under `flushing`."""
-    h = image.header
-    known = {text(e.name): e for e in old}
+    known = {e.shown: e for e in old.entries}
     fresh = Fresh(image)
     try:
-        entries = [_entry(image, fresh, b, known.get(b.name), bool(token)) for b in bitmaps]
-        if _same_but_flags(entries, old):
+        made = (_entry(image, fresh, b, known.get(b.name), bool(token)) for b in bitmaps)
+        entries = [e for e in made if e is not None]
+        if old.sound and _same_but_flags(entries, old.entries):
             assert not fresh.taken
-            return _flags(image, old, entries, token)
-        data = b"".join(e.encode() for e in entries)
-        if len(entries) > MAX_BITMAPS or len(data) > MAX_DIRECTORY:
-            raise CowferryError(f"'{image.filename}': too many bitmaps ({len(entries)})")
-        extension = fresh.directory(len(entries), data) if entries else None
-        extensions = _extensions(h, extension, token if entries else b"")
-        fits(h, extensions)
-        image._write_tables()
+            return _flags(image, old.entries, entries, token)
+        extensions = _publish(image, fresh, entries, token)
     except BaseException:
         fresh.undo()
         raise
+    _replace(image, entries, extensions, kept=bool(token))
+
+
+def _publish(
+    image: Qcow2, fresh: Fresh, entries: list[Entry], token: bytes
+) -> list[tuple[int, bytes]]:
+    """Write a directory, durably; the header extensions that will name it. Under `flushing`."""
+    data = b"".join(e.encode() for e in entries)
+    if len(entries) > MAX_BITMAPS or len(data) > MAX_DIRECTORY:
+        raise CowferryError(f"'{image.filename}': too many bitmaps ({len(entries)})")
+    extension = fresh.directory(len(entries), data) if entries else None
+    extensions = _extensions(image.header, extension, token if entries else b"")
+    fits(image.header, extensions)
+    image._write_tables()
+    return extensions
+
+
+def _replace(
+    image: Qcow2, entries: list[Entry], extensions: list[tuple[int, bytes]], kept: bool
+) -> None:
+    """Let the header name a directory that is durable; what only the old one named goes."""
     gone = image.bitmap_clusters
     _switch(image, extensions)
-    note(image, entries, kept=bool(token))
+    note(image, entries, kept=kept)
     give_back(image, gone - image.bitmap_clusters)
+
+
+def mend(image: Qcow2, bad: Mapping[int, str], problem: str) -> list[str]:
+    """Make damaged bitmaps such that other programs can open the image and remove them.
+
+    `bad` are the numbers in the directory of bitmaps whose clusters may be another owner's, and
+    why; `problem` is what is wrong with the directory itself. Returns what was done. Takes
+    `flushing`. Raises `OSError`, `CowferryError`; then the old directory is in force."""
+    done: list[str] = []
+    if problem:
+        done.append(f"Repairing: {problem}: a new directory has the bitmaps that can be read")
+    with image.flushing:
+        mine = token(image)
+        try:
+            found = look(image)
+        except ImageError:
+            found = Directory()
+        note(image, found.entries, kept=bool(mine))
+        if problem and found.size:
+            image.bitmap_clusters -= set(clusters(image, found.offset, found.size))
+        fresh = Fresh(image)
+        try:
+            entries = []
+            for number, entry in enumerate(found.entries):
+                why = entry.flaw or bad.get(number, "")
+                if not why or entry.unread:
+                    entries.append(entry)
+                    continue
+                done.append(
+                    f"Repairing: bitmap '{entry.shown}' is damaged ({why}): it is kept without its "
+                    "bits, as inconsistent; cowferry bitmap --remove removes it"
+                )
+                image.bitmap_clusters -= set(own_places(image, entry))
+                emptied = _emptied(image, fresh, entry)
+                if emptied is not None:
+                    entries.append(emptied)
+            if not done:
+                return done
+            extensions = _publish(image, fresh, entries, mine)
+        except BaseException:
+            fresh.undo()
+            raise
+        _replace(image, entries, extensions, kept=bool(mine))
+    return done
+
+
+def _emptied(image: Qcow2, fresh: Fresh, entry: Entry) -> Entry | None:
+    """A damaged bitmap without its bits, in use by nothing known; None for a disk without bytes."""
+    bits = entry.granularity_bits if 9 <= entry.granularity_bits <= 31 else 16
+    while clusters_for(image.size, bits, image.header.cluster_bits) << image.header.cluster_bits > (
+        MAX_BYTES
+    ):
+        bits += 1
+    need = clusters_for(image.size, bits, image.header.cluster_bits)
+    if not need:
+        return None
+    name = entry.name if text(entry.name) == entry.shown else entry.shown.encode()
+    table = array("Q", bytes(8 * need))
+    flags = entry.flags & AUTO | IN_USE
+    return Entry(name, bits, flags, fresh.table(table), table, shown=entry.shown)
 
 
 def _stored(image: Qcow2, old: list[Entry], bitmaps: list[Bitmap]) -> list[Entry] | None:
     """The entries that are stored, in use, if they are those of the bitmaps but for the bits."""
-    if [text(e.name) for e in old] != [b.name for b in bitmaps]:
+    if [e.shown for e in old] != [b.name for b in bitmaps]:
         return None
     out = []
     for e, b in zip(old, bitmaps, strict=True):
+        if e.raw and b.inconsistent:
+            out.append(e)
+            continue
         need = clusters_for(image.size, e.granularity_bits, image.header.cluster_bits)
         alike = 1 << e.granularity_bits == b.granularity and len(e.table) == need
-        if not (e.understood and alike):
+        if not (e.usable and alike):
             return None
         out.append(replace(e, flags=e.flags & EXTRA_COMPATIBLE | AUTO * b.recording | IN_USE))
     return out
 
 
-def _entry(image: Qcow2, fresh: Fresh, bitmap: Bitmap, old: Entry | None, used: bool) -> Entry:
-    """The entry for a bitmap; what of `old` is still right stays where it is."""
+def _entry(
+    image: Qcow2, fresh: Fresh, bitmap: Bitmap, old: Entry | None, used: bool
+) -> Entry | None:
+    """The entry for a bitmap; what of `old` is still right stays where it is. None: there can be
+    none, because the bitmap was damaged and the disk has no bytes."""
     if bitmap.inconsistent and old is not None:
-        return replace(old, flags=old.flags | IN_USE) if old.understood else old
-    name = bitmap.name.encode("utf-8", "surrogateescape")
+        if not old.flaw:
+            return replace(old, flags=old.flags | IN_USE) if old.usable else old
+        return _emptied(image, fresh, old)
+    name = bitmap.name.encode()
+    if old is not None and not old.flaw:
+        name = old.name
     bits = bitmap.granularity.bit_length() - 1
     if not 1 <= len(name) <= MAX_NAME:
         raise CowferryError(f"a bitmap's name of {len(name)} bytes cannot be stored")
@@ -431,7 +394,7 @@ def _entry(image: Qcow2, fresh: Fresh, bitmap: Bitmap, old: Entry | None, used: 
             f"bitmap '{bitmap.name}' of a disk of {image.size} bytes cannot be stored",
             "use a coarser granularity" if need else "the disk has no bytes",
         )
-    if old is not None and not (old.understood and old.granularity_bits == bits):
+    if old is not None and not (old.usable and old.granularity_bits == bits):
         old = None
     flags = AUTO * bitmap.recording | IN_USE * (used or bitmap.inconsistent)
     if bitmap.inconsistent:
@@ -447,9 +410,8 @@ def _entry(image: Qcow2, fresh: Fresh, bitmap: Bitmap, old: Entry | None, used: 
         flags |= old.flags & EXTRA_COMPATIBLE
         if old.table == table:
             return replace(old, flags=flags)
-    return Entry(
-        name, bits, flags, fresh.table(table), table, extra=old.extra if old is not None else b""
-    )
+    extra = old.extra if old is not None else b""
+    return Entry(name, bits, flags, fresh.table(table), table, extra=extra, shown=bitmap.name)
 
 
 def _same_but_flags(entries: list[Entry], old: list[Entry]) -> bool:
@@ -502,13 +464,14 @@ class Fresh:
 
     def table(self, words: array[int]) -> int:
         """Where a table lies from now on."""
-        return self._row(swapped(words))
+        return self.row(swapped(words))
 
     def directory(self, number: int, data: bytes) -> bytes:
         """The header extension for a directory of these bytes."""
-        return EXTENSION.pack(number, 0, len(data), self._row(data))
+        return EXTENSION.pack(number, 0, len(data), self.row(data))
 
-    def _row(self, data: bytes) -> int:
+    def row(self, data: bytes) -> int:
+        """Return the host offset where `data` lies from now on, in clusters in a row."""
         size = self.image.cluster_size
         count = -(-len(data) // size)
         with self.image.meta:
@@ -619,7 +582,7 @@ def grown(image: Qcow2, size: int, fresh: Fresh) -> tuple[list[Entry], list[tupl
         bits = entry.granularity_bits
         have, need = (clusters_for(s, bits, h.cluster_bits) for s in (image.size, size))
         stale = entry.flags & IN_USE and not mine
-        if not entry.understood or stale or len(entry.table) != have:
+        if not entry.usable or stale or len(entry.table) != have:
             what = "is inconsistent and cannot be resized with the disk"
         elif need << h.cluster_bits > MAX_BYTES:
             what = "would be too large"
@@ -630,7 +593,7 @@ def grown(image: Qcow2, size: int, fresh: Fresh) -> tuple[list[Entry], list[tupl
             entries.append(entry)
             continue
         raise CowferryError(
-            f"'{image.filename}': bitmap '{text(entry.name)}' {what}",
+            f"'{image.filename}': bitmap '{entry.shown}' {what}",
             "remove the bitmap first; nothing was changed",
         )
     if entries == old:

@@ -108,9 +108,10 @@ class Header:
         return 72 if self.version == 2 else KNOWN_LENGTH + len(self.further)
 
 
-def parse(name: str, start: bytes, file_size: int) -> Header:
-    """The header in `start`, the first bytes of the file (a cluster of them, or all there is).
+def parse(name: str, start: bytes, file_size: int, checking: bool = False) -> Header:
+    """Return the header in `start`, the first bytes of the file (a cluster, or all there is).
 
+    With `checking` tables may lie where they cannot be: `check` reports that, and may repair it.
     Raises `ImageError` with one line that names the file and the field."""
 
     def bad(what: str, hint: str = "") -> ImageError:
@@ -168,7 +169,7 @@ def parse(name: str, start: bytes, file_size: int) -> Header:
         raise bad("extended L2 entries need clusters of at least 16 KiB")
     if size > 1 << 62:
         raise bad(f"absurd size of {size} bytes")
-    _check_tables(h, bad, file_size)
+    _check_tables(h, bad, file_size, checking)
     _read_extensions(h, start, length, bad)
     if back_offset:
         if back_size > MAX_BACKING_NAME or back_offset + back_size > min(
@@ -185,7 +186,7 @@ def parse(name: str, start: bytes, file_size: int) -> Header:
     return h
 
 
-def _check_tables(h: Header, bad: object, file_size: int) -> None:
+def _check_tables(h: Header, bad: object, file_size: int, checking: bool) -> None:
     assert callable(bad)
     mask = h.cluster_size - 1
     if h.l1_size * 8 > MAX_L1:
@@ -195,14 +196,18 @@ def _check_tables(h: Header, bad: object, file_size: int) -> None:
         raise bad(f"L1 table is too small for {h.size} bytes ({h.l1_size} of {need} entries)")
     if h.reftable_clusters * h.cluster_size > MAX_REFTABLE:
         raise bad("refcount table too large")
-    if not h.reftable_clusters or not h.reftable_offset:
+    if not checking and not (h.reftable_clusters and h.reftable_offset):
         raise bad("image has no refcount table")
     for what, offset, length in (
         ("active L1 table", h.l1_offset, h.l1_size * 8),
         ("refcount table", h.reftable_offset, h.reftable_clusters * h.cluster_size),
         ("snapshot table", h.snapshots_offset if h.nb_snapshots else 0, 0),
     ):
-        if offset & mask or offset >= 1 << 62:
+        if offset >= 1 << 62:
+            raise bad(f"{what} has the invalid offset {offset:#x}")
+        if checking:
+            continue
+        if offset & mask:
             raise bad(f"{what} has the invalid offset {offset:#x}")
         if offset and offset + length > -(-file_size // h.cluster_size) * h.cluster_size:
             raise bad(
@@ -211,7 +216,7 @@ def _check_tables(h: Header, bad: object, file_size: int) -> None:
             )
         if length and not offset:
             raise bad(f"{what} has no offset")
-    if h.nb_snapshots > MAX_SNAPSHOTS:
+    if h.nb_snapshots > MAX_SNAPSHOTS and not checking:
         raise bad(f"too many snapshots ({h.nb_snapshots})")
 
 

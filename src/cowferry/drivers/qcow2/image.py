@@ -66,7 +66,12 @@ class Qcow2(Node):
     INFO_TYPES: ClassVar[dict[int, str]] = {0: "zlib", 1: "zstd"}
 
     def __init__(
-        self, file: Node, data: Node | None, header: headers.Header, read_only: bool
+        self,
+        file: Node,
+        data: Node | None,
+        header: headers.Header,
+        read_only: bool,
+        checking: bool = False,
     ) -> None:
         self.file: Node = file
         self.filename = file.filename
@@ -86,22 +91,27 @@ class Qcow2(Node):
         self.bitmap_clusters: set[int] = set()  # of them, those of stored bitmaps
         self.unkept = False  # stored bitmaps should know of writes, and nobody sees to it
         self.stores_bitmaps = self.stamps = header.version >= 3
-        self.broken = False  # found damaged: no more writes (Q4)
+        self.checking = checking  # opened to be checked, and perhaps repaired: it serves no bytes
+        self.broken = checking  # found damaged: no more writes (Q4)
         self._closed = False
-        self.snapshots = snapshots.read(self)
-        self._load_tables()
+        self.snapshots: list[snapshots.Snapshot] = []
+        if not checking:  # no table is believed before `check` has seen it
+            self.snapshots = snapshots.read(self)
+            self._load_tables()
 
     @classmethod
     def open(cls, options: Qcow2.Options, children: Mapping[str, Node]) -> Qcow2:
         """Open an image. Read-only, it writes nothing. Raises `ImageError`, `OSError`.
 
         Opened for writing, an image that was not closed cleanly has its refcounts repaired
-        (Q3), unknown autoclear bits are cleared (Q5), and one marked corrupt is refused (Q4)."""
+        (Q3), unknown autoclear bits are cleared (Q5), and one marked corrupt is refused (Q4).
+        Opened for `repair` nothing is changed before `check` is called, and damaged tables are no
+        reason to refuse an image; but the disk takes no writes."""
         if "file" not in children:
             raise CowferryError("A block device must be specified for 'file'")
         file = children["file"]
         read_only = options.read_only or file.read_only
-        header = cls._header(file)
+        header = cls._header(file, options.repair)
         data = children.get("data-file")
         if header.incompatible & headers.DATA_FILE and data is None:
             raise ImageError(
@@ -118,24 +128,23 @@ class Qcow2(Node):
                 f"'{file.filename}' is marked corrupt; it cannot be opened for writing",
                 "it can still be read; repair it with: cowferry check -r all",
             )
-        image = cls(file, data, header, read_only)
-        if not read_only:
-            image.broken = bool(header.incompatible & headers.CORRUPT)  # until it is mended
+        image = cls(file, data, header, read_only, options.repair)
+        if not (read_only or options.repair):
             image._prepare_for_writing()
         return image
 
     @classmethod
-    def _header(cls, file: Node) -> headers.Header:
+    def _header(cls, file: Node, checking: bool = False) -> headers.Header:
         start = bytearray(min(file.size, 2 << 20))
         file.pread(memoryview(start), 0)
-        return headers.parse(file.filename, bytes(start), file.size)
+        return headers.parse(file.filename, bytes(start), file.size, checking)
 
     @classmethod
     def companions(cls, children: Mapping[str, Node]) -> Mapping[str, str]:
         """The external data file, if there is one and the header names it."""
         if "file" not in children or "data-file" in children:
             return {}
-        header = cls._header(children["file"])
+        header = cls._header(children["file"], checking=True)
         if not header.incompatible & headers.DATA_FILE:
             return {}
         return {"data-file": header.data_file or ""}  # it may have no name
@@ -149,17 +158,26 @@ class Qcow2(Node):
 
     def _prepare_for_writing(self) -> None:
         h = self.header
-        kept = store.prepare(self) | headers.DATA_FILE_RAW
         if h.incompatible & headers.DIRTY:
-            from cowferry.drivers.qcow2.check import check
-
-            check(self, "all")
-            self.flush()
-            h.incompatible &= ~headers.DIRTY
-            self.write_header()
+            result = self.check("all")
+            if result.corruptions or result.check_errors:
+                why = next(m for m in (*result.left, *result.messages) if m.startswith("ERROR"))
+                raise ImageError(
+                    f"'{self.filename}' was not closed cleanly, and its damage cannot be repaired: "
+                    f"{why.removeprefix('ERROR ')}",
+                    "it can still be read; cowferry check says what is wrong",
+                )
+        kept = store.prepare(self) | headers.DATA_FILE_RAW
         if h.autoclear & ~kept:
             h.autoclear &= kept
             self.write_header()
+
+    def reload(self) -> None:
+        """Read the tables again, because `check` changed them in the file. Raises `OSError`, and
+        `ImageError` if they cannot be used."""
+        with self.meta:
+            self.snapshots = snapshots.scan(self).snapshots
+            self._load_tables()
 
     def _load_tables(self) -> None:
         """Read the L1 and refcount tables, and note where tables lie. Raises `OSError`."""
@@ -175,6 +193,8 @@ class Qcow2(Node):
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Runs as the cluster map has them; compressed clusters have no place."""
+        if self.checking:
+            raise OSError(errno.EPERM, f"{self.filename} is open to be checked, not to be read")
         with self.meta:
             found = self.map.runs(offset, length)
         return iter(found)
@@ -594,6 +614,8 @@ class Qcow2(Node):
     def _writable(self) -> None:
         if self.read_only:
             raise OSError(errno.EPERM, f"{self.filename} is open read-only")
+        if self.checking:
+            raise OSError(errno.EPERM, f"{self.filename} is open to be checked; not writing")
         if self.overlap and not self.broken:
             raise self.damaged(self.overlap)
         if self.broken:

@@ -1,0 +1,157 @@
+"""What made-up qcow2 images cost: time and memory of `check` follow what their tables hold.
+
+Each image is checked, repaired and opened for writing by a process that may have one gigabyte and
+some seconds of the processor.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from damage import COPIED, Image
+from test_qcow2_peers import qemu_img
+from tests_support import need, unavailable
+
+GIB = 1 << 30
+SPARSE = 15 << 40  # the largest file of ext4 is 16 TiB
+SECONDS = 60
+
+
+def limits() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (GIB, GIB))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+
+
+def cowferry(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line within the limits. Never a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cowferry", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        preexec_fn=limits,
+    )
+    assert "Traceback" not in done.stderr and done.returncode >= 0, done.stderr[-2000:]
+    return done
+
+
+def made(path: Path, size: str, length: int, **options: str) -> Image:
+    """An empty image in a file of `length` bytes, most of which is a hole."""
+    need("qemu-img")
+    more = ["-o", ",".join(f"{k}={v}" for k, v in options.items())] if options else []
+    qemu_img("create", "-q", "-f", "qcow2", *more, path, size)
+    try:
+        os.truncate(path, max(length, path.stat().st_size))
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        unavailable(f"the file system has no file of {length} bytes")
+    return Image(path)
+
+
+def write(image: Image, at: int, data: bytes) -> None:
+    with open(image.path, "r+b") as f:
+        f.seek(at)
+        f.write(data)
+
+
+def one_block_named_often(path: Path) -> None:
+    image = made(path, "1M", 256 << 10)
+    write(image, image.block(), struct.pack(">H", 1) * 32768)
+    write(image, image.table, struct.pack(">Q", image.block()) * 8192)
+
+
+def sparse_tail(path: Path) -> None:
+    image = made(path, "1G", SPARSE)
+    image.put(image.table, 0)
+
+
+def sparse_tail_of_small_clusters(path: Path) -> None:
+    image = made(path, "10M", SPARSE, cluster_size="512", refcount_bits="64")
+    write(image, image.table, bytes(512))
+
+
+def one_l2_table_named_often(path: Path) -> None:
+    image = made(path, "50T", 0)
+    end = -(-path.stat().st_size // image.cluster) * image.cluster
+    entries = range(end + image.cluster, end + image.cluster * 8193, image.cluster)
+    write(image, end, struct.pack(">8192Q", *(e | COPIED for e in entries)))
+    os.truncate(path, end + image.cluster * 8193)
+    write(image, image.l1, struct.pack(">Q", end | COPIED) * 20_000)
+
+
+def snapshots_of_one_l1_table(path: Path) -> None:
+    made(path, "1T", 0)
+    qemu_img("snapshot", "-c", "a", path)
+    image = Image(path)
+    table = image.get(image.snapshots)
+    snapshots(image, lambda _: table, 2048)
+
+
+def snapshots_in_holes(path: Path) -> None:
+    """Each has an L1 table of 32 MiB of its own, 128 GiB in all."""
+    image = made(path, "1T", 256 << 30)
+    snapshots(image, lambda number: GIB + (number << 25), (32 << 20) // 8, 4096)
+
+
+def snapshots(image: Image, place: Callable[[int], int], size: int, count: int = 16384) -> None:
+    entries = []
+    for number in range(count):
+        fixed = struct.pack(">QIHHIIQII", place(number), size, 5, 5, 0, 0, 0, 0, 16)
+        entry = fixed + struct.pack(">QQ", 0, 1 << 40) + b"%05d%05d" % (number, number)
+        entries.append(entry + bytes(-len(entry) % 8))
+    write(image, 1 << 23, b"".join(entries))
+    image.put(64, 1 << 23)
+    image.put(60, count, "I")
+
+
+def entries_everywhere(path: Path) -> None:
+    """Each of 8192 entries points to another part of a file that is a hole."""
+    image = made(path, "512M", SPARSE, cluster_size="64k", refcount_bits="1")
+    places = range(GIB, SPARSE - GIB, SPARSE // 8192 >> 16 << 16)
+    write(image, 1 << 20, struct.pack(">8000Q", *(p | COPIED for p in places[:8000])))
+    image.put(image.l1, 1 << 20 | COPIED)
+
+
+def garbage_for_refcounts(path: Path) -> None:
+    image = made(path, "1G", 0, cluster_size="64k", refcount_bits="1")
+    write(image, image.block(), os.urandom(65536))
+
+
+MADE_UP = [
+    one_block_named_often, sparse_tail, sparse_tail_of_small_clusters, one_l2_table_named_often,
+    snapshots_of_one_l1_table, snapshots_in_holes, entries_everywhere, garbage_for_refcounts,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MADE_UP, ids=lambda m: m.__name__)
+def test_memory_and_time_follow_what_the_tables_hold(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "vm.qcow2"
+    make(path)
+    found = cowferry("check", path)
+    assert found.returncode == 2
+    assert len(found.stderr.splitlines()) < 200
+    mended = cowferry("check", "-r", "all", path)
+    assert mended.returncode in (0, 2), mended.stderr[-500:]
+    if make in (sparse_tail, sparse_tail_of_small_clusters):
+        assert cowferry("check", path).returncode == 0
+        assert Image(path).table < 1 << 30, "new tables lie at the end of the hole"
+
+
+def test_an_image_that_was_not_closed_is_opened_within_the_same_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "vm.qcow2"
+    one_block_named_often(path)
+    Image(path).put(72, 1)  # its dirty bit
+    done = cowferry("resize", path, "2M")
+    assert done.returncode == 0, done.stderr
+    assert subprocess.run(["qemu-img", "check", path], capture_output=True).returncode == 0
