@@ -324,7 +324,7 @@ def _beside(image: str, recorded: str) -> str | None:
     if names.is_uri(image):
         return None
     folder = os.path.realpath(os.path.dirname(os.path.abspath(image)))
-    path = os.path.join(folder, recorded)
+    path = os.path.join(os.path.dirname(image), recorded)
     inside = os.path.dirname(os.path.realpath(path)) == folder
     return path if inside and not PROTOCOL.match(recorded) else None
 

@@ -13,7 +13,7 @@ from typing import Any
 from cowferry.block import names, sysio
 from cowferry.block.node import Node, chain, files
 from cowferry.cli.keyval import parse_option
-from cowferry.drivers import opening, partial
+from cowferry.drivers import formats, opening, partial
 from cowferry.errors import CowferryError, ImageError, one_line
 
 
@@ -34,7 +34,7 @@ def image(
     if image_opts:
         if format is not None:
             raise CowferryError("--image-opts and --format are mutually exclusive")
-        options = parse_option(name, "driver")
+        options = _complete(parse_option(name, "driver"))
         given = {"read-only": read_only, "force-share": force_share, "repair": repair}
         options = {**given, **options}
         node = opening.open_node(options, headers=headers)
@@ -53,6 +53,18 @@ def image(
     with closed(node):
         partial.check_bare(node)
         yield node
+
+
+def _complete(options: dict[str, Any]) -> dict[str, Any]:
+    """What an option string leaves out: a file name alone means a host file."""
+    for key in ("file", "data-file"):
+        child = options.get(key)
+        if isinstance(child, dict) and "filename" in child:
+            options[key] = {"driver": "file", **child}
+    if "driver" not in options and isinstance(name := options.get("filename"), str):
+        file = {"driver": "file", "filename": options.pop("filename")}
+        return {"driver": formats.format_of(name), "file": file, **options}
+    return options
 
 
 @contextmanager

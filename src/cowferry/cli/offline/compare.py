@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 
 import click
 
-from cowferry.block.node import Node, State, read, resolve
+from cowferry.block.node import Node, read
 from cowferry.cli import complain
-from cowferry.cli.offline import image
-from cowferry.errors import CowferryError
+from cowferry.cli.offline import cached, forget, image
+from cowferry.cli.offline.progress import Report
+from cowferry.cli.offline.runs import Run, Windows, may_differ, runs
+from cowferry.errors import CowferryError, one_line
 
-STEP = 1 << 20
+STEP = 1 << 20  # bytes compared at once
+SECTOR = 512  # bytes; the unit in which reads fail
+SAME, DIFFERENT, NOT_OPENED, NO_STATUS, NOT_READ = 0, 1, 2, 3, 4  # exit codes
+
+Say = Callable[[str], None]
 
 
 @click.command("compare")
@@ -19,73 +26,158 @@ STEP = 1 << 20
 @click.option("-F", "second_format", metavar="FMT", help="Format of SECOND [by its name].")
 @click.option("-s", "strict", is_flag=True, help="Different sizes or allocation are a difference.")
 @click.option("-U", "--force-share", is_flag=True, help="Even while open elsewhere.")
-@click.option("-p", "show_progress", is_flag=True, help="Taken for compatibility.")
-@click.option("-q", "--quiet", is_flag=True)
-@click.option("-T", "cache", metavar="MODE", help="Taken for compatibility.")
+@click.option("-p", "show_progress", is_flag=True, help="Show progress.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
+@click.option("-T", "cache", metavar="MODE", help="none: keep both out of the page cache.")
+@click.option("--image-opts", is_flag=True, help="FIRST and SECOND are option strings.")
 @click.argument("first")
 @click.argument("second")
 def compare_command(
     first_format: str | None, second_format: str | None, strict: bool, force_share: bool,
-    show_progress: bool, quiet: bool, cache: str | None, first: str, second: str,
+    show_progress: bool, quiet: bool, cache: str | None, image_opts: bool, first: str, second: str,
 ) -> int:  # fmt: skip
-    """Compare FIRST and SECOND. Exit code: 0 identical, 1 different, 2 open failed, 4 I/O error."""
+    """Compare what FIRST and SECOND hold. Where the longer one goes on it has to be zero.
+
+    With -s they differ, too, if their sizes differ, or if at some offset one has data, zeroes or
+    nothing, and the other does not.
+
+    Exit code: 0 identical, 1 different or a wrong command line, 2 open failed, 3 the allocation
+    could not be told, 4 a read failed."""
 
     def say(text: str) -> None:
         if not quiet:
             click.echo(text)
 
     try:
+        drop = not cached(cache, "source ")
         with (
-            image(first, first_format, force_share=force_share) as a,
-            image(second, second_format, force_share=force_share) as b,
+            image(first, first_format, force_share=force_share, image_opts=image_opts) as a,
+            image(second, second_format, force_share=force_share, image_opts=image_opts) as b,
+            Report(max(a.size, b.size), show_progress and not quiet) as report,
         ):
-            try:
-                return compare(a, b, strict, say)
-            except OSError as error:
-                click.echo(f"cowferry: {error}", err=True)
-                return 4
+            code = compare(a, b, strict, say, report)
+            if drop:
+                forget(a)
+                forget(b)
+            return code
     except CowferryError as error:
         complain(error)
-        sys.exit(2)
+        sys.exit(NOT_OPENED)
 
 
-def compare(a: Node, b: Node, strict: bool, say: object) -> int:
-    """qemu-img's way: a longer image must be zero where the other ends."""
-    assert callable(say)
-    shorter, longer = sorted((a, b), key=lambda n: n.size)
-    if a.size != b.size and strict:
+def compare(a: Node, b: Node, strict: bool, say: Say, report: Report) -> int:
+    """The exit code; in the end `say` is told the result."""
+    if strict and a.size != b.size:
         say("Strict mode: Image size mismatch!")
-        return 1
-    left = memoryview(bytearray(STEP))
-    right = memoryview(bytearray(STEP))
-    for start in range(0, shorter.size, STEP):
-        n = min(STEP, shorter.size - start)
-        states = [_states(x, start, n) for x in (a, b)]
-        if strict and states[0] != states[1]:
-            say(f"Strict mode: Offset {start} block status mismatch!")
-            return 1
-        if all(s == {State.ZERO} for s in states):
-            continue
-        read(a, left[:n], start)
-        read(b, right[:n], start)
-        if left[:n] != right[:n]:
-            at = next(i for i in range(n) if left[i] != right[i])
-            say(f"Content mismatch at offset {start + at}!")
-            return 1
-    if a.size != b.size:
-        say("Warning: Image size mismatch!")
-        for start in range(shorter.size, longer.size, STEP):
-            n = min(STEP, longer.size - start)
-            if _states(longer, start, n) == {State.ZERO}:
-                continue
-            read(longer, left[:n], start)
-            if any(left[:n]):
-                at = next(i for i in range(n) if left[i])
-                say(f"Content mismatch at offset {start + at}!")
-                return 1
+        return DIFFERENT
+    try:
+        at = _other_status(a, b) if strict else None
+    except OSError as error:
+        click.echo(f"cowferry: the allocation cannot be told: {_why(error)}", err=True)
+        return NO_STATUS
+    shorter, longer = sorted((a, b), key=lambda n: n.size)
+    content = None
+    for side, other, start, end in (
+        (a, b, 0, shorter.size), (longer, None, shorter.size, longer.size),
+    ):  # fmt: skip
+        if content is None:
+            try:
+                content = _mismatch(side, other, start, end if at is None else min(at, end), report)
+            except _Unread as error:
+                click.echo(f"cowferry: {error}", err=True)
+                return NOT_READ
+        if start == 0 and content is None and a.size != b.size:
+            say("Warning: Image size mismatch!")
+    if content is not None:
+        say(f"Content mismatch at offset {content}!")
+        return DIFFERENT
+    if at is not None:
+        say(f"Strict mode: Offset {at} block status mismatch!")
+        return DIFFERENT
     say("Images are identical.")
-    return 0
+    return SAME
 
 
-def _states(node: Node, offset: int, length: int) -> set[State]:
-    return {e.state for e in resolve(node, offset, length)}
+def _other_status(a: Node, b: Node) -> int | None:
+    """The first offset at which the two disks, of one size, are not allocated in the same way."""
+    left, right = (_stops(runs(n, 0, n.size)) for n in (a, b))
+    x, y = next(left, None), next(right, None)
+    start = 0
+    while x is not None and y is not None:
+        if x[1] != y[1]:
+            return start
+        start = min(x[0], y[0])
+        if x[0] == start:
+            x = next(left, None)
+        if y[0] == start:
+            y = next(right, None)
+    return None
+
+
+def _stops(found: Iterator[Run]) -> Iterator[tuple[int, tuple[bool, ...]]]:
+    """(end, status) of each run."""
+    for run in found:
+        yield run.start + run.length, run.status
+
+
+class _Unread(Exception):
+    """What cannot be read, in one line."""
+
+
+def _mismatch(a: Node, b: Node | None, start: int, end: int, report: Report) -> int | None:
+    """The first offset at which two disks differ; without `b`, at which one is not zero."""
+    left, right = memoryview(bytearray(STEP)), memoryview(bytearray(STEP))
+    windows = Windows(start, end, a, b)
+    for begin, length in windows:
+        for at, n in may_differ(a, b, begin, length):
+            windows.busy()
+            for offset in range(at, at + n, STEP):
+                step = min(STEP, at + n - offset)
+                found = _differ(a, b, left[:step], right[:step], offset)
+                if found is not None:
+                    return found
+                report.at(offset)
+        report.at(begin + length)
+    return None
+
+
+def _differ(
+    a: Node, b: Node | None, left: memoryview, right: memoryview, offset: int
+) -> int | None:
+    """The first offset at which two disks differ, within the length of the buffers."""
+    for node, buffer in ((a, left), (b, right)):
+        try:
+            read(node, buffer, offset)
+        except OSError as error:
+            if len(buffer) > SECTOR:  # what comes before it may differ, and says more
+                return _by_sectors(a, b, left, right, offset)
+            name = one_line(node.filename) if node is not None else ""
+            raise _Unread(f"Could not read '{name}' at offset {offset}: {_why(error)}") from error
+    return offset + _first(left, right) if left != right else None
+
+
+def _by_sectors(
+    a: Node, b: Node | None, left: memoryview, right: memoryview, offset: int
+) -> int | None:
+    for at in range(0, len(left), SECTOR):
+        here = slice(at, at + SECTOR)
+        found = _differ(a, b, left[here], right[here], offset + at)
+        if found is not None:
+            return found
+    return None
+
+
+def _why(error: OSError) -> str:
+    return one_line(error.strerror or str(error))
+
+
+def _first(a: memoryview, b: memoryview) -> int:
+    """The first place at which two buffers of one length differ."""
+    low, high = 0, len(a)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] != b[low:middle]:
+            high = middle
+        else:
+            low = middle
+    return low

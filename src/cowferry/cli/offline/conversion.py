@@ -21,10 +21,10 @@ from cowferry.block.copy import Copier, Kind, Span, differing, spans
 from cowferry.block.node import Extent, Node, State, chain, far, read, resolve, with_holes
 from cowferry.cli.offline import forget
 from cowferry.cli.offline.progress import Report
+from cowferry.cli.offline.runs import Windows
 from cowferry.errors import CowferryError, ImageError, one_line
 
 STEP = 64 << 20  # bytes between two looks at the progress
-MANY = 1 << 20  # granules whose runs are looked up together, at most
 CHUNK = 2 << 20  # bytes that are searched for zeroes at once
 TOGETHER = 4 << 20  # bytes compressed together; a multiple of every granule
 FETCH = 16 << 20  # bytes asked of a server at once
@@ -84,21 +84,15 @@ class Conversion:
             raise self._told(error) from error
 
     def _spans(self) -> Iterator[Span]:
-        """What is to be done, in steps. As long as there is no data the steps grow, because a disk
-        may have exabytes of nothing."""
-        source, start, window = self.source, 0, STEP
-        plain = all(n.driver == "raw" for n in chain(source))  # its runs are found one by one
-        most = source.size if plain else self.granule * MANY
-        while start < source.size:
-            length = min(window, source.size - start)
-            window = min(window * 2, max(most, STEP) // self.granule * self.granule or STEP)
-            for span in spans(source, start, length, self.granule, self.base):
+        """What is to be done, in steps."""
+        windows = Windows(0, self.source.size, self.source, self.target)
+        for start, length in windows:
+            for span in spans(self.source, start, length, self.granule, self.base):
                 step = STEP if span.kind is Kind.COPY or not self.blank else span.length
                 if span.kind is Kind.COPY:
-                    window = STEP
+                    windows.busy()
                 for at in range(0, span.length, step):
                     yield Span(span.offset + at, min(step, span.length - at), span.kind)
-            start += length
 
     def _span(self, span: Span) -> None:
         if span.kind is Kind.KEEP:

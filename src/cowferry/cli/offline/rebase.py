@@ -7,15 +7,14 @@ from collections.abc import Iterator
 
 import click
 
-from cowferry.block.node import Extent, Node, State, read, resolve
+from cowferry.block.node import Node, State, read
 from cowferry.cli.offline import cached, forget, image
 from cowferry.cli.offline.progress import Report
+from cowferry.cli.offline.runs import Windows, may_differ
 from cowferry.drivers import formats, opening, partial
 from cowferry.errors import CowferryError, ImageError, NotSupported, one_line
 
 STEP = 1 << 20  # bytes compared at once
-WINDOW = 64 << 20  # bytes whose runs are looked up together, at first
-MANY = 1 << 20  # granules whose runs are looked up together, at most
 
 
 @click.command("rebase")
@@ -129,65 +128,26 @@ def _settle(node: Node, backing: str, format: str | None, report: Report, drop: 
 def _copy_differences(node: Node, new: Node | None) -> Iterator[int]:
     """Yield how far it is, in bytes. What reads the same below is left where it is."""
     was, will = memoryview(bytearray(STEP)), memoryview(bytearray(STEP))
-    start, window = 0, WINDOW
-    while start < node.size:
-        length = min(window, node.size - start)
-        window = min(window * 2, max(node.granule * MANY, WINDOW))
-        for hole, end in list(_holes(node, start, length)):
-            for at, stop in _may_differ(node.backing, new, hole, end):
-                window = WINDOW
-                for offset in range(at, stop, STEP):
-                    n = min(STEP, stop - offset)
-                    read(node.backing, was[:n], offset)
-                    read(new, will[:n], offset)
-                    _copy(node, was[:n], will[:n], offset)
+    windows = Windows(0, node.size, node, new)
+    for start, length in windows:
+        for hole, size in list(_holes(node, start, length)):
+            for at, n in may_differ(node.backing, new, hole, size):
+                windows.busy()
+                for offset in range(at, at + n, STEP):
+                    step = min(STEP, at + n - offset)
+                    read(node.backing, was[:step], offset)
+                    read(new, will[:step], offset)
+                    _copy(node, was[:step], will[:step], offset)
                     yield offset
-        start += length
-        yield start
+        yield start + length
 
 
 def _holes(node: Node, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the runs that the image has from below."""
+    """(offset, length) of the runs that the image has from below."""
     for e in node.extents(offset, length):
         if e.state is State.HOLE:
-            yield offset, offset + e.length
+            yield offset, e.length
         offset += e.length
-
-
-def _may_differ(
-    old: Node | None, new: Node | None, start: int, end: int
-) -> Iterator[tuple[int, int]]:
-    """(start, end) of what two chains do not say to be the same bytes, neighbours joined."""
-    left, right = (iter(resolve(n, start, end - start)) for n in (old, new))
-    a, b = next(left), next(right)
-    begin = -1
-    while start < end:
-        n = min(a.length, b.length)
-        if _same(a, b):
-            if begin >= 0:
-                yield begin, start
-            begin = -1
-        elif begin < 0:
-            begin = start
-        start += n
-        if start < end:
-            a = _behind(a, n) if a.length > n else next(left)
-            b = _behind(b, n) if b.length > n else next(right)
-    if begin >= 0:
-        yield begin, end
-
-
-def _behind(e: Extent, length: int) -> Extent:
-    return e._replace(length=e.length - length, host=e.host + length)
-
-
-def _same(a: Extent, b: Extent) -> bool:
-    """Whether two runs are zeroes, or lie in one file at one place."""
-    if a.state is State.ZERO and b.state is State.ZERO:
-        return True
-    if a.fd < 0 or b.fd < 0 or a.host != b.host or a.state is not b.state:
-        return False
-    return os.path.samestat(os.fstat(a.fd), os.fstat(b.fd))
 
 
 def _copy(node: Node, was: memoryview, will: memoryview, offset: int) -> None:

@@ -199,6 +199,27 @@ class Qcow2(Node):
             found = self.map.runs(offset, length)
         return iter(found)
 
+    def kept_places(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(length, host offset or 0) of the pieces of a run of zeroes: a cluster that was zeroed
+        may keep its place."""
+        size, words = self.cluster_size, self.map.words
+        end = offset + length
+        while offset < end:
+            index, slot = divmod(offset // size, self.map.per_table)
+            stop = min(end, (index + 1) * self.map.per_table * size)
+            last = slot + -(-(stop - offset // size * size) // size)
+            with self.meta:
+                table = self.map.table(index)
+                places = [] if table is None else table[slot * words : last * words : words]
+            if not any(entry & OFFSET for entry in places):
+                yield stop - offset, 0
+                offset = stop
+            for entry in places if offset < stop else ():
+                n = min(size - offset % size, stop - offset)
+                host = entry & OFFSET
+                yield n, host + offset % size if host else 0
+                offset += n
+
     def read_run(self, buf: memoryview, offset: int, extent: Extent) -> None:
         """Decompress as many clusters as the run touches; or ask a file without a descriptor."""
         if not extent.compressed:
