@@ -34,7 +34,8 @@ from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.drivers.qed.image import Qed
 from cowferry.errors import CowferryError
 from cowferry.jobs.commit import ActiveCommit, Commit
-from cowferry.jobs.job import Job, Jobs, finish
+from cowferry.jobs.ending import finish
+from cowferry.jobs.job import Job, Jobs
 from cowferry.jobs.mirror import Mirror
 from cowferry.jobs.states import Status
 from cowferry.jobs.stream import Stream

@@ -20,7 +20,8 @@ from cowferry.drivers import opening
 from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.jobs import backup
 from cowferry.jobs.backup import Backup
-from cowferry.jobs.job import Job, finish
+from cowferry.jobs.ending import finish
+from cowferry.jobs.job import Job
 from cowferry.operations.backup import Unknown
 from orders import failing, on_call
 from tests_support import need

@@ -25,7 +25,8 @@ from cowferry.block.node import Node
 from cowferry.block.spill import UNIT
 from cowferry.drivers import opening
 from cowferry.jobs.backup import BITMAP_MODES, Backup
-from cowferry.jobs.job import Progress, finish
+from cowferry.jobs.ending import finish
+from cowferry.jobs.job import Progress
 
 KIB = 1 << 10
 SECTOR = 512

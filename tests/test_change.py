@@ -22,7 +22,7 @@ from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, ImageError
 from cowferry.jobs import verify
-from cowferry.jobs.job import finish
+from cowferry.jobs.ending import finish
 from cowferry.jobs.verify import Verify
 from cowferry.operations import change as operation
 from daemons import Told, a_daemon

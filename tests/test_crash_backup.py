@@ -19,7 +19,7 @@ from cowferry.block.bitmap_file import Stamp
 from cowferry.drivers import opening
 from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.jobs.backup import Backup
-from cowferry.jobs.job import finish
+from cowferry.jobs.ending import finish
 from crashes import SIZE, SPEED, Judge, World, Wrong, a_disk, sound, the_job
 from writelog import State
 

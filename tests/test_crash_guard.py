@@ -29,7 +29,7 @@ from cowferry.block.keeper import Keeper
 from cowferry.drivers import opening, partial
 from cowferry.drivers.file import File
 from cowferry.drivers.partial import Partial
-from cowferry.jobs.job import Ending
+from cowferry.jobs.ending import Ending
 from cowferry.jobs.mirror import Mirror
 from cowferry.operations import change as change_operation
 from cowferry.operations import transaction as transactions

@@ -15,7 +15,7 @@ from cowferry.block.bitmap_file import Stamp
 from cowferry.block.keeper import Keeper
 from cowferry.drivers import opening
 from cowferry.jobs.backup import Backup
-from cowferry.jobs.job import finish
+from cowferry.jobs.ending import finish
 from crashes import SPEED, Judge, World, Wrong, a_disk, sound, the_job
 from writelog import State
 

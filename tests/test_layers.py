@@ -43,7 +43,9 @@ NAMED_IN_TYPES: dict[str, set[str]] = {
 
 
 # Of the jobs: what all of them stand on. (An active commit is a mirror with another target.)
-SHARED_BY_JOBS = {"jobs", "jobs.job", "jobs.states", "jobs.group", "jobs.mirror"}
+SHARED_BY_JOBS = {
+    "jobs", "jobs.job", "jobs.ending", "jobs.states", "jobs.group", "jobs.mirror", "jobs.follow",
+}  # fmt: skip
 
 
 def modules() -> Iterator[tuple[str, Path]]:

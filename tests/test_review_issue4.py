@@ -25,7 +25,8 @@ from cowferry.drivers.throttle import Throttle
 from cowferry.errors import CowferryError
 from cowferry.jobs import job as jobs
 from cowferry.jobs.backup import Backup
-from cowferry.jobs.job import Ending, Job, Jobs, finish
+from cowferry.jobs.ending import Ending, finish
+from cowferry.jobs.job import Job, Jobs
 from cowferry.jobs.mirror import Mirror
 from daemons import PATIENCE, a_daemon
 from nbd_servers import bytes_of, empty, nbdkit, node_of, qemu_nbd, until, view

@@ -20,7 +20,7 @@ from cowferry.block.node import Extent, Node
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
 from cowferry.jobs.backup import Backup
-from cowferry.jobs.job import finish
+from cowferry.jobs.ending import finish
 from daemons import a_daemon
 from orders import failing, on_call
 

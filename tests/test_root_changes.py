@@ -24,7 +24,8 @@ from cowferry.block.node import Node, chain
 from cowferry.daemon import Daemon
 from cowferry.drivers import fdsets, opening
 from cowferry.errors import CowferryError, DeviceInUse
-from cowferry.jobs.job import Job, finish
+from cowferry.jobs.ending import finish
+from cowferry.jobs.job import Job
 from cowferry.jobs.states import Status
 from cowferry.operations.snapshot import Snapshot
 from daemons import PATIENCE, a_daemon

@@ -28,7 +28,7 @@ from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
-from cowferry.block import sysio
+from cowferry.block import scope, sysio
 from cowferry.block.behind import Behind
 from cowferry.block.node import (
     Extent,
@@ -220,8 +220,16 @@ class Copier:
         def get(buf: memoryview, done: int) -> None:
             read(source, whole[done : done + len(buf)], offset + done)
 
-        self._piecewise(length, get, far(source))
+        self.in_pieces(length, get, far(source))
         return whole
+
+    def store(self, target: Node, offset: int, data: memoryview) -> None:
+        """Write bytes that are in memory to a target that a server holds. Raises `OSError`."""
+
+        def put(buf: memoryview, done: int) -> None:
+            target.pwrite(data[done : done + len(buf)], offset + done)
+
+        self.in_pieces(len(data), put, far(target))
 
     def place(self, source: Node | None, target: Node, span: Span) -> None:
         """Make `span` of `target`, which nobody else uses, read as `source` does there."""
@@ -368,21 +376,23 @@ class Copier:
             get(buf, done)
             sysio.pwrite(fd, buf, host + done)
 
-        self._piecewise(length, move, remote)
+        self.in_pieces(length, move, remote)
 
     def _write(self, source: Node | None, target: Node, offset: int, length: int) -> None:
         remote = far(target) + far(source)
         self.touched = self.touched or length > 0
         for at in range(offset, offset + length, BLOCK):
             n = min(BLOCK, offset + length - at)
-            self._piecewise(
+            self.in_pieces(
                 n, partial(_place_piece, source, target, at, _runs(source, at, n)), remote
             )
 
-    def _piecewise(
+    def in_pieces(
         self, length: int, move: Callable[[memoryview, int], None], remote: list[Node]
     ) -> None:
         """`move(buf, done)` each piece, in order; or several at once, if `remote` are involved.
+
+        The threads that do so wait within the scopes of the caller.
 
         Nothing is on the way any more on return. Raises the first error."""
         if not remote or length <= REMOTE:
@@ -397,14 +407,20 @@ class Copier:
         starts = iter(range(0, length, REMOTE))
         errors: list[BaseException] = []
 
+        scopes = scope.current()
+
         def work() -> None:
             buf = self._spare.pop() if self._spare else memoryview(bytearray(REMOTE))
             try:
-                while not errors and (done := next(starts, -1)) >= 0:  # one step of the interpreter
-                    move(buf[: min(REMOTE, length - done)], done)
+                with scope.inside(scopes):
+                    move_all(buf)
             except BaseException as error:
                 errors.append(error)
             self._spare.append(buf)
+
+        def move_all(buf: memoryview) -> None:
+            while not errors and (done := next(starts, -1)) >= 0:  # one step of the interpreter
+                move(buf[: min(REMOTE, length - done)], done)
 
         running: list[Future[None]] = []
         try:

@@ -20,7 +20,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import groupby
 from typing import Protocol
@@ -32,6 +32,7 @@ from cowferry.block.lease import DATA, SPAN, SPAN_BITS, WRITABLE, ZERO, Leases
 from cowferry.block.limits import Group, Member
 from cowferry.block.node import Extent, Node, State, clear, far, read, read_fully, with_holes
 from cowferry.block.rates import fitted
+from cowferry.block.scope import CalledOff, Scope
 from cowferry.block.throttle import READ, WRITE, Brake, Turnstile, let_through
 
 Buffer = memoryview | None  # bytes, or None for zeroes
@@ -41,6 +42,7 @@ COPY_ON_READ_MAX = 1 << 20
 # at most while a tap may have to copy them.
 LEAST, MOST, MOST_TAPPED = 1 << 20, 64 << 20, 4 << 20
 MOMENT = 0.005  # seconds that such a section should take, because guests wait for it
+DRAIN_SECONDS = 30.0  # that a drain waits for requests in flight; then guests go on
 LOOK = 0.1  # seconds between looks whether somebody is called off
 
 
@@ -103,14 +105,16 @@ class _Exclusive:
 
     def __enter__(self) -> None:
         leases, gate, length = self.disk.leases, self.disk.gate, self.length
-        start, end = 0, END
+        if length is None:
+            with Scope(DRAIN_SECONDS, f"requests on disk '{self.disk.name}' have not finished"):
+                self.start, self.end, self.claim = 0, END, gate.claim(0, END)
+            return
         while True:
             shift = leases.shift
-            if length is not None:
-                start = self.offset >> shift << shift
-                end = -(-(self.offset + length) >> shift) << shift
+            start = self.offset >> shift << shift
+            end = -(-(self.offset + length) >> shift) << shift
             claim = gate.claim(start, end)
-            if length is None or shift == leases.shift:
+            if shift == leases.shift:
                 break
             gate.release(claim)  # another root, with other granules, came while we waited
         self.start, self.end, self.claim = start, end, claim
@@ -139,6 +143,7 @@ class Disk:
         self.leases = Leases(root.granule)
         self.bitmaps: dict[str, Bitmap] = {}  # of jobs, beside the root's. Changed inside a drain
         self.taps: tuple[Tap, ...] = ()  # changed only inside a drain
+        self.late: list[Callable[[], None]] = []  # what `in_drain` has put off
         self.rank = 0  # one more than that of the disk whose tap writes this one: see `in_order`
         # What a request passes before it enters the gate, in this order: none, on most disks.
         self.turnstiles: tuple[Turnstile, ...] = ()
@@ -230,6 +235,28 @@ class Disk:
         with self.exclusive():
             self.retired = True
 
+    def in_drain(self, work: Callable[[], None], patience: float) -> bool:
+        """Do `work` inside a drain, if requests in flight finish within `patience` seconds. Else it
+        is done later (`do_late`), and this returns False: nobody waits for it."""
+        try:
+            with Scope(patience, f"requests on disk '{self.name}' have not finished"):
+                drain = self.exclusive()
+                drain.__enter__()
+        except CalledOff:
+            self.late.append(work)
+            return False
+        try:
+            work()
+        finally:
+            drain.__exit__()
+        return True
+
+    def do_late(self, patience: float = 0.2) -> None:
+        """Do what could not be done in a drain before."""
+        late, self.late = self.late, []
+        for work in late:
+            self.in_drain(work, patience)
+
     def slot(self) -> Slot:
         """The calling thread's own place in the gate."""
         place: _Place | None = getattr(self._local, "place", None)
@@ -240,6 +267,8 @@ class Disk:
     def exclusive(self, offset: int = 0, length: int | None = None) -> _Exclusive:
         """The range, rounded out to granules, is this thread's alone; None: the whole disk.
 
+        Entering raises `CalledOff` (an `OSError`) if a scope of the thread ends, and for the whole
+        disk if requests are in flight for `DRAIN_SECONDS`: while it waits, guests are held back.
         Inside, talk to nodes. Leaving drops the leases of the range. Not reentrant."""
         return _Exclusive(self, offset, length)
 
@@ -252,6 +281,11 @@ class Disk:
             yield
         finally:
             self.gate.leave(slot)
+
+    def afloat(self) -> AbstractContextManager[None]:
+        """The calling thread is in the way of drains, and of no request: what it has looked up may
+        change, but no file of the chain is closed meanwhile."""
+        return self.shared(END - 1, 1)
 
     def check(self, offset: int, length: int, write: bool = False, discard: bool = False) -> None:
         """Check a request's range, for every consumer. Raises EINVAL, ENOSPC, EPERM.
@@ -451,7 +485,7 @@ class Disk:
 
         Inside like any other request, but overlapping with drains only: the root that it flushes
         is not closed under it."""
-        with self.shared(END - 1, 1):
+        with self.afloat():
             if not self.retired:  # or it was flushed when it was closed
                 self.root.flush()
 
@@ -503,6 +537,9 @@ class Disk:
             for tap in self.taps:
                 tap.failed(offset, length)
             raise
+        finally:  # a job may have read the old bytes after the mark above
+            for bitmap in self.bitmaps.values():
+                bitmap.mark(offset, length)
         for tap in self.taps:
             tap.after(offset, length, data)
 

@@ -14,11 +14,16 @@ claim, is under `changed`.
 
 Fairness among exclusives is by ticket: a claim waits for the overlapping claims that were
 made before it and for nothing that came later, so no two can wait for each other.
+
+A wait ends early if a scope of its thread ends (`block/scope.py`): a claim is withdrawn then, and
+nobody is held back any more.
 """
 
 from __future__ import annotations
 
 import threading
+
+from cowferry.block import scope
 
 END = 1 << 62  # an end beyond every disk: a drain covers growth, too
 
@@ -80,11 +85,11 @@ class Gate:
         return True
 
     def enter(self, slot: Slot, start: int, end: int) -> None:
-        """Enter, after the exclusive sections that overlap."""
+        """Enter, after the exclusive sections that overlap. Raises `CalledOff`."""
         while not self.try_enter(slot, start, end):
             with self.changed:
                 while any(c.start < end and start < c.end for c in self.claims):
-                    self.changed.wait()
+                    scope.wait(self.changed)
 
     def leave(self, slot: Slot) -> None:
         """Every enter is followed by one leave, whatever happened between."""
@@ -94,7 +99,9 @@ class Gate:
                 self.changed.notify_all()
 
     def claim(self, start: int, end: int) -> Claim:
-        """Wait until [start, end) is ours alone. The caller is not inside: it left first."""
+        """Wait until [start, end) is ours alone. The caller is not inside: it left first.
+
+        Raises `CalledOff`."""
         mine = Claim(start, end)
         with self.changed:
             earlier = self.claims
@@ -104,7 +111,7 @@ class Gate:
             self.claims = (*earlier, mine)
             try:
                 while self._blocked(mine, earlier):
-                    self.changed.wait()
+                    scope.wait(self.changed)
             except BaseException:
                 self.claims = tuple(c for c in self.claims if c is not mine)
                 self.changed.notify_all()

@@ -429,6 +429,12 @@ def part(runs: Iterable[Extent], skip: int, length: int) -> Iterator[Extent]:
         skip = max(skip - e.length, 0)
 
 
+def served_plainly(node: Node) -> bool:
+    """Whether a server holds the bytes, and no format of ours is over them: nothing that the node
+    says of its runs is remembered, so its bytes may be changed under a reader of the disk."""
+    return node.remote or (node.driver == "raw" and node.backing is None and bool(far(node)))
+
+
 def far(node: Node | None) -> list[Node]:
     """The nodes of the chain under `node` whose bytes a server holds."""
     return [n for n in chain(node) if _remote(n)]

@@ -104,6 +104,16 @@ def wait(changed: threading.Condition, timeout: float | None = None) -> None:
     changed.wait(LOOK_SECONDS if timeout is None else min(timeout, LOOK_SECONDS))
 
 
+def acquire(lock: threading.Lock) -> None:
+    """Take a lock. Raises `CalledOff`; then it is not taken."""
+    if not _stack.scopes:
+        lock.acquire()
+        return
+    check()
+    while not lock.acquire(timeout=LOOK_SECONDS):
+        check()
+
+
 def wait_for(changed: threading.Condition, so: Callable[[], bool]) -> None:
     """Wait until it is so. The caller holds `changed`. Raises `CalledOff`."""
     while not so():

@@ -33,9 +33,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cowferry.block import identity
+from cowferry.block import identity, scope
 from cowferry.block.identity import Place
 from cowferry.block.node import ZEROES, Extent, Node, State, clear
+from cowferry.block.scope import CalledOff
 from cowferry.drivers import Common, register
 from cowferry.drivers.nbd_link import Broken, Call, Link, Refused, connect
 from cowferry.drivers.plan import Plan
@@ -368,6 +369,8 @@ class Nbd(Node):
         try:
             if failed is None and self._flags() & nbd.SEND_FLUSH:
                 self._do(nbd.FLUSH, 0, 0, 0)
+        except CalledOff:
+            raise  # what the server has flushed is not known, and nothing has failed
         except OSError as error:
             with self._changed:
                 self._failed = self._failed or error
@@ -463,7 +466,7 @@ class Nbd(Node):
                     raise OSError(errno.EIO, f"{self.filename}: {self._why}")
                 else:
                     turn = math.inf if self._connecting else self._next_attempt
-                    self._changed.wait(min(turn, until) - now)
+                    scope.wait(self._changed, min(turn, until) - now)
                     continue
                 self._changed.release()
                 try:
@@ -496,6 +499,11 @@ class Nbd(Node):
                 kept = list(self._kept)
             for k in kept:
                 link.wait(link.submit(k.kind, k.flags, k.offset, k.length, k.data))
+        except CalledOff:
+            if link is not None:
+                link.abort()
+                link.close()
+            raise
         except (OSError, CowferryError) as error:
             if link is not None:
                 link.abort()
@@ -531,6 +539,8 @@ class Nbd(Node):
         while True:
             try:
                 return self._dial(HANDSHAKE)
+            except CalledOff as error:
+                raise ImageError(f"Could not open '{self.filename}': {error.strerror}") from error
             except OSError as error:
                 serious = isinstance(error, Broken | Refused)
                 if serious or time.monotonic() + PAUSE >= until:

@@ -12,7 +12,10 @@ nobody waits who could read.
 The server is a stranger. Sizes, lengths, offsets and texts that it sends are checked before
 anything is allocated for them; an answer that does not fit its request ends the connection with
 `Broken`; the handshake has a deadline that no trickle of bytes extends. What it can still do is
-not answer: there is no time limit on a request, but `abort` fails all of them at once.
+not answer. There is no time limit on a request, but `abort` fails all of them at once, and a thread
+whose scope ends (`block/scope.py`) gives up its own request alone. The answer to a request that was
+given up is thrown away when it comes. If that request was to change bytes, later changes wait for
+its answer, because a server may do what it was asked in any order.
 """
 
 from __future__ import annotations
@@ -20,13 +23,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
+import select
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
+from cowferry.block import scope
 from cowferry.block.identity import STORAGE
+from cowferry.block.scope import LOOK_SECONDS, CalledOff
 from cowferry.errors import one_line
 from cowferry.wire import nbd
 from cowferry.wire.address import Address, parse_uri
@@ -37,6 +45,8 @@ MAX_REPLY = 64 << 10  # bytes of an option's reply
 MAX_REPLIES = 4096  # to one option
 MAX_CHUNKS = 1 << 16  # in one answer
 MAX_RUNS = 1 << 17  # in one block status
+TORN_SECONDS = 5.0  # that the rest of an answer may take which nobody wants any more
+CHANGES = (nbd.WRITE, nbd.WRITE_ZEROES, nbd.TRIM)
 
 
 class Broken(ConnectionError):
@@ -53,35 +63,42 @@ def connect(
     address: Address, timeout: float, begun: Callable[[socket.socket], None] | None = None
 ) -> socket.socket:
     """A connected socket. `begun` gets each socket before it connects, to shut it down from
-    another thread. Raises `OSError`; never takes much longer than `timeout` seconds."""
+    another thread. Raises `OSError`, `CalledOff`; never takes much longer than `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
     if address.path:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             if begun is not None:
                 begun(sock)
             # Blocking: with a timeout set, a full backlog is EAGAIN at once.
-            limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-            sock.connect(address.path)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(LOOK_SECONDS))
+            while True:
+                try:
+                    sock.connect(address.path)
+                    break
+                except BlockingIOError:  # its backlog is full
+                    scope.check()
+                    if time.monotonic() >= deadline:
+                        raise
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
         except BaseException:
             sock.close()
             raise
         return sock
-    deadline = time.monotonic() + timeout
     failure: OSError = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
-    for family, kind, proto, _, where in socket.getaddrinfo(
-        address.host, address.port, type=socket.SOCK_STREAM
-    ):
+    for family, kind, proto, _, where in resolved(address.host, address.port, deadline):
         sock = socket.socket(family, kind, proto)
         try:
             if begun is not None:
                 begun(sock)
-            sock.settimeout(max(deadline - time.monotonic(), 0.01))
-            sock.connect(where)
+            _connect(sock, where, deadline)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             return sock
+        except CalledOff:
+            sock.close()
+            raise
         except OSError as error:
             failure = error
             sock.close()
@@ -91,12 +108,57 @@ def connect(
     raise failure
 
 
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+def _connect(sock: socket.socket, where: Any, deadline: float) -> None:
+    """Connect a socket by `deadline`, and leave it blocking. Raises `OSError`, `CalledOff`."""
+    sock.setblocking(False)
+    code = sock.connect_ex(where)
+    if code == errno.EINPROGRESS:
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT)
+        while not poll.poll(LOOK_SECONDS * 1000):
+            scope.check()
+            if time.monotonic() >= deadline:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+    sock.setblocking(True)
+
+
+def resolved(host: str, port: int, deadline: float) -> list[Any]:
+    """What `socket.getaddrinfo` says, by `deadline`. Raises `OSError`, `CalledOff`.
+
+    A resolver may take much longer, and cannot be interrupted: it has a thread of its own."""
+    found: queue.SimpleQueue[list[Any] | OSError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found.put(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+        except OSError as error:
+            found.put(error)
+
+    threading.Thread(target=ask, name="resolver", daemon=True).start()
+    while True:
+        with contextlib.suppress(queue.Empty):
+            answer = found.get(timeout=LOOK_SECONDS)
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+        scope.check()
+        if time.monotonic() >= deadline:
+            raise TimeoutError(errno.ETIMEDOUT, f"the name '{host}' was not resolved in time")
+
+
 class Call:
     """One request, and what has come of its answer. Its reader's until `done`, then its owner's."""
 
     __slots__ = (
         "chunks", "cookie", "done", "error", "failed", "into", "kind", "left", "length", "link",
-        "offset", "runs", "seen", "wake",
+        "offset", "runs", "seen", "wake", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -115,6 +177,7 @@ class Call:
         self.failed: OSError | None = None  # told by a chunk that was not the last
         self.error: OSError | None = None
         self.done = False
+        self.wanted = True  # False: it was given up, and its answer is thrown away
         self.wake: threading.Lock | None = None  # held by its owner, who sleeps on it
 
 
@@ -148,13 +211,18 @@ class Link:
         self._buffer = memoryview(bytearray(BUFFER))
         self._start = self._end = 0  # what was received ahead; the reader's
         self._deadline: float | None = time.monotonic() + timeout
+        self._between = False  # the reader waits for the beginning of an answer; the reader's
+        self._torn = 0.0  # when a reader that was called off began to wait; the reader's
+        self._filling: Call | None = None  # whose buffer the reader may write to; the reader's
         self._sending = threading.Lock()  # a request is sent whole
+        self._settling = threading.Lock()  # one thread at a time waits for `_given_up`
         # Duty: guards everything below. Never held over a send or a receive.
         self._state = threading.Lock()
         self._quiet = threading.Condition(self._state)  # of a link that is over: nobody reads
         self.failure: ConnectionError | None = None  # it is over, and why
         self._calls: dict[int, Call] = {}  # by cookie
         self._asleep: dict[Call, None] = {}  # whose owners sleep, in the order of their coming
+        self._given_up: list[Call] = []  # changes of bytes that nobody waits for any more
         self._reading = False
         self._cookie = 0
         try:
@@ -167,6 +235,8 @@ class Link:
             raise
         self._deadline = None
         sock.settimeout(None)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # then a thread looks at its scope
+            sock.setsockopt(socket.SOL_SOCKET, option, _timeval(LOOK_SECONDS))
 
     # Requests ----------------------------------------------------------------------------
 
@@ -181,7 +251,9 @@ class Link:
     ) -> Call:
         """Send a request; `wait` has to follow. `into` is written to until then.
 
-        Raises `ConnectionError` if the connection is over."""
+        Raises `ConnectionError` if the connection is over, `CalledOff`."""
+        if kind in CHANGES and self._given_up:
+            self._settle()
         call = Call(self, kind, offset, length, into)
         with self._state:
             if self.failure is not None:
@@ -190,17 +262,11 @@ class Link:
             cookie = call.cookie = self._cookie
             self._calls[cookie] = call
         head = nbd.REQUEST.pack(nbd.REQUEST_MAGIC, flags, kind, cookie, offset, length)
+        parts = [memoryview(head)] if data is None else [memoryview(head), memoryview(data)]
         try:
-            with self._sending:
-                if data is None:
-                    self.sock.sendall(head)
-                else:
-                    sent = self.sock.sendmsg([head, data])
-                    if sent < len(head):
-                        self.sock.sendall(head[sent:])
-                        sent = len(head)
-                    if sent < len(head) + len(data):
-                        self.sock.sendall(memoryview(data)[sent - len(head) :])
+            self._send(call, parts)
+        except CalledOff:
+            raise
         except OSError as error:
             self.abort(f"the connection is lost: {error.strerror or error}")
         except BaseException:
@@ -209,8 +275,62 @@ class Link:
             raise
         return call
 
+    def _send(self, call: Call, parts: list[memoryview]) -> None:
+        """Send a request whole. Raises `OSError`, `CalledOff`.
+
+        If it is called off half-way, another thread sends the rest: what follows would make no
+        sense to the server otherwise."""
+        try:
+            scope.acquire(self._sending)
+        except CalledOff:
+            with self._state:
+                self._calls.pop(call.cookie, None)
+            raise
+        mine = True
+        begun = False
+        try:
+            while parts:
+                try:
+                    sent = self.sock.sendmsg(parts)
+                except BlockingIOError:
+                    scope.check()
+                    continue
+                begun = begun or sent > 0
+                while parts and sent >= len(parts[0]):
+                    sent -= len(parts.pop(0))
+                if sent:
+                    parts[0] = parts[0][sent:]
+        except CalledOff:
+            if begun:
+                mine = False
+                rest = b"".join(parts)
+                self._let_go(call)
+                threading.Thread(
+                    target=self._send_rest, args=(rest,), name="nbd sender", daemon=True
+                ).start()
+            else:
+                with self._state:
+                    self._calls.pop(call.cookie, None)
+            raise
+        finally:
+            if mine:
+                self._sending.release()
+
+    def _send_rest(self, rest: bytes) -> None:
+        """Send the rest of a request that was given up. `_sending` is this thread's."""
+        left = memoryview(rest)
+        try:
+            while left:
+                with contextlib.suppress(BlockingIOError):
+                    left = left[self.sock.send(left) :]
+        except OSError as error:
+            self.abort(f"the connection is lost: {error.strerror or error}")
+        finally:
+            self._sending.release()
+
     def wait(self, call: Call) -> Call:
-        """Until the answer is there. Raises its error; `ConnectionError` if the link is over."""
+        """Until the answer is there. Raises its error; `ConnectionError` if the link is over,
+        `CalledOff` if the request was given up because a scope of the thread has ended."""
         while True:
             with self._state:
                 if call.done:
@@ -235,16 +355,55 @@ class Link:
         return call
 
     def _sleep(self, call: Call) -> None:
+        """Wait until the reader wakes us. Raises `CalledOff`."""
         assert call.wake is not None
         try:
-            call.wake.acquire()
+            scope.acquire(call.wake)
             call.wake.release()
+        except CalledOff:
+            with self._state:
+                asleep = self._asleep.pop(call, call) is None
+            if asleep:  # else we were woken just now, and `wait` looks again
+                self._let_go(call)
+                raise
         except BaseException:  # an interrupt: its buffer is not ours for long, so all of it ends
             self.abort("a wait was interrupted")
             with self._state:
                 self._asleep.pop(call, None)
                 self._name_heir()
             raise
+
+    def _let_go(self, call: Call) -> None:
+        """Nobody waits for the answer any more. On return nobody writes to the call's buffer."""
+        with self._state:
+            if call.done:
+                return
+            call.wanted = False
+            call.wake = None
+            if call.kind in CHANGES and call not in self._given_up:
+                self._given_up.append(call)
+            if call.into is not None:  # for the reader, which looks at it after it said `_filling`
+                call.into = memoryview(bytearray(len(call.into)))
+        until = time.monotonic() + TORN_SECONDS
+        while self._filling is call and not call.done:
+            if time.monotonic() > until:
+                self.abort("an answer stopped half-way")
+            time.sleep(0.005)
+
+    def _settle(self) -> None:
+        """Wait for the answers to changes that were given up. Raises `CalledOff`."""
+        scope.acquire(self._settling)
+        try:
+            while self._given_up:
+                try:
+                    self.wait(self._given_up[0])
+                except CalledOff:
+                    raise
+                except OSError:  # nobody asks what became of it
+                    pass
+                self._given_up.pop(0)
+        finally:
+            self._settling.release()
 
     def abort(self, why: str = "the connection was given up") -> None:
         """Fail every request now, and all to come. Callable by any thread."""
@@ -256,10 +415,13 @@ class Link:
 
     def close(self) -> None:
         """Say goodbye, if there is anybody to hear it. Idempotent; what is in flight fails."""
-        if self.failure is None:
-            with contextlib.suppress(OSError), self._sending:
-                self.sock.settimeout(1)
-                self.sock.sendall(nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, nbd.DISC, 0, 0, 0))
+        if self.failure is None and self._sending.acquire(timeout=1):
+            try:
+                with contextlib.suppress(OSError):
+                    self.sock.settimeout(1)
+                    self.sock.sendall(nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, nbd.DISC, 0, 0, 0))
+            finally:
+                self._sending.release()
         self.abort("the connection was closed")
         # The number of the descriptor must not be another's while somebody still reads from it.
         with self._sending, self._state:
@@ -269,11 +431,14 @@ class Link:
     # The reader --------------------------------------------------------------------------
 
     def _read_until(self, call: Call) -> None:
-        """Read answers until this call's is there, then hand over."""
+        """Read answers until this call's is there, then hand over. Raises `CalledOff`."""
         failure: ConnectionError | None = None
+        called_off: CalledOff | None = None
         try:
             while not call.done:
                 self._receive()
+        except CalledOff as error:
+            called_off = error
         except Broken as error:
             failure = Broken(f"{self.where}: the server broke the protocol: {error}")
         except (ValueError, struct.error) as error:
@@ -287,6 +452,7 @@ class Link:
             if failure is not None:
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_RDWR)
+            self._filling = None
             with self._state:
                 self._reading = False
                 if self.failure is not None:
@@ -298,6 +464,9 @@ class Link:
                         self._end_of(other)
                     self._calls.clear()
                 self._name_heir()
+        if called_off is not None:
+            self._let_go(call)
+            raise called_off
 
     def _name_heir(self) -> None:
         """Somebody who sleeps is to read, or to find that somebody does. Caller holds the state."""
@@ -329,9 +498,17 @@ class Link:
         call.wake.release()
 
     def _receive(self) -> None:
-        """One reply, or one chunk of one. Raises `Broken`, `ValueError`, `OSError`."""
-        magic, a, b, cookie = struct.unpack(">IHHQ", self._take(16))
-        call = self._calls.get(cookie)
+        """One reply, or one chunk of one. Raises `Broken`, `ValueError`, `OSError`, `CalledOff`."""
+        self._between = True
+        head = self._take(16)
+        self._between = False
+        magic, a, b, cookie = struct.unpack(">IHHQ", head)
+        self._filling = self._calls.get(cookie)
+        self._answer(magic, a, b, self._filling)
+        self._filling = None
+
+    def _answer(self, magic: int, a: int, b: int, call: Call | None) -> None:
+        """The rest of a reply to `call`, whose header has come. Raises like `_receive`."""
         if magic == nbd.SIMPLE_MAGIC:
             if call is None or call.chunks:
                 raise Broken("an answer to no request")
@@ -416,11 +593,38 @@ class Link:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError("the handshake takes too long")
-            self.sock.settimeout(left)
-        n = self.sock.recv_into(view)
+            self.sock.settimeout(min(left, LOOK_SECONDS))
+        while True:
+            try:
+                n = self.sock.recv_into(view)
+                break
+            except BlockingIOError:
+                self._look()
+            except TimeoutError:  # of a handshake; or the owner of the socket has set one
+                if self._deadline is None:
+                    raise
+                self._look()
         if n == 0:
             raise ConnectionError("the server hung up")
         return n
+
+    def _look(self) -> None:
+        """Nothing has come for a moment. Raises `CalledOff` if the thread may stop to read here,
+        `ConnectionError` if it may not and has waited for long, `TimeoutError` if the handshake
+        takes too long."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise TimeoutError("the handshake takes too long")
+        if self._between or self._deadline is not None:
+            scope.check()
+            return
+        try:
+            scope.check()
+            self._torn = 0.0
+        except CalledOff:
+            now = time.monotonic()
+            self._torn = self._torn or now
+            if now > self._torn + TORN_SECONDS:
+                raise ConnectionError("an answer stopped half-way") from None
 
     def _take(self, length: int) -> memoryview:
         """The next few bytes; good until the next call."""

@@ -51,7 +51,7 @@ from typing import Any
 
 from bitarray import bitarray
 
-from cowferry.block import bitmap_file, keeper, moves, origin, sysio
+from cowferry.block import bitmap_file, keeper, moves, origin, scope, sysio
 from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Unknown
 from cowferry.block.node import ZEROES, Extent, Node, State, read, resolve
 from cowferry.block.origin import Origin
@@ -258,7 +258,7 @@ class Partial(Raw):
         mine = self._granules(start, end - start)
         with self.meta:
             while _meet(self.rooms, mine):
-                self.meta.wait()
+                scope.wait(self.meta)
             self.writes.append(mine)
         try:
             yield

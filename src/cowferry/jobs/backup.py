@@ -57,6 +57,8 @@ STEP = 0.02  # seconds a chunk should take: a guest's write to it waits for as l
 ASIDE = 512 << 10  # bytes; for less it is not worth to wake another thread
 IDLE = 0.25  # seconds between looks while there is nothing to do
 CROWDED = 256 << 20  # bytes in the scratch file: moving those on comes first
+LOSE_SECONDS = 30.0  # that the readers of an overlay may take before they see that it is lost
+DETACH_SECONDS = 2.0  # that letting go of the disk waits for requests in flight
 BITMAP_MODES = ("on-success", "never", "always")
 CBW_POLICIES = ("break-guest-write", "break-snapshot")
 
@@ -201,6 +203,7 @@ class Backup(Job):
         self._writer: ThreadPoolExecutor | None = None
         self._saving = Gate()  # a unit is saved by one of those who overwrite parts of it
         self._attached = False
+        self._over = False  # no guest has to wait for it any more
         self._ended = False  # well
         self._released = released
 
@@ -348,7 +351,7 @@ class Backup(Job):
         writing = reading = None
         if full is not None:
             aside = found is not None and full.used >= ASIDE
-            writing = _Begun(partial(self.store, full), self._aside() if aside else None)
+            writing = _Begun(partial(self._store, full), self._aside() if aside else None)
         if found is not None:
             reading = _Begun(partial(self.load, found.offset, found.length))
         if writing is not None and full is not None:
@@ -419,6 +422,11 @@ class Backup(Job):
         """The runs of the range that are still to be done. Inside the gate."""
         end = offset + length
         return [(at, min(at + n, end) - at) for at, n in self.todo.runs(offset, length)]
+
+    def _store(self, hand: Hand) -> int:
+        """`store`, by whichever thread: what it waits for ends with the job."""
+        with self.scope:
+            return self.store(hand)
 
     def store(self, hand: Hand) -> int:
         """Write to the target what is in hand. Raises `OSError`; what is left stays in hand."""
@@ -527,12 +535,15 @@ class Backup(Job):
         end = min(-(-(offset + length) // piece) * piece, self.disk.size)
         if not self.pending.any(start, end - start):
             return
+        if self._over:  # the disk could not be let go of yet
+            return
         claim = None
         if self.source.granule < UNIT:  # or the guest has entered whole units
             claim = self._saving.claim(start // UNIT * UNIT, -(-end // UNIT) * UNIT)
         try:
-            for at in range(start // UNIT * UNIT, end, UNIT):  # a unit, or what is touched of it
-                self._save(at, max(at, start), min(at + UNIT, end))
+            with self.scope:  # what the guest waits for ends with the job
+                for at in range(start // UNIT * UNIT, end, UNIT):  # a unit, or what is touched
+                    self._save(at, max(at, start), min(at + UNIT, end))
         except OSError as error:
             over = self.cancelling or self.status is Status.ABORTING  # the backup is lost anyway
             if self.on_cbw_error == "break-guest-write" and not over:
@@ -596,9 +607,13 @@ class Backup(Job):
     def _lose(self) -> None:
         """Whoever reads the overlay of a pull backup is not to see bytes of another moment."""
         root = self.target.root
-        if root.backing is self.source:
-            with self.target.exclusive():
+
+        def lose() -> None:
+            if root.backing is self.source:
                 root.backing = Lost(self.disk.size, self.source.filename)
+
+        if root.backing is self.source and not self.target.in_drain(lose, LOSE_SECONDS):
+            lose()  # a read that hangs has begun before
 
     def after(self, offset: int, length: int, data: memoryview | None) -> None:
         """Nothing to do: the target wants what was there before."""
@@ -651,6 +666,11 @@ class Backup(Job):
         bitmap.replace(since.bits)
         bitmap.since = self.backup_id if bitmap.recording else b""
 
+    def _let_go(self) -> None:
+        """Inside a drain."""
+        self._settle_bitmap()
+        self.detach()
+
     def _secure(self) -> None:
         """It failed. What the bitmap is to let go of has to be durable on the target."""
         if self.bitmap is not None and self.bitmap_mode == "always":
@@ -675,14 +695,13 @@ class Backup(Job):
                 self._lose()
             if self._attached:
                 self._secure()
-                with self.disk.exclusive():
-                    self._settle_bitmap()
-                    self.detach()
+                self._over = True
+                self.disk.in_drain(self._let_go, DETACH_SECONDS)
                 if self.bitmap_mode == "always":
                     self._keep()
         finally:
             if self._writer is not None:
-                self._writer.shutdown()
+                self._writer.shutdown(wait=self.scope.reason is None)
             self.spill.close()
             self.behind.close()
             released = self._released

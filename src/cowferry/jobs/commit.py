@@ -25,13 +25,16 @@ from functools import partial
 from typing import Any
 
 from cowferry.block import moves
-from cowferry.block.copy import Copier, Kind, spans
+from cowferry.block.copy import Copier, Kind, Span, spans
 from cowferry.block.disk import Disk, in_order
 from cowferry.block.gate import END
-from cowferry.block.node import Node
+from cowferry.block.node import Node, far, served_plainly
 from cowferry.block.rates import fitted
+from cowferry.block.scope import Scope
+from cowferry.jobs.ending import NO_ANSWER, SETTLE_SECONDS
+from cowferry.jobs.follow import MIN_CHUNK
 from cowferry.jobs.job import Job, Progress
-from cowferry.jobs.mirror import MIN_CHUNK, STEP, Mirror
+from cowferry.jobs.mirror import STEP, Mirror
 
 IN_PLACE_CHUNK = 32 << 20
 
@@ -100,6 +103,7 @@ class Commit(Job):
         self.into = into
         self.backing = backing
         self.copier = Copier()
+        self.plain = served_plainly(into.base)
         self._detached = detached
         self._released = released
 
@@ -121,7 +125,7 @@ class Commit(Job):
             at += length
 
     def _begin(self) -> int:
-        with self._exclusive(0, None):
+        with self._exclusive(0, None), Scope(SETTLE_SECONDS, NO_ANSWER):
             self.into.begin()
         return 0
 
@@ -154,18 +158,33 @@ class Commit(Job):
         for span in spans(into.top, offset, length, granule, into.base):
             if span.kind is Kind.KEEP:
                 continue
-            runs = into.base.extents(span.offset, span.length)
-            if span.kind is Kind.COPY and all(e.writable and e.fd >= 0 for e in runs):
+            if self.plain:  # nobody remembers where its bytes lie, and nobody waits for it
+                self.copier.place(into.top, into.base, span)
+                into.base.changing(span.offset, span.length)
+            elif span.kind is Kind.COPY and all(
+                e.writable and e.fd >= 0 for e in into.base.extents(span.offset, span.length)
+            ):
                 with self._afloat():
                     self.copier.place(into.top, into.base, span)
             else:
                 for at in range(span.offset, span.offset + span.length, MIN_CHUNK):
                     n = min(MIN_CHUNK, span.offset + span.length - at)
-                    with self._exclusive(at, n):
-                        part = span._replace(offset=at, length=n)
-                        self.copier.place(into.top, into.base, part)
+                    self._place(span._replace(offset=at, length=n))
             moved += span.length if span.kind is Kind.COPY else 0
         return moved
+
+    def _place(self, span: Span) -> None:
+        """Place a span for which the base's mapping changes. Nobody waits for a server meanwhile:
+        what one holds is fetched before, for the layers do not change."""
+        into, data = self.into, None
+        if span.kind is Kind.COPY and far(into.top):
+            data = self.copier.fetch(into.top, span.offset, span.length)
+        with self._exclusive(span.offset, span.length):
+            if data is None:
+                self.copier.place(into.top, into.base, span)
+            else:
+                into.base.changing(span.offset, span.length)
+                into.base.pwrite(data, span.offset)
 
     # C3: the base is durable, then the header above says so, durably; then the layers go.
 
@@ -236,7 +255,7 @@ class ActiveCommit(Mirror):
         yield from super().run()
 
     def _begin(self) -> int:
-        with self.disk.exclusive():
+        with self.disk.exclusive(), Scope(SETTLE_SECONDS, NO_ANSWER):
             self.into.begin()
         return 0
 

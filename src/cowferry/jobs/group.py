@@ -16,7 +16,8 @@ from contextlib import suppress
 from typing import Any
 
 from cowferry.errors import CowferryError
-from cowferry.jobs.job import Cancelled, Emit, Ending, Job, finish
+from cowferry.jobs.ending import Cancelled, Ending, finish
+from cowferry.jobs.job import Emit, Job
 from cowferry.jobs.states import Status
 
 POLICIES = ("all", "each")
@@ -192,6 +193,8 @@ class Group:
         if isinstance(result, dict):
             if job in result:
                 raise result[job]
+        elif isinstance(result, Cancelled):
+            raise Cancelled
         elif isinstance(result, BaseException):
             raise CowferryError(f"group '{self.id}' could not finish: {result}")
 

@@ -31,16 +31,15 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
-from cowferry.block import moves
-from cowferry.block.disk import Disk, in_order
-from cowferry.block.moves import Move
 from cowferry.block.node import Node, read
+from cowferry.block.scope import CalledOff, Scope, inside
 from cowferry.block.throttle import TIMER, Throttle, unless_gone
 from cowferry.errors import CowferryError
+from cowferry.jobs.ending import NO_ANSWER, PAUSE_SECONDS, Cancelled, Ending, finish
 from cowferry.jobs.states import TRANSITIONS, Status, allow
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 SCRATCH = 1 << 20  # bytes read at once to see whose error it was
 POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 GRACE = 5.0  # seconds after which a job that was called off gives up I/O that hangs
+CLEAN_SECONDS = 60.0  # that what is left to do at the end of a job may wait
+SOON_SECONDS = 2.0  # the same of a job that was given up: for each thing it waits for
 Emit = Callable[[str, dict[str, Any]], None]
 
 
@@ -66,38 +67,11 @@ class Progress(NamedTuple):
     idle: float = 0.0  # seconds to wait, for there is nothing to do
 
 
-class Ending:
-    """Something that ends in the steps of a job: a job, a snapshot, a change of medium. `finish`
-    takes any number of them through these, together."""
-
-    def approach(self) -> None:
-        """Before the drain: whatever makes it short. May raise."""
-
-    def drains(self) -> list[Disk]:
-        """The disks that have to stand still while the result is made true."""
-        return []
-
-    def settle(self) -> None:
-        """Inside the drain: the last work that may fail. Raising leaves everything as it was."""
-
-    def unsettle(self) -> None:
-        """Inside the drain, after a `settle` that failed or stays without effect: as it was."""
-
-    def moves(self) -> list[Move]:
-        """Which disks are about to leave which image, to be recorded."""
-        return []
-
-    def switch(self) -> None:
-        """Inside the drain: change the graph in memory. Must not fail."""
-
-    def parted(self) -> None:
-        """After the drain: let go of what is not needed any more. Errors are only logged."""
-
-
 class Job(Ending):
     """One job. Verbs may be called from any thread; the generator runs in the job's own."""
 
     type: ClassVar[str] = ""
+    patient = True
     paced: bool = True  # whether it is the job that does the work, so that its speed matters
     is_block_job: ClassVar[bool] = True  # BLOCK_JOB_* events, and a place in query-block-jobs
 
@@ -132,6 +106,8 @@ class Job(Ending):
         self.completing = False
         self.finalizing = False
         self.busy = False
+        self.scope = Scope()  # of all that it waits for, and of what guests wait for because of it
+        self.held_up = ""  # what it waits for beside its own work, in words
         self.group: Group | None = None  # set before the start
         self._emit: Emit = _nobody
         self._on_null: Callable[[Job], None] = _nothing
@@ -170,10 +146,17 @@ class Job(Ending):
         writes raises `ReadFailed` where it was the reading that failed."""
         while True:
             try:
-                return work()
+                done = work()
+                self.held_up = ""
+                return done
             except OSError as error:
                 if self.cancelling:  # it was given up, perhaps, for that
                     raise Cancelled from error
+                if isinstance(error, CalledOff) and error.errno == errno.ETIMEDOUT:
+                    log.warning("job %s: %s", self.id, error.strerror)
+                    self.held_up = error.strerror or str(error)
+                    yield Progress(idle=PAUSE_SECONDS)  # guests go on meanwhile
+                    continue
                 operation = "read" if isinstance(error, ReadFailed) else operation
                 action = self._action(error, self.policy(operation))
                 log.warning("job %s: %s failed, action %s: %s", self.id, operation, action, error)
@@ -215,9 +198,18 @@ class Job(Ending):
             self.changed.notify_all()
 
     def cancel(self, force: bool = True) -> None:
-        """Stop at the next yield. Returns at once; `wait` tells when it is over."""
+        """Stop at the next yield. Returns at once; `wait` tells when it is over.
+
+        What still waits for storage or a server after `GRACE` seconds is given up, in every state
+        up to the decision."""
         with self.changed:
             allow(self.id, self.status, "cancel")
+            if self.decided:
+                raise CowferryError(
+                    f"Job '{self.id}' in state '{self.status.value}' cannot accept command verb "
+                    "'cancel'",
+                    "its result is being recorded",
+                )
             self.cancelling = True
             self.user_paused = False  # and whatever error it was stopped for, it ends otherwise
             self.io_status = "ok"
@@ -302,6 +294,8 @@ class Job(Ending):
                 "auto-dismiss": self.auto_dismiss,
                 **self.details(),
             }
+            if self.held_up:
+                out.setdefault("x-note", f"waits: {self.held_up}")
             if self.error is not None or self.cancelled:
                 out["error"] = self.error or os.strerror(errno.ECANCELED)
             return out
@@ -333,33 +327,47 @@ class Job(Ending):
                 self._go()
 
     def _give_up(self) -> None:
-        """It was called off a while ago: I/O that hangs where only it is waiting fails now (D2).
-
-        Not of one that is ending well, for which the cancel came too late: its target may be the
-        disk's. Nobody who is called off becomes pending any more."""
-        if self.status not in (Status.PENDING, Status.CONCLUDED, Status.NULL):
-            for node in self.strands():
-                node.abort()
-            if self.strands():  # what was about to be asked when we aborted hangs again
-                TIMER.after(GRACE, unless_gone(self._give_up))
+        """It was called off a while ago: what it still waits for, and what guests wait for because
+        of it, fails now (D2). Not once the decision is made: its target may be the disk's."""
+        with self.changed:
+            if self.decided or self.status in (Status.CONCLUDED, Status.NULL):
+                return
+            self.scope.call_off("the job was cancelled")
+        for node in self.strands():
+            node.abort()
+        if self.strands():  # what was about to be asked when we aborted hangs again
+            TIMER.after(GRACE, unless_gone(self._give_up))
 
     def _main(self) -> None:
         failure: BaseException | None = None
         succeeded = False
         try:
-            self._work()
-            self._finish()
-            succeeded = True  # from here on a cancel comes too late
+            with self.scope:
+                self._work()
+                self._finish()
+            succeeded = True
         except Cancelled:
             pass
         except BaseException as error:  # whatever the work raised is this job's error
-            failure = error
+            given_up = isinstance(error, OSError) and self.cancelling and not self.decided
+            failure = None if given_up else error
             if not isinstance(error, OSError | CowferryError):
                 log.exception("job %s failed", self.id)
         try:
             self._conclude(succeeded, failure)
         finally:
             del failure  # its traceback has this frame, which would keep both
+
+    def waiting(self) -> AbstractContextManager[object]:
+        return self.scope
+
+    def check(self) -> None:
+        if self.cancelling:
+            raise Cancelled
+
+    def decide(self) -> None:
+        with self.changed:
+            super().decide()
 
     def _work(self) -> None:
         work = self.run()
@@ -465,8 +473,10 @@ class Job(Ending):
                 self._move(Status.ABORTING)
             if self.group is not None:
                 self.group.failed(self, failure)
+        seconds = CLEAN_SECONDS if self.scope.reason is None else SOON_SECONDS
         try:
-            self.clean()
+            with inside((Scope(seconds, NO_ANSWER),)):
+                self.clean()
         except Exception:
             log.exception("job %s: clean-up failed", self.id)
         if succeeded:
@@ -539,64 +549,6 @@ def blame(error: OSError, source: Node, offset: int, length: int) -> OSError:
     except OSError as cause:
         return ReadFailed(cause.errno, cause.strerror or str(cause))
     return OSError(error.errno, error.strerror or str(error))
-
-
-class Cancelled(Exception):
-    """Raised at a yield of a job that is to stop."""
-
-
-def finish(endings: Sequence[Ending], each: bool = False) -> dict[Ending, Exception]:
-    """Make the results of `endings` true together, under one drain. Raises before any is changed.
-
-    With `each`, those that cannot are left out, and returned with the reason. The order is the
-    one that keeps a pivot decidable: drain, last bytes, flush (all in `settle`), the durable
-    record, the switch, and the guests go on."""
-    failed: dict[Ending, Exception] = {}
-
-    def step(ending: Ending, do: Callable[[], None]) -> None:
-        try:
-            if ending not in failed:
-                do()
-        except Exception as error:
-            if not each:
-                raise
-            failed[ending] = error
-
-    for ending in endings:
-        step(ending, ending.approach)
-    disks = in_order(d for e in endings if e not in failed for d in e.drains())
-    with ExitStack() as drained:
-        for disk in disks:
-            drained.enter_context(disk.exclusive())
-        begun: list[Ending] = []
-        try:
-            for ending in [e for e in endings if e not in failed]:
-                begun.append(ending)
-                step(ending, ending.settle)
-                if ending in failed:
-                    _undo(begun.pop())
-            moving = [m for e in begun for m in e.moves()]
-            if moving:
-                moves.record(moving)
-        except BaseException:
-            for ending in reversed(begun):
-                _undo(ending)
-            raise
-        for ending in begun:
-            ending.switch()
-    for ending in begun:
-        try:
-            ending.parted()
-        except Exception:
-            log.exception("what %s left behind could not be closed", ending)
-    return failed
-
-
-def _undo(ending: Ending) -> None:
-    try:
-        ending.unsettle()
-    except Exception:
-        log.exception("%s could not be put back", ending)
 
 
 class Jobs:

@@ -3,16 +3,12 @@
     before: vm.img               mirror vm to new.img, and pivot
     after:  new.img              (vm.img is left as it was at the pivot)
 
-A bitmap says which granules the target does not have yet. Copying a granule is: clear its bit,
-then, inside the gate, read what the disk has and write it to the target. A guest's write sets the
-bit before it leaves the gate. So whichever comes second is seen by the other, and at every moment
-the target differs from the disk only where a bit is set or a request is in flight (M1).
+How the bytes get there is `jobs/follow.py`: a bitmap says which granules the target does not have,
+and guests' writes set its bits.
 
 Two modes. In *background* the guest writes as ever, and the copy runs after it. In
-*write-blocking* the job is a tap of the disk: a guest's write goes to both sides inside the gate,
-and is answered when both have it (M3); what the target refuses becomes a set bit and is told by
-the error policy, never skipped. Such a write is exclusive, so the copy of a chunk, which is inside
-the gate, cannot race with it. The modes are switched both ways while the job runs.
+*write-blocking* the job is a tap of the disk: a guest's write is answered when both sides have it
+(M3). The modes are switched both ways while the job runs.
 
 The job is ready when no bit is set and the target is flushed (M2). The end is the order that makes
 a pivot decidable: drain, last bits, flush the target, the durable record, the switch.
@@ -21,9 +17,7 @@ A copy that cannot converge says so in its status: the rate at which the guest d
 rate at which we copy. With `converge_by` it acts: write-blocking on the granules that come back
 dirty again and again, then on all of them, then a brake on the guest's writes, bounded.
 
-The same job is an active commit: its target is then a node below the disk's own root. The target's
-mapping must not change under a reader of the chain, so a chunk that needs it is copied exclusively;
-one that overwrites what the layers above cover is not.
+The same job is an active commit: its target is then a node below the disk's own root.
 """
 
 from __future__ import annotations
@@ -31,28 +25,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 from cowferry.block import keeper, moves
-from cowferry.block.bitmap import Bitmap, finest
-from cowferry.block.copy import Copier, Kind, differing, spans
+from cowferry.block.bitmap import Bitmap
+from cowferry.block.copy import Kind, differing, spans
 from cowferry.block.disk import Disk
-from cowferry.block.gate import Gate
 from cowferry.block.moves import Move
-from cowferry.block.node import Node, State, chain
+from cowferry.block.node import Node, State
 from cowferry.block.rates import WINDOW, Rates, fitted
+from cowferry.block.scope import CalledOff
 from cowferry.block.throttle import Brake
 from cowferry.block.unfinished import Unfinished
 from cowferry.errors import CowferryError
-from cowferry.jobs.job import Job, Progress, blame
+from cowferry.jobs.follow import MAX_CHUNK, MIN_CHUNK, Follower
+from cowferry.jobs.job import Progress, blame
 from cowferry.jobs.states import Status, allow
 
 log = logging.getLogger(__name__)
 
-MIN_CHUNK = 1 << 20
-MAX_CHUNK = 64 << 20
 STEP = 0.02  # seconds a chunk should take: a guest's allocating write waits for as long
 LOOKED = 4 << 20  # bytes compared between yields
 SCAN = 64 << 20  # bytes looked at between yields when the first bits are set
@@ -63,9 +56,10 @@ SLOWEST = 1 << 20  # bytes per second that a braked guest may write at least
 SAFE = 0.8  # of the time that is left is what a prediction may take
 EVEN = 0.9  # of the copy rate is what a guest may undo before the copy gets nowhere
 TRIAL = 3 * WINDOW  # seconds that a gentler measure costs if it does not help
-PIECE = 128 << 10  # bytes of a small piece moved through memory at once
 FEW = 4  # dirty granules that are not worth chasing
 MANY = 32  # dirty runs copied between yields
+DETACH_SECONDS = 2.0  # that letting go of the disk waits for requests in flight
+RETRY_MOST = 8.0  # seconds between two tries of what fails again and again
 MODES = ("background", "write-blocking")
 
 
@@ -77,7 +71,7 @@ class Layer(NamedTuple):
     target: Node
 
 
-class Mirror(Job):
+class Mirror(Follower):
     """The job. `base`: what only it, or a layer below it, could answer is not copied."""
 
     type = "mirror"
@@ -109,29 +103,18 @@ class Mirror(Job):
         clock: Callable[[], float] = time.monotonic,
         **common: Any,
     ) -> None:
-        super().__init__(length=disk.size, on_error=on_source_error, **common)
-        self.disk = disk
-        self.source = disk.root
-        self.target = target
+        super().__init__(
+            disk, target, granularity=granularity, fresh=everything, remember=bool(converge_by),
+            on_error=on_source_error, **common,
+        )  # fmt: skip
         self.base = base
         self.everything = everything  # False: only what is written from now on (sync none)
         self.layers = layers
         self.copy_mode = copy_mode
         self.on_target_error = on_target_error
         self.converge_by = converge_by
-        self.granularity = granularity or finest(disk.size)
         self.buf_size = buf_size or MAX_CHUNK  # bytes that one chunk has at most
-        self.inside = any(n is target for n in chain(disk.root))
         self.pivot = True  # False: a soft cancel; the target is left as a copy of that moment
-        self.unit = max(self.granularity, target.granule)  # what is copied for the first time
-        self.dirty = Bitmap("", disk.size, self.granularity)
-        # Both only with a deadline: what was copied so far, and what of that was written since.
-        known = disk.size if converge_by else 0
-        self.copied = Bitmap("", known, self.granularity)
-        self.again = Bitmap("", known, self.granularity)
-        self.hot: Bitmap | None = None  # write-blocking only there; None: everywhere
-        self.copier = Copier()
-        self.fresh = everything  # nothing was gone over twice yet
         self.chunk = MIN_CHUNK
         self.cursor = 0
         self._left = 0  # dirty bytes when last asked whether we are near
@@ -154,10 +137,10 @@ class Mirror(Job):
         self._began = clock()
         self._rates = Rates(clock)
         self._first = 0  # bytes to copy when it began
-        self._tap_error: OSError | None = None
+        self._failures = 0  # rounds that met an error, one after another
+        self._failed_now = False  # this round has met one
         self._attached = False
         self._lent = False  # the target has its backing node from us
-        self._target_gate = Gate()  # the target's granules may be larger than the disk's
 
     # The work ------------------------------------------------------------------------------
 
@@ -169,7 +152,7 @@ class Mirror(Job):
             )
         for layer in self.layers:
             yield from self._copy_layer(layer)
-        self._attach()
+        yield from self.attempt("write", self._attach)
         self._began = self._clock()
         if self.everything:
             yield from self._first_bits()
@@ -178,7 +161,8 @@ class Mirror(Job):
         self._first = self.dirty.count()
         told = False
         while True:
-            self._steer()
+            with suppress(CalledOff):  # guests' requests do not finish: another time
+                self._steer()
             if self._tap_error is not None:
                 yield from self._tell_tap_error()
             if self.unfinished is not None and self._due():
@@ -190,21 +174,24 @@ class Mirror(Job):
             chasing = told and not self.completing
             if runs and (chasing or not self._near()):
                 if self.completing and not self._blocking:
-                    self._block()  # or a busy guest would never let it end
+                    # Or a busy guest would never let it end.
+                    yield from self.attempt("write", self._block)
                 length = sum(n for _, n in runs)
                 begin = self._clock()
                 copied = yield from self.attempt("write", partial(self.copy_runs, runs))
                 self._adapt(self._clock() - begin, length)
                 # an error that is ignored would be met again at once
-                idle = 0.0 if copied is not None else IDLE
+                idle = 0.0 if copied is not None else self._failed_again()
                 done = length if copied is not None else 0
                 self._rates.copied(done)
                 yield self._progress(done, copied or 0)._replace(idle=idle)
                 continue
             caught = None if chasing else (yield from self.attempt("write", self._catch_up))
             if caught is None:
-                yield self._progress(0, 0)._replace(idle=IDLE)
+                self._failed_now = False  # each time is a round by itself
+                yield self._progress(0, 0)._replace(idle=IDLE if chasing else self._failed_again())
                 continue
+            self._failures = 0
             completing = self.completing  # a verb that comes now finds the job ready, or not
             told = True
             yield self._progress(caught, caught)._replace(ready=not completing)
@@ -327,8 +314,22 @@ class Mirror(Job):
                 return runs
         if not runs and self.cursor:  # round and round
             self.cursor, self.fresh = 0, False
+            self._failures = self._failures if self._failed_now else 0
+            self._failed_now = False
             return self._next()
         return runs
+
+    def _failed_again(self) -> float:
+        """An error was ignored. Return the seconds to wait: longer in each round that meets one."""
+        if not self._failed_now:
+            self._failed_now = True
+            self._failures += 1
+        return self._retry
+
+    @property
+    def _retry(self) -> float:
+        """Seconds between two tries of what has failed."""
+        return min(IDLE * 2.0 ** min(self._failures, 16), RETRY_MOST)
 
     def _limit(self) -> int:
         limit = min(self.chunk, self.buf_size)
@@ -345,97 +346,6 @@ class Mirror(Job):
     @property
     def _blocking(self) -> bool:
         return self.copy_mode == "write-blocking"
-
-    def copy_runs(self, runs: list[tuple[int, int]]) -> int:
-        """`copy` for each."""
-        return sum(self.copy(offset, length) for offset, length in runs)
-
-    def copy(self, offset: int, length: int) -> int:
-        """Bring a dirty range of the target up to date; the bytes that had to be moved.
-
-        Blocked, a guest's write is exclusive, so being inside along with others keeps it out.
-        Raises `OSError`, `ReadFailed`; the range is dirty again then."""
-        self.dirty.clear(offset, length)
-        try:
-            with self.disk.shared(offset, length):
-                done = self._in_place(offset, length)
-                moved = self._copy(offset, length, changing=False) if done else 0
-            if not done:
-                step = max(MIN_CHUNK, self.unit)  # a guest waits for it
-                for at in range(offset, offset + length, step):
-                    part = min(step, offset + length - at)
-                    with self.disk.exclusive(at, part):
-                        moved += self._copy(at, part)
-        except BaseException:
-            self.dirty.set(offset, length)
-            raise
-        self._note_hot(offset, length)
-        return moved
-
-    def _in_place(self, offset: int, length: int) -> bool:
-        """Whether a copy changes no mapping that a reader of the disk may be using.
-
-        What it overwrites in a commit's base, the layers above cover."""
-        if not self.inside:
-            return True
-        return all(e.writable and e.fd >= 0 for e in self.target.extents(offset, length)) and all(
-            span.kind is not Kind.ZERO
-            for span in spans(self.source, offset, length, self.granularity, self._shines())
-        )
-
-    def _copy(self, offset: int, length: int, changing: bool = True) -> int:
-        """Inside the gate; `changing`: the target's mapping may change. Aligned to the target's
-        granules where it can be."""
-        moved = 0
-        small = not self.fresh and length < MIN_CHUNK
-        try:
-            with self._alone(offset, length):
-                if small and not (self.inside and changing):
-                    return self._patch(offset, length)
-                end = offset + length
-                whole = not (offset % self.unit or (end % self.unit and end < self.disk.size))
-                step = self.unit if whole else self.granularity
-                for span in spans(self.source, offset, length, step, self._shines()):
-                    self.copier.place(self.source, self.target, span)
-                    if span.kind is Kind.COPY:
-                        moved += span.length
-        except OSError as error:
-            raise blame(error, self.source, offset, length) from error
-        return moved
-
-    def _patch(self, offset: int, length: int) -> int:
-        """A small piece that the guest has just written: through memory, in two system calls.
-
-        Sharing it, as some file systems would, waits inside the file's lock until it is on the
-        disk, and the guest's next write to it would have to copy it again."""
-        for at in range(offset, offset + length, PIECE):
-            piece = memoryview(bytearray(min(PIECE, offset + length - at)))
-            self.source.pread(piece, at)
-            self.target.changing(at, len(piece))
-            if piece.obj == bytes(len(piece)) and not self.inside:
-                self.target.zero(at, len(piece), unmap=True)
-            else:
-                self.target.pwrite(piece, at)
-        return length
-
-    @contextmanager
-    def _alone(self, offset: int, length: int) -> Iterator[None]:
-        """The target's granules of the range are this thread's alone, inside the disk's own gate.
-
-        A guest's write and a chunk may be apart on the disk and in one granule of the target."""
-        granule = self.target.granule
-        start, stop = offset // granule * granule, -(-(offset + length) // granule) * granule
-        claim = self._target_gate.claim(start, stop)
-        try:
-            yield
-        finally:
-            self._target_gate.release(claim)
-
-    def _shines(self) -> Node | None:
-        """The node whose bytes the target shows by itself, where it has none of its own.
-
-        Only a commit's: a copy must hold the bytes of a granule that was written and discarded."""
-        return self.target if self.inside else None
 
     def policy(self, operation: str) -> str:
         return self.on_error if operation == "read" else self.on_target_error
@@ -454,25 +364,15 @@ class Mirror(Job):
         The bytes that were left. The flush comes after the drain: before it, a guest would dirty
         much meanwhile."""
         left = self.dirty.count()
-        if left:
+        if left and self._plain:
+            left = self._carry_last()
+        elif left:
             with self.disk.exclusive():
                 left = self.dirty.count()
                 self._copy_all()
         if not self.completing:  # or `approach` is about to
             self.target.flush()
         return left
-
-    def _copy_all(self) -> None:
-        """Inside a drain: every bit that is left."""
-        for offset, length in list(self.dirty.runs()):
-            for at in range(offset, offset + length, MAX_CHUNK):
-                part = min(MAX_CHUNK, offset + length - at)
-                self.dirty.clear(at, part)
-                try:
-                    self._copy(at, part)
-                except BaseException:
-                    self.dirty.set(at, part)
-                    raise
 
     def _copy_layer(self, layer: Layer) -> Iterator[Progress]:
         """An immutable layer: no gate."""
@@ -500,40 +400,6 @@ class Mirror(Job):
             moved += span.length if span.kind is Kind.COPY else 0
         return moved
 
-    # Write-blocking: a tap of the disk -------------------------------------------------------
-
-    holds: Bitmap | None = None  # every write comes by
-    slow = True
-
-    def before(self, offset: int, length: int) -> None:
-        """Nothing to do: the target wants what is new."""
-
-    def after(self, offset: int, length: int, data: memoryview | None) -> None:
-        """A guest's change has reached the source: the target gets it before the guest hears (M3).
-
-        If the target fails, the range is dirty and the job's policy is asked; the guest's write
-        is good all the same, for the source is the disk until the pivot."""
-        hot = self.hot
-        if hot is not None and next(hot.runs(offset, length), None) is None:
-            self.dirty.set(offset, length)
-            return
-        try:
-            with self._alone(offset, length):
-                if data is not None:
-                    self.target.changing(offset, length)
-                    self.target.pwrite(data, offset)
-                else:
-                    for span in spans(self.source, offset, length, 1, self._shines()):
-                        Copier().place(self.source, self.target, span)
-        except OSError as error:
-            self.dirty.set(offset, length)
-            if self._tap_error is None:
-                self._tap_error = error
-
-    def failed(self, offset: int, length: int) -> None:
-        """The source may have changed in part: the target is to get whatever is there now."""
-        self.dirty.set(offset, length)
-
     def _tell_tap_error(self) -> Iterator[Progress]:
         error, self._tap_error = self._tap_error, None
         assert error is not None
@@ -549,13 +415,6 @@ class Mirror(Job):
         yield from self.attempt("write", again)
 
     # Converging ------------------------------------------------------------------------------
-
-    def _note_hot(self, offset: int, length: int) -> None:
-        """What is copied for the second time is hot."""
-        if self.converge_by:
-            for at, run in self.copied.runs(offset, length):
-                self.again.set(at, run)
-            self.copied.set(offset, length)
 
     def _steer(self) -> None:
         """Look at the rates; with a deadline, escalate while the prediction misses it.
@@ -582,11 +441,11 @@ class Mirror(Job):
         if not everywhere:
             spare = left - rates.left / max(rates.copy_rate, 1.0)  # if nothing more were undone
             if not self._blocking and spare > TRIAL:
-                self._say("write-blocking on the ranges that are written again and again")
                 self._block(self.again)
+                self._say("write-blocking on the ranges that are written again and again")
             elif spare < max(TRIAL, left / 3):
-                self._say("write-blocking everywhere")
                 self._block()
+                self._say("write-blocking everywhere")
         elif not self.limited:
             self._brake()
 
@@ -625,6 +484,10 @@ class Mirror(Job):
             "x-copy-rate": int(r.copy_rate),
         }
         note = self._note()
+        if self._failures and self._last_error:
+            note += "; " if note else ""
+            note += f"an error is ignored, and the copy tried again every {self._retry:.1f} s: "
+            note += self._last_error
         if note:
             out["x-note"] = note
         return out
@@ -749,8 +612,8 @@ class Mirror(Job):
     def clean(self) -> None:
         try:
             if self._attached:
-                with self.disk.exclusive():
-                    self._detach()
+                self._behind = True  # no guest waits for the target any more
+                self.disk.in_drain(self._detach, DETACH_SECONDS)
             if self._lent:
                 self.target.backing = None
         finally:

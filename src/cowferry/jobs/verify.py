@@ -22,7 +22,8 @@ from cowferry.block.disk import Disk
 from cowferry.block.moves import Move
 from cowferry.block.node import ONCE, Node, State, read
 from cowferry.errors import CowferryError
-from cowferry.jobs.job import Ending, Job, Progress, finish
+from cowferry.jobs.ending import Ending, finish
+from cowferry.jobs.job import Job, Progress
 
 CHUNK = 1 << 20  # bytes compared at once
 FEW = 4 << 20  # bytes that are compared under the drain rather than chased

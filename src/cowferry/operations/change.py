@@ -19,7 +19,7 @@ from cowferry.block.moves import Move
 from cowferry.block.node import Node, State, chain
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse
-from cowferry.jobs.job import finish
+from cowferry.jobs.ending import finish
 from cowferry.jobs.verify import Verify, first_difference, through_holes
 from cowferry.operations import (
     Claim,

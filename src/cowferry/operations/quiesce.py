@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any
 
 from cowferry.errors import CowferryError
-from cowferry.jobs.job import Ending
+from cowferry.jobs.ending import Ending
 from cowferry.wire import qga
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from cowferry.block.disk import Disk
 from cowferry.block.node import Node
 from cowferry.errors import CowferryError
-from cowferry.jobs.job import Ending, finish
+from cowferry.jobs.ending import Ending, finish
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
