@@ -473,7 +473,7 @@ def test_B1_a_write_whose_mark_fails_has_changed_nothing(
     disk = a_disk(raw)
     keep(disk)
     before = raw.read_bytes()
-    for call in ("fdatasync", "pwrite", "create"):
+    for call in ("fdatasync", "pwrite"):
         with monkeypatch.context() as patch:
             patch.setattr(sysio, call, lambda *_: failing(errno.EIO)())
             patch.setattr(sysio, "create", lambda *_: failing(errno.ENOSPC)())
@@ -484,6 +484,28 @@ def test_B1_a_write_whose_mark_fails_has_changed_nothing(
     write(disk, 0)
     assert on_disk(raw).count() == REGION
     opening.close_chain(disk.root)
+
+
+def test_marks_that_could_not_be_flushed_are_written_once_more_if_there_is_no_room(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = a_disk(raw)
+    keep(disk)
+    write(disk, 9 << 20)
+    old = os.stat(f"{raw}.bitmaps").st_ino
+    wrote: list[int] = []
+    plain = sysio.pwrite
+
+    def pwrite(fd: int, buf: Any, offset: int) -> None:
+        wrote.append(os.fstat(fd).st_ino)
+        plain(fd, buf, offset)
+
+    on_call(monkeypatch, sysio, "fdatasync", failing(errno.EIO))
+    monkeypatch.setattr(sysio, "create", lambda *_: failing(errno.ENOSPC)())
+    monkeypatch.setattr(sysio, "pwrite", pwrite)
+    write(disk, 0)
+    assert os.stat(f"{raw}.bitmaps").st_ino == old and wrote.count(old) == 3  # bits, bits, header
+    assert on_disk(raw).count() == 2 * REGION
 
 
 def test_marks_that_could_not_be_flushed_are_written_to_a_new_file(
