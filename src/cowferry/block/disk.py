@@ -30,7 +30,17 @@ from cowferry.block.bitmap import Bitmap
 from cowferry.block.gate import END, Gate, Slot
 from cowferry.block.lease import DATA, SPAN, SPAN_BITS, WRITABLE, ZERO, Leases
 from cowferry.block.limits import Group, Member
-from cowferry.block.node import Extent, Node, State, clear, far, read, read_fully, with_holes
+from cowferry.block.node import (
+    ZEROES,
+    Extent,
+    Node,
+    State,
+    clear,
+    far,
+    read,
+    read_fully,
+    with_holes,
+)
 from cowferry.block.rates import fitted
 from cowferry.block.scope import CalledOff, Scope
 from cowferry.block.throttle import READ, WRITE, Brake, Turnstile, let_through
@@ -154,6 +164,9 @@ class Disk:
         self._brake: Brake | None = None  # the last of them. Set by `brake`
         self._turning = threading.Lock()  # guards the three above
         self.copy_on_read = copy_on_read and not root.read_only
+        # What the image was opened with holds for the disk, whatever its root is later.
+        self.ignores_discard = any(n.ignores_discard for n in _format(root))
+        self.detects_zeroes = max(n.detects_zeroes for n in _down(root))
         self.leases.reset(root.granule, self._holds())
         self._local = threading.local()  # .place: this thread's place in the gate
 
@@ -370,6 +383,8 @@ class Disk:
             return
         if self.turnstiles and not paid:
             self.wait(WRITE, length)
+        if self.detects_zeroes and _is_zero(buf):
+            return self.zero(offset, length, self.detects_zeroes == "unmap", fua, paid=True)
         # Where no write lease is handed out, none is looked for.
         if self.leases.held(offset, length) or not self._in_place(buf, offset):
             self._change(offset, length, lambda: self.root.pwrite(buf, offset), buf)
@@ -382,7 +397,7 @@ class Disk:
         False: nothing was done, and a thread that may wait has to call `pwrite`. The caller has
         passed the turnstiles, and asks after no lease was found. Raises `OSError`."""
         length = len(buf)
-        if self.gate.contended:  # cheaper to see here
+        if self.gate.contended or self.detects_zeroes:  # cheaper to see here
             return False
         alone = _Exclusive(self, offset, length)
         if not alone.try_enter():
@@ -446,6 +461,8 @@ class Disk:
 
         The caller has passed the turnstiles. Nothing is held when this yields."""
 
+        unmap = unmap and not self.ignores_discard
+
         def work(at: int, n: int) -> None:
             self.root.zero(at, n, unmap, fast)
 
@@ -453,6 +470,10 @@ class Disk:
 
     def discarding(self, offset: int, length: int) -> Iterator[None]:
         """`discard` in steps, as `zeroing`."""
+
+        if self.ignores_discard:
+            self.check(offset, length, discard=True)
+            return iter(())
 
         def work(at: int, n: int) -> None:
             self.root.discard(at, n)
@@ -561,6 +582,8 @@ class Disk:
 
     def _holds(self) -> tuple[Bitmap, ...] | None:
         """Where write leases are not handed out. Inside a drain."""
+        if self.detects_zeroes:
+            return None
         keeper = self.root.keeper
         holds = [] if keeper is None else [keeper.holds]
         for tap in self.taps:
@@ -642,3 +665,26 @@ def in_order(disks: Iterable[Disk]) -> list[Disk]:
 def os_error(code: int, text: str) -> OSError:
     """An `OSError` with the field's wording and a name of whose it is."""
     return OSError(code, f"{text}: {os.strerror(code)}")
+
+
+def _down(node: Node | None) -> Iterator[Node]:
+    """A node, and the nodes that its bytes lie in."""
+    while node is not None:
+        yield node
+        node = node.file
+
+
+def _format(node: Node) -> Iterator[Node]:
+    """The filters on top of an image, and the image itself."""
+    for layer in _down(node):
+        yield layer
+        if not layer.filter:
+            return
+
+
+def _is_zero(buf: memoryview) -> bool:
+    """Whether all bytes are zero. Looks no further than the first piece that is not."""
+    return all(
+        buf[at : at + len(ZEROES)] == ZEROES[: min(len(ZEROES), len(buf) - at)]
+        for at in range(0, len(buf), len(ZEROES))
+    )

@@ -75,6 +75,8 @@ class Node:
     align: int = 1
     granule: int = 64 << 10
     read_only: bool = False
+    ignores_discard: bool = False  # of guests: the disk over it keeps its room
+    detects_zeroes: str = ""  # "on", or "unmap": zeroes that a guest writes are zeroed
     #: Whether asking for its runs is asking a server: then whoever only wants bytes does not ask.
     remote: bool = False
     backing: Node | None = None

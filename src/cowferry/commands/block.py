@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from cowferry.block.node import Node, chain
+from cowferry.block.node import Node, chain, files
 from cowferry.commands import Args, NoArgs, command
 from cowferry.commands.throttle import shown
 from cowferry.drivers import MAX_DEPTH, actual_size, driver, opening
@@ -160,6 +160,8 @@ def image_info(node: Node, with_backing: bool = True) -> dict[str, Any]:
 def device_info(node: Node, disk: Disk | None = None, levels: int = MAX_DEPTH) -> dict[str, Any]:
     """QMP: BlockDeviceInfo of a node, with so many levels of backing images."""
     nodes = list(chain(node))
+    bottom = next(files(node))
+    direct, no_flush = getattr(bottom, "direct", False), getattr(bottom, "no_flush", False)
     images = [image_info(n) for n in nodes[: levels + 1]]
     for above, below in itertools.pairwise(images):
         above["backing-image"] = below
@@ -169,11 +171,11 @@ def device_info(node: Node, disk: Disk | None = None, levels: int = MAX_DEPTH) -
         "ro": node.read_only,
         "drv": node.filter or node.driver,
         "encrypted": False,
-        "detect_zeroes": "off",
+        "detect_zeroes": node.detects_zeroes or "off",
         "backing_file_depth": len(nodes) - 1,
         "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
         "write_threshold": 0,
-        "cache": {"writeback": True, "direct": False, "no-flush": False},
+        "cache": {"writeback": True, "direct": direct, "no-flush": no_flush},
         "image": images[0],
     }  # fmt: skip
     if node.backing is not None:

@@ -16,7 +16,7 @@ import importlib
 import os
 import stat
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -36,6 +36,16 @@ OVERLAYS = ("qcow2", "qed")
 MAX_DEPTH = 1024  # nodes in a chain; 200 must work, a loop must not
 
 
+class Cache(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """QMP: BlockdevCacheOptions.
+
+    `direct`: the kernel forgets the bytes of the file at each flush. `no-flush`: what is written
+    is not made durable."""
+
+    direct: bool = False
+    no_flush: bool = False
+
+
 class Common(msgspec.Struct, kw_only=True, rename="kebab"):
     """What every driver's `Options` begins with (BlockdevOptions in QMP)."""
 
@@ -43,10 +53,10 @@ class Common(msgspec.Struct, kw_only=True, rename="kebab"):
     node_name: str | None = None
     read_only: bool = False
     auto_read_only: bool = False
-    discard: str = "unmap"  # "ignore" or "unmap"
-    detect_zeroes: str = "off"
+    discard: Literal["unmap", "ignore", "on", "off"] = "unmap"  # on is unmap, off is ignore
+    detect_zeroes: Literal["off", "on", "unmap"] = "off"
     force_share: bool = False
-    cache: dict[str, bool] | None = None
+    cache: Cache | None = None
     repair: bool = False  # to be mended: damage is no reason to refuse it
 
 

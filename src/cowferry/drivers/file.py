@@ -26,6 +26,7 @@ import stat
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from cowferry.block import identity, sysio
@@ -37,7 +38,7 @@ from cowferry.drivers import Common, fdsets, register
 from cowferry.drivers.locks import Lock
 from cowferry.drivers.options import flag, number, word
 from cowferry.drivers.plan import Plan, is_device
-from cowferry.errors import CowferryError, DeviceInUse, ImageError
+from cowferry.errors import CowferryError, DeviceInUse, ImageError, NotSupported
 
 CREATION = frozenset({"preallocation", "nocow", "extent_size_hint"})
 _handed_over: weakref.WeakSet[File] = weakref.WeakSet()  # nodes over descriptors of fdsets
@@ -47,12 +48,15 @@ _handed_over: weakref.WeakSet[File] = weakref.WeakSet()  # nodes over descriptor
 class File(Node):
     """A host file or block device. Thread-safe."""
 
+    unmaps = True  # room is given back
+    direct = no_flush = False  # cache options
+
     class Options(Common, kw_only=True, rename="kebab"):
         """QMP: BlockdevOptionsFile."""
 
         filename: str
         locking: Literal["auto", "on", "off"] = "auto"
-        aio: str = "threads"  # taken for compatibility; the data path is threads
+        aio: str = "threads"
 
     def __init__(self, fd: int, filename: str, read_only: bool, lock: Lock | None) -> None:
         self.fd = fd
@@ -74,6 +78,11 @@ class File(Node):
     @classmethod
     def open(cls, options: File.Options, children: Mapping[str, Node]) -> File:
         """Open and lock. Raises `OSError`, or `ImageError` if another process holds it."""
+        if options.aio != "threads":
+            raise NotSupported(
+                f"aio={options.aio} is not supported: files are read and written by threads",
+                "leave the option out, or say aio=threads",
+            )
         read_only = options.read_only
         flags = os.O_CLOEXEC | os.O_NONBLOCK
         try:
@@ -93,6 +102,9 @@ class File(Node):
             if options.locking != "off":
                 lock = Lock.take(fd, options.filename, read_only, options.force_share)
             node = cls(fd, options.filename, read_only, lock)
+            node.unmaps = options.discard in ("unmap", "on")
+            if options.cache is not None:
+                node.direct, node.no_flush = options.cache.direct, options.cache.no_flush
             node.shares = options.force_share or options.locking == "off"
             if lock is not None and options.filename.startswith(fdsets.PREFIX):
                 node._alone()
@@ -207,8 +219,10 @@ class File(Node):
 
     def zero(self, offset: int, length: int, unmap: bool = False, fast: bool = False) -> None:
         """By a hole, else by the file system's own zeroing, else (unless `fast`) by writing."""
-        modes = [sysio.PUNCH_HOLE | sysio.KEEP_SIZE] if unmap else []
-        modes += [sysio.ZERO_RANGE, sysio.PUNCH_HOLE | sysio.KEEP_SIZE]
+        hole = sysio.PUNCH_HOLE | sysio.KEEP_SIZE
+        modes = [sysio.ZERO_RANGE]
+        if self.unmaps:
+            modes = [hole, *modes] if unmap else [*modes, hole]
         for mode in modes:
             if mode & sysio.PUNCH_HOLE and offset + length > self.size:
                 continue  # punching does not grow the file
@@ -233,6 +247,8 @@ class File(Node):
 
     def punch(self, offset: int, length: int) -> None:
         """A hole, if the file system can; no error if it cannot."""
+        if not self.unmaps:
+            return
         try:
             sysio.fallocate(self.fd, sysio.PUNCH_HOLE | sysio.KEEP_SIZE, offset, length)
         except OSError as error:
@@ -271,7 +287,11 @@ class File(Node):
             return self.size
 
     def flush(self) -> None:
-        """One fdatasync for all flushes that wait together. Fails for good once it failed (N6)."""
+        """One fdatasync for all flushes that wait together. Fails for good once it failed (N6).
+
+        With the cache option direct the kernel forgets the bytes that it has, after that."""
+        if self.no_flush:
+            return
         try:
             self._barrier.flush()
         except OSError as error:
@@ -280,6 +300,9 @@ class File(Node):
                 f"{self.filename}: a flush has failed ({error.strerror}); "
                 "no later one counts until the file is opened again",
             ) from None
+        if self.direct:
+            with suppress(OSError):
+                os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def resize(self, size: int) -> None:
         """Truncate or extend; a device keeps its size."""

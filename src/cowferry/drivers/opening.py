@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -47,8 +47,8 @@ def typed(struct: type[Common], options: Mapping[str, Any], driver_name: str) ->
         value = plain.get(field.encode_name)
         if field.type in (bool, bool | None):
             plain[field.encode_name] = _flag(value)
-        elif field.encode_name == "cache" and isinstance(value, Mapping):
-            plain["cache"] = {k: _flag(v) for k, v in value.items()}
+        elif field.encode_name in ("cache", "overlap-check") and isinstance(value, Mapping):
+            plain[field.encode_name] = {k: _flag(v) for k, v in value.items()}
         if value is None:
             plain.pop(field.encode_name, None)
     known = {field.encode_name for field in _fields(struct)}
@@ -65,6 +65,12 @@ def typed(struct: type[Common], options: Mapping[str, Any], driver_name: str) ->
             raise CowferryError(f"Parameter '{found[1]}' is missing") from None
         where = re.search(r"\$\.([\w.-]+)", str(error))
         name = where[1] if where else "options"
+        words = _words(struct, name)
+        if words and isinstance(plain.get(name), str):
+            raise CowferryError(
+                f"Parameter '{name}' does not accept value '{plain[name]}'",
+                f"it takes {', '.join(words)}",
+            ) from None
         raise CowferryError(f"Parameter '{name}' of driver '{driver_name}': {error}") from None
 
 
@@ -72,6 +78,17 @@ def typed(struct: type[Common], options: Mapping[str, Any], driver_name: str) ->
 def _fields(struct: type[Common]) -> tuple[msgspec.structs.FieldInfo, ...]:
     """Found out once: it takes as long as all the rest of opening a file."""
     return msgspec.structs.fields(struct)
+
+
+def _words(struct: type[Common], name: str) -> list[str]:
+    """The words that an option takes, if it takes any."""
+
+    def of(kind: Any) -> list[str]:
+        if get_origin(kind) is Literal:
+            return list(get_args(kind))
+        return [word for part in get_args(kind) for word in of(part)]
+
+    return [w for f in _fields(struct) if f.encode_name == name for w in of(f.type)]
 
 
 def _flag(value: Any) -> Any:
@@ -338,6 +355,7 @@ def _open(
         raise CowferryError("Parameter 'driver' is missing")
     cls = driver(name)
     given = typed(cls.Options, options, name)
+    _check_together(given)
     children: dict[str, Node] = {}
     for key in CHILDREN:
         child = options.get(key)
@@ -348,8 +366,7 @@ def _open(
                 raise CowferryError(f"Cannot find device='' nor node-name='{child}'")
             children[key] = lookup(child)
         elif isinstance(child, Mapping):
-            inherited = {k: options[k] for k in ("read-only", "force-share") if k in options}
-            children[key] = _open({**inherited, **child}, lookup, made, opened)
+            children[key] = _open({**_inherited(options), **child}, lookup, made, opened)
         else:
             raise CowferryError(f"Invalid parameter type for '{key}', expected: object or string")
     for key, child in children.items():
@@ -366,8 +383,7 @@ def _open(
             if headers:
                 children[key] = Absent(recorded)
             elif path is not None:
-                inherited = _common(given.read_only, given.force_share)
-                below = {**inherited, **file_options(path)}
+                below = {**_inherited(options), **file_options(path)}
                 children[key] = _open(below, lookup, made, opened)
         node = cls.open(given, children)
     except OSError as error:
@@ -375,6 +391,8 @@ def _open(
         raise ImageError(
             f"Could not open '{where}': {error.strerror or error}",
         ) from error
+    node.ignores_discard = given.discard in ("ignore", "off")
+    node.detects_zeroes = "" if given.detect_zeroes == "off" else given.detect_zeroes
     node.name = given.node_name or ""
     node.lent = frozenset(key for key in CHILDREN if isinstance(options.get(key), str))
     if not node.filename:
@@ -397,6 +415,22 @@ def _open(
     if opened is not None:
         opened(node, options)
     return node
+
+
+def _inherited(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds for the files of an image, too, unless they say otherwise."""
+    common = ("read-only", "auto-read-only", "force-share", "cache")
+    return {k: options[k] for k in common if options.get(k) is not None}
+
+
+def _check_together(given: Common) -> None:
+    """Raise `CowferryError` for options of every node that contradict each other."""
+    if given.discard in ("ignore", "off") and given.detect_zeroes == "unmap":
+        raise CowferryError(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to "
+            "unmap",
+            "say discard=unmap, or detect-zeroes=on",
+        )
 
 
 def _check_limits(child: Node, driver_name: str, role: str) -> None:

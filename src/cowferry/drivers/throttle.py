@@ -76,6 +76,7 @@ class _Passed:
 
 
 OWN = {"name", "file", "lent", "filter", "throttle_group", "close"}
+OWN |= {"ignores_discard", "detects_zeroes"}
 
 for _name in {*vars(Node), *Node.__annotations__} - OWN:
     if not _name.startswith("__"):

@@ -138,6 +138,27 @@ class Map:
             return table[slot], 0
         return table[2 * slot], table[2 * slot + 1]
 
+    def kept_places(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(length, host offset or 0) of the pieces of guest bytes that are zero: a cluster that was
+        zeroed may keep its place."""
+        size, end = 1 << self.bits, offset + length
+        while offset < end:
+            index, slot = divmod(offset >> self.bits, self.per_table)
+            stop = min(end, (index + 1) * self.per_table << self.bits)
+            last = slot + ((stop - 1) >> self.bits) - (offset >> self.bits) + 1
+            table = self.table(index)
+            words = (
+                [] if table is None else table[slot * self.words : last * self.words : self.words]
+            )
+            if not any(entry & OFFSET for entry in words):
+                yield stop - offset, 0
+                offset = stop
+            for entry in words if offset < stop else ():
+                n = min(size - offset % size, stop - offset)
+                host = entry & OFFSET
+                yield n, host + offset % size if host else 0
+                offset += n
+
     # What entries mean -------------------------------------------------------------------
 
     def runs(self, offset: int, length: int) -> list[Extent]:

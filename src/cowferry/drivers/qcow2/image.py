@@ -34,6 +34,7 @@ from cowferry.drivers.qcow2.clusters import (
     Map,
 )
 from cowferry.drivers.qcow2.compressed import Pieces
+from cowferry.drivers.qcow2.overlaps import Overlaps, OverlapTemplate
 from cowferry.drivers.qcow2.refcounts import OFFSET, Refcounts
 from cowferry.drivers.qcow2.survey import Survey
 from cowferry.errors import CowferryError, ImageError
@@ -52,17 +53,19 @@ class Qcow2(Node):
     class Options(Common, kw_only=True, rename="kebab"):
         """QMP: BlockdevOptionsQcow2."""
 
-        lazy_refcounts: bool | None = None
-        pass_discard_request: bool = True
+        lazy_refcounts: bool | None = None  # allowed, and never needed: a flush writes both
+        pass_discard_request: bool = True  # what a guest discards is given back to the host
         pass_discard_snapshot: bool = True
         pass_discard_other: bool = False
-        overlap_check: str | dict[str, Any] | None = None
-        cache_size: int | None = None
-        l2_cache_size: int | None = None
+        # All checks are always made, so that each of these words is granted.
+        overlap_check: Overlaps | OverlapTemplate | None = None
+        cache_size: int | None = None  # bytes, of which the L2 tables have all
+        l2_cache_size: int | None = None  # bytes
         l2_cache_entry_size: int | None = None
         refcount_cache_size: int | None = None
         cache_clean_interval: int | None = None
 
+    passes_discard = True  # clusters that are let go of are given back to the host
     INFO_TYPES: ClassVar[dict[int, str]] = {0: "zlib", 1: "zstd"}
 
     def __init__(
@@ -128,7 +131,16 @@ class Qcow2(Node):
                 f"'{file.filename}' is marked corrupt; it cannot be opened for writing",
                 "it can still be read; repair it with: cowferry check -r all",
             )
+        if options.lazy_refcounts and header.version < 3:
+            raise ImageError(
+                f"'{file.filename}': lazy refcounts require an image of version 3 (compat=1.1)",
+                "leave lazy-refcounts out",
+            )
         image = cls(file, data, header, read_only, options.repair)
+        image.passes_discard = options.pass_discard_request
+        cache_size = options.l2_cache_size or options.cache_size
+        if cache_size is not None:
+            image.map.keep = max(cache_size >> header.cluster_bits, 4)
         if not (read_only or options.repair):
             image._prepare_for_writing()
         return image
@@ -200,25 +212,9 @@ class Qcow2(Node):
         return iter(found)
 
     def kept_places(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """(length, host offset or 0) of the pieces of a run of zeroes: a cluster that was zeroed
-        may keep its place."""
-        size, words = self.cluster_size, self.map.words
-        end = offset + length
-        while offset < end:
-            index, slot = divmod(offset // size, self.map.per_table)
-            stop = min(end, (index + 1) * self.map.per_table * size)
-            last = slot + -(-(stop - offset // size * size) // size)
-            with self.meta:
-                table = self.map.table(index)
-                places = [] if table is None else table[slot * words : last * words : words]
-            if not any(entry & OFFSET for entry in places):
-                yield stop - offset, 0
-                offset = stop
-            for entry in places if offset < stop else ():
-                n = min(size - offset % size, stop - offset)
-                host = entry & OFFSET
-                yield n, host + offset % size if host else 0
-                offset += n
+        """(length, host offset or 0) of the pieces of a run of zeroes."""
+        with self.meta:
+            return iter(list(self.map.kept_places(offset, length)))
 
     def read_run(self, buf: memoryview, offset: int, extent: Extent) -> None:
         """Decompress as many clusters as the run touches; or ask a file without a descriptor."""
@@ -574,6 +570,8 @@ class Qcow2(Node):
 
     def _punch(self, free: list[tuple[int, int]]) -> None:
         """Room goes back to the file system, unless somebody has taken it again."""
+        if not self.passes_discard:
+            return
         bits = self.header.cluster_bits
         punch = getattr(self.file, "punch", None)
         for first, count in free:
