@@ -275,7 +275,8 @@ class File(Node):
         if length and sysio.take_room(self.fd, offset, length):
             self._reaches(end)
             return
-        for at in range(max(offset, self.size), end, len(ZEROES)):
+        # Bytes that a job has written by itself may lie beyond `size`.
+        for at in range(max(offset, self.refresh_size()), end, len(ZEROES)):
             self.pwrite(memoryview(ZEROES)[: min(len(ZEROES), end - at)], at)
 
     def refresh_size(self) -> int:
