@@ -11,6 +11,7 @@ import itertools
 import json
 import random
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -325,3 +326,21 @@ def test_one_types_it_or_calls_it(
         assert checked(tmp_path / path)["compressed-clusters"] == clusters
         assert not differs(reads(tmp_path / path), page)
     assert "-O qcow2" in typed(capsys, "convert", "-c", "page.raw", "x.raw")[2]
+
+
+def test_zstd_needs_nothing_that_the_default_install_lacks(tmp_path: Path) -> None:
+    """The library is a dependency of the package, and no extra of it."""
+    need("qemu-img")
+    with open(Path(__file__).parent.parent / "pyproject.toml", "rb") as f:
+        project = tomllib.load(f)["project"]
+    assert any(d.startswith("backports.zstd") for d in project["dependencies"])
+    assert "zstd" not in project["optional-dependencies"]
+    raw, image = tmp_path / "a.raw", tmp_path / "a.qcow2"
+    raw.write_bytes(b"some text" * 10000)
+    options = ["-c", "-o", "compression_type=zstd"]
+    subprocess.run(
+        ["qemu-img", "convert", "-O", "qcow2", *options, str(raw), str(image)], check=True
+    )
+    node = opening.open_image(str(image), read_only=True)
+    assert contents(node)[:90000] == raw.read_bytes()
+    node.close()

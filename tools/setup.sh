@@ -73,8 +73,8 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 stamp=$venv/.installed-$what
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
-    extra=zstd
-    [ "$what" = test ] && extra=dev
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e ".[$extra]"
+    extra=
+    [ "$what" = test ] && extra="[dev]"
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e ".$extra"
     touch "$stamp"
 fi

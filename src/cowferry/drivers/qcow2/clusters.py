@@ -11,7 +11,6 @@ image's ordered flush only; a dirty table is never dropped from memory.
 
 from __future__ import annotations
 
-import errno
 import weakref
 from array import array
 from collections import OrderedDict
@@ -379,11 +378,3 @@ def _add(out: list[Extent], e: Extent) -> None:
             out[-1] = last._replace(length=last.length + e.length)
             return
     out.append(e)
-
-
-def no_decompressor(name: str) -> OSError:
-    """The error for a compression type whose library is not installed."""
-    return OSError(
-        errno.EOPNOTSUPP,
-        f"{name}: zstd clusters need the package backports.zstd (pip install 'cowferry[zstd]')",
-    )

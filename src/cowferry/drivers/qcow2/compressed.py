@@ -1,4 +1,4 @@
-"""Compressed clusters: raw deflate, or zstd where its library is installed.
+"""Compressed clusters: raw deflate, or zstd.
 
 A compressed cluster is a *piece*: bytes anywhere in the file, one behind the other and aligned to
 nothing, so that several share a host cluster, which is counted once for each. Its L2 entry has the
@@ -15,14 +15,14 @@ A bomb gets no further than one cluster: the output is capped, and what is short
 from __future__ import annotations
 
 import errno
-import importlib
+import sys
 import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from cowferry.block.node import Extent, State, read
-from cowferry.drivers.qcow2.clusters import COMPRESSED, no_decompressor
+from cowferry.drivers.qcow2.clusters import COMPRESSED
 from cowferry.errors import NotSupported
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ TOGETHER = 64 << 10  # bytes that a worker takes at once, if clusters are small
 
 
 def _zstd() -> Any:
-    for module in ("compression.zstd", "backports.zstd"):
-        try:
-            return importlib.import_module(module)
-        except ImportError:
-            continue
-    return None
+    """The library, which is part of Python since 3.14. It is loaded by the first image with zstd
+    clusters, because that takes a while."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd
 
 
 def deflate(kind: int, data: memoryview) -> bytes:
@@ -61,12 +62,7 @@ def inflate(name: str, kind: int, data: bytes, size: int, offset: int) -> bytes:
         if kind != ZSTD:
             out = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
         else:
-            zstd = _zstd()
-            if zstd is None:
-                raise no_decompressor(name)
-            out = zstd.ZstdDecompressor().decompress(data, size)
-    except OSError:
-        raise
+            out = _zstd().ZstdDecompressor().decompress(data, size)
     except Exception as error:  # each library has its own class
         raise OSError(
             errno.EIO, f"{name}: damaged compressed cluster at offset {offset}: {error}"
@@ -124,11 +120,6 @@ class Pieces:
         if image.external:
             raise NotSupported(
                 f"'{image.filename}' keeps its data in another file, which holds no compressed data"
-            )
-        if image.header.compression_type == ZSTD and _zstd() is None:
-            raise NotSupported(
-                f"'{image.filename}' has zstd clusters, which need the package backports.zstd",
-                "pip install 'cowferry[zstd]', or use an image with compression_type=zlib",
             )
 
     def write(self, buf: memoryview) -> list[Extent | None]:
