@@ -20,8 +20,9 @@ from chains import contents, differs
 from cowferry.block import disk as disks
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
-from cowferry.block.node import Extent, Node
-from cowferry.drivers import opening
+from cowferry.block.lane import SLOW, Lane
+from cowferry.block.node import Extent, Node, cached
+from cowferry.drivers import making, opening
 from cowferry.drivers.nbd_client import NbdClient
 from cowferry.exports import nbd_lane
 from cowferry.exports.nbd import NbdExport, NbdServer
@@ -39,7 +40,7 @@ BASE = ("base:allocation",)
 def serving(folder: Path, format: str, size: int) -> Iterator[tuple[Disk, str]]:
     """A new disk of that format, exported as "d"; the disk and its URI."""
     path = folder / f"disk.{format}"
-    opening.create_image(str(path), format, size, {})
+    making.create_image(str(path), format, size, {})
     server = NbdServer()
     node = opening.open_image(str(path), format)
     disk = Disk(node, "d")
@@ -167,7 +168,7 @@ def test_changes_in_steps_change_what_one_step_would(
     size = 40 * CLUSTER - 512 * 7
     rng = random.Random(7)
     path = tmp_path / f"d.{format}"
-    opening.create_image(str(path), format, size, {})
+    making.create_image(str(path), format, size, {})
     disk = Disk(opening.open_image(str(path), format), "d")
     oracle = bytearray(rng.randbytes(size))
     disk.pwrite(memoryview(bytes(oracle)), 0)
@@ -218,6 +219,7 @@ def test_a_write_that_waits_for_a_job_stalls_nothing_behind_it_on_its_connection
 def test_a_write_is_done_at_once_only_if_nobody_is_in_the_way(tmp_path: Path) -> None:
     with serving(tmp_path, "qcow2", 16 * MIB) as (disk, _):
         data = memoryview(b"x" * 4096)
+        contents(disk)  # leases are there, as after a lane has looked
         slot = disk.gate.slot()
         disk.gate.enter(slot, 2 * MIB, 4 * MIB)
         assert not disk.try_pwrite(data, 3 * MIB)
@@ -225,6 +227,7 @@ def test_a_write_is_done_at_once_only_if_nobody_is_in_the_way(tmp_path: Path) ->
         disk.gate.leave(slot)
         assert disk.try_pwrite(data, 3 * MIB)
         watch(disk)  # it may take its time
+        contents(disk)
         assert not disk.try_pwrite(data, 5 * MIB)
         assert not disk.gate.claims
         got = contents(disk)
@@ -232,6 +235,43 @@ def test_a_write_is_done_at_once_only_if_nobody_is_in_the_way(tmp_path: Path) ->
             3 * MIB,
             4 * MIB,
         ]
+
+
+def overlay_over_a_cold_base(folder: Path) -> Disk:
+    """A disk over an empty overlay, whose base has bytes that are not in the page cache."""
+    base = folder / "base.raw"
+    base.write_bytes(b"b" * 16 * MIB)
+    options = {"backing_file": "base.raw", "backing_fmt": "raw"}
+    making.create_image(str(folder / "top.qcow2"), "qcow2", 16 * MIB, options)
+    disk = Disk(opening.open_image(str(folder / "top.qcow2"), "qcow2"), "top")
+    assert disk.root.backing is not None and disk.root.backing.file is not None
+    fd = disk.root.backing.file.fd
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(fd, 8 * MIB):
+        opening.close_chain(disk.root)
+        pytest.skip("this file system keeps its files in memory")
+    return disk
+
+
+def test_a_reader_does_not_wait_for_a_cold_base(tmp_path: Path) -> None:
+    disk = overlay_over_a_cold_base(tmp_path)
+    data = memoryview(b"x" * 4096)
+    lane = Lane(disk)
+    try:
+        assert lane.write(data, 8 * MIB, 4096) == SLOW
+        assert not disk.try_pwrite(data, 8 * MIB)  # the rest of the cluster is to be copied
+        whole = memoryview(b"w" * CLUSTER)
+        assert disk.try_pwrite(whole, 4 * MIB)  # nothing is to be copied
+        disk.root.pread(memoryview(bytearray(CLUSTER)), 8 * MIB)  # by somebody else
+        assert disk.try_pwrite(data, 8 * MIB)
+        want = bytearray(b"b" * 16 * MIB)
+        want[4 * MIB : 4 * MIB + CLUSTER] = whole
+        want[8 * MIB : 8 * MIB + 4096] = data
+        assert not differs(contents(disk), want)
+    finally:
+        lane.close()
+        opening.close_chain(disk.root)
 
 
 # Block status ----------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from cowferry.block.node import (
     Extent,
     Node,
     State,
+    cached,
     clear,
     far,
     read,
@@ -392,7 +393,7 @@ class Disk:
             self.flush()
 
     def try_pwrite(self, buf: memoryview, offset: int) -> bool:
-        """Write without waiting for anybody else's request, job or server.
+        """Write without waiting for anybody else's request, for a job, a server or a cold disk.
 
         False: nothing was done, and a thread that may wait has to call `pwrite`. The caller has
         passed the turnstiles, and asks after no lease was found. Raises `OSError`."""
@@ -402,12 +403,36 @@ class Disk:
         alone = _Exclusive(self, offset, length)
         if not alone.try_enter():
             return False
+        if self.may_wait(offset, length) or not self._at_hand(offset, length):
+            self.gate.release(alone.claim)  # nothing has changed: the leases stay
+            return False
         try:
-            if self.may_wait(offset, length):
-                return False
             self._change_inside(offset, length, partial(self.root.pwrite, buf, offset), buf)
         finally:
             alone.__exit__()
+        return True
+
+    def _at_hand(self, offset: int, length: int) -> bool:
+        """Whether what a write has to copy first is in memory, as far as leases can tell.
+
+        A granule that is written in part may be copied from below. The caller is inside
+        `exclusive`."""
+        leases, end = self.leases, offset + length
+        shift = leases.shift
+        for at in (offset, end - 1):
+            granule = at >> shift
+            if offset <= granule << shift and (granule + 1) << shift <= end:
+                continue  # written as a whole
+            table = leases.tables.get(granule >> SPAN_BITS)
+            entry = table[granule & (SPAN - 1)] if table is not None else 0
+            if entry & 3 == ZERO:
+                continue
+            if not entry:
+                return False
+            fd, host = leases.fds[entry >> 8 & 0xFFFF], entry >> 24 << 9
+            # The page cache is filled by more than a granule at a time: both ends tell enough.
+            if not (cached(fd, host) and cached(fd, host + (1 << shift) - 1)):
+                return False
         return True
 
     def _in_place(self, buf: memoryview, offset: int) -> bool:

@@ -27,12 +27,11 @@ import os
 from cowferry.block import sysio
 from cowferry.block.disk import Disk
 from cowferry.block.lease import DATA, SPAN, SPAN_BITS, WRITABLE
-from cowferry.block.node import clear
+from cowferry.block.node import NOWAIT, clear
 
 DONE, ZEROES, SLOW = 0, 1, 2  # answers; ZEROES: reads as zeroes, the buffer was not touched
 
 MASK = SPAN - 1
-NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
 
 
 class Lane:

@@ -461,6 +461,22 @@ def clear(buf: memoryview) -> None:
     buf[:] = ZEROES[: len(buf)]
 
 
+NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # fail rather than wait for a disk
+
+
+def cached(fd: int, host: int) -> bool:
+    """Return whether the byte of a file can be read without waiting for a disk.
+
+    True also if the file system cannot tell, and past the end of the file."""
+    try:
+        os.preadv(fd, (bytearray(1),), host, NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # whoever reads it is told
+    return True
+
+
 def read_fully(fd: int, buf: memoryview, host: int, flags: int = 0) -> None:
     """`preadv` until `buf` is full; past the end of the file the bytes are zeroes.
 
