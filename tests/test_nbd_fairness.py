@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import importlib
 import json
 import os
 import random
@@ -40,7 +41,8 @@ BASE = ("base:allocation",)
 def serving(folder: Path, format: str, size: int) -> Iterator[tuple[Disk, str]]:
     """A new disk of that format, exported as "d"; the disk and its URI."""
     path = folder / f"disk.{format}"
-    making.create_image(str(path), format, size, {})
+    if not path.exists():
+        making.create_image(str(path), format, size, {})
     server = NbdServer()
     node = opening.open_image(str(path), format)
     disk = Disk(node, "d")
@@ -272,6 +274,37 @@ def test_a_reader_does_not_wait_for_a_cold_base(tmp_path: Path) -> None:
     finally:
         lane.close()
         opening.close_chain(disk.root)
+
+
+@pytest.mark.parametrize("format", ["qcow2", "qed"])
+def test_no_flush_that_is_due_happens_inside_the_gate_or_in_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    module = importlib.import_module(f"cowferry.drivers.{format}.image")
+    size = 64 * MIB if format == "qcow2" else 4 << 30
+    options = {"cluster_size": "4096"} if format == "qcow2" else {"table_size": "1"}
+    step = 2 * MIB if format == "qcow2" else 32 * MIB  # each table on its own
+    path = tmp_path / f"disk.{format}"
+    making.create_image(str(path), format, size, options)
+    monkeypatch.setattr(module, "MAX_DIRTY", (16 if format == "qcow2" else 64) * 4096)
+    with serving(tmp_path, format, size) as (disk, uri), NbdClient(uri) as client:
+        inside: list[bool] = []
+        threads: set[str] = set()
+        flush = disk.root.flush
+
+        def flushed() -> None:
+            inside.append(bool(disk.gate.claims))
+            threads.add(threading.current_thread().name)
+            flush()
+
+        monkeypatch.setattr(disk.root, "flush", flushed)
+        for at in range(0, size // 2, step):
+            client.pwrite(b"r" * 512, at)  # by the reader
+        until(lambda: inside)
+        for at in range(size // 2, size, step):
+            disk.pwrite(memoryview(b"d" * 512), at)
+        assert len(inside) > 2 and not any(inside)
+        assert not any("connection" in name for name in threads)
 
 
 # Block status ----------------------------------------------------------------------------

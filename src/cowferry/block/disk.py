@@ -560,6 +560,9 @@ class Disk:
         """Do `work`, a change of the root's range, alone in it, with bitmaps and taps there."""
         with self.exclusive(offset, length):
             self._change_inside(offset, length, work, data, discard)
+        if self.root.crowded:
+            with suppress(OSError):  # what has to be durable is flushed by whoever needs that
+                self.flush()
 
     def _change_inside(
         self,

@@ -287,6 +287,14 @@ class Node:
         return False
 
     @property
+    def crowded(self) -> bool:
+        """Whether a flush is due, because half as much waits for it as may.
+
+        A disk then flushes outside its gate. If all that may wait does, the next change flushes by
+        itself, inside the gate."""
+        return False
+
+    @property
     def preallocated(self) -> bool:
         """Whether places were given out that the file has no bytes for yet."""
         return False

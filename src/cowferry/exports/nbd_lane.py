@@ -117,6 +117,7 @@ class Connection:
         self.held = 0  # their weight in bytes; guarded by `idle`
         self.idle = threading.Condition()
         self.closed = False
+        self.flushing = False  # a worker flushes for the reader
         self.goodbye = False  # the client has taken leave: what it asked for is still done
         self.out = bytearray(COALESCE + INLINE + 64)
         self.out_view = memoryview(self.out)
@@ -267,12 +268,32 @@ class Connection:
         try:
             # Allocate now, if nobody is in the way: that is cheaper than waking a worker.
             answer = self.lane.write(data, offset, len(data))
-            if answer == SLOW and not self.disk.try_pwrite(data, offset):
-                return False
+            if answer == SLOW:
+                if not self.disk.try_pwrite(data, offset):
+                    return False
+                if self.disk.root.crowded and not self.flushing:
+                    self._flush_behind()
         except OSError:
             return False  # a worker tries again, and tells the client why it failed
         self._simple(cookie, 0)
         return True
+
+    def _flush_behind(self) -> None:
+        """Have a worker flush what the reader's own allocations have left to be flushed."""
+
+        def flush() -> None:
+            try:
+                self.disk.flush()
+            except OSError as error:  # whoever asks for a flush is told
+                log.warning("disk '%s' cannot be flushed: %s", self.disk.name, error)
+            finally:
+                self.flushing = False
+
+        self.flushing = True
+        try:
+            self.workers.submit(flush)
+        except RuntimeError:  # the server is stopping
+            self.flushing = False
 
     def _simple(self, cookie: int, code: int) -> None:
         nbd.SIMPLE.pack_into(self.out, self.filled, nbd.SIMPLE_MAGIC, code, cookie)

@@ -41,6 +41,7 @@ from cowferry.errors import CowferryError, ImageError
 
 MAX_DIRTY = 32 << 20  # bytes of L2 tables that may wait for a flush
 MAX_PENDING = 32 << 20  # bytes that were let go of and may wait for a flush; or an eighth of all
+PUNCH = 16 << 20  # bytes given back to the file system at once
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
@@ -574,7 +575,9 @@ class Qcow2(Node):
             return
         bits = self.header.cluster_bits
         punch = getattr(self.file, "punch", None)
-        for first, count in free:
+        step = max(PUNCH >> bits, 1)  # others wait for the lock meanwhile
+        pieces = ((a, min(step, f + n - a)) for f, n in free for a in range(f, f + n, step))
+        for first, count in pieces:
             with self.meta:
                 idle = all(self.refcounts.get(c) == 0 for c in range(first, first + count))
                 if punch is not None and idle:
@@ -583,12 +586,19 @@ class Qcow2(Node):
 
     def _bound_dirty(self) -> None:
         """Flush before too much waits for it: tables in memory, or room that is to be reused."""
-        refs, bits = self.refcounts, self.header.cluster_bits
-        waiting = refs.pending_clusters << bits
-        if len(self.map.dirty) << bits > MAX_DIRTY or (
-            waiting > MAX_PENDING and refs.pending_clusters > refs.end >> 3
-        ):
+        if self._waits(1):
             self.flush()
+
+    def _waits(self, part: int) -> bool:
+        """Whether more waits for a flush than a `part`-th of what may."""
+        refs, bits = self.refcounts, self.header.cluster_bits
+        dirty, pending = part * len(self.map.dirty) << bits, part * refs.pending_clusters
+        return dirty > MAX_DIRTY or (pending << bits > MAX_PENDING and pending > refs.end >> 3)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether half as much waits for a flush as may."""
+        return self._waits(2)
 
     def write_header(self) -> None:
         """Sector 0 as `header` says, then a barrier (Q6). No name may have changed."""

@@ -401,6 +401,11 @@ class Qed(Node):
         if len(self.tables.dirty) * self.tables.page_bytes > MAX_DIRTY:
             self.flush()
 
+    @property
+    def crowded(self) -> bool:
+        """Whether half as much waits for a flush as may."""
+        return len(self.tables.dirty) * self.tables.page_bytes > MAX_DIRTY // 2
+
     def mark_clean(self) -> None:
         """All is flushed, and then the header says so. Of a damaged image it says nothing."""
         self.flush()
