@@ -126,9 +126,19 @@ def garbage_for_refcounts(path: Path) -> None:
     write(image, image.block(), os.urandom(65536))
 
 
+def blocks_in_holes(path: Path) -> None:
+    """A refcount table that names 20,000 blocks, all in a hole."""
+    image = made(path, "1G", SPARSE)
+    places = range(64 << 20, (64 << 20) + 14 * 20_000 * image.cluster, 14 * image.cluster)
+    write(image, 1 << 20, struct.pack(">20000Q", *places))
+    image.put(48, 1 << 20)
+    image.put(56, 3, "I")
+
+
 MADE_UP = [
     one_block_named_often, sparse_tail, sparse_tail_of_small_clusters, one_l2_table_named_often,
     snapshots_of_one_l1_table, snapshots_in_holes, entries_everywhere, garbage_for_refcounts,
+    blocks_in_holes,
 ]  # fmt: skip
 
 
@@ -148,10 +158,13 @@ def test_memory_and_time_follow_what_the_tables_hold(
         assert Image(path).table < 1 << 30, "new tables lie at the end of the hole"
 
 
-def test_an_image_that_was_not_closed_is_opened_within_the_same_bounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [one_block_named_often, blocks_in_holes])
+def test_an_image_that_was_not_closed_is_opened_within_the_same_bounds(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
     path = tmp_path / "vm.qcow2"
-    one_block_named_often(path)
+    make(path)
     Image(path).put(72, 1)  # its dirty bit
-    done = cowferry("resize", path, "2M")
+    done = cowferry("resize", path, "2G")
     assert done.returncode == 0, done.stderr
     assert subprocess.run(["qemu-img", "check", path], capture_output=True).returncode == 0

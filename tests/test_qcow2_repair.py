@@ -80,6 +80,11 @@ def cut(image: Image, size: int) -> None:
     os.truncate(image.path, size)
 
 
+def inactive(image: Image) -> Callable[[int], int]:
+    """An entry that names the L1 table of the snapshot."""
+    return lambda _: image.get(image.snapshots) | COPIED
+
+
 def twice(image: Image) -> None:
     """Two guest clusters in one place."""
     image.put(image.l2(0), image.get(image.l2(image.size // 2)))
@@ -130,6 +135,9 @@ CASES: list[tuple[str, Do, int, int, bool]] = [
     ("L2 entry at the header", lambda i: entry(i, lambda e: e & ~OFFSET | 0), 3, 0, False),
     ("L2 entry at the L1 table", lambda i: entry(i, lambda e: i.l1 | COPIED), 2, 2, False),
     ("L2 entry at a refcount block", lambda i: entry(i, lambda e: i.block()), 2, 0, False),
+    ("L2 entry at the refcount table", lambda i: entry(i, lambda e: i.table), 2, 0, False),
+    ("L2 entry at a snapshot's L1 table", lambda i: entry(i, inactive(i)), 2, 2, False),
+    ("L2 entry in the header", lambda i: entry(i, lambda e: 0x200), 2, 2, False),
     ("L2 entry at the snapshot table", lambda i: entry(i, lambda e: i.snapshots), 2, 2, False),
     ("two L2 entries in one place", twice, 2, 0, False),
     ("zero cluster at an odd offset", lambda i: entry(i, lambda e: e + 513), 2, 0, False),

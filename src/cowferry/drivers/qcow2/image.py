@@ -178,7 +178,7 @@ class Qcow2(Node):
                 raise ImageError(
                     f"'{self.filename}' was not closed cleanly, and its damage cannot be repaired: "
                     f"{why.removeprefix('ERROR ')}",
-                    "it can still be read; cowferry check says what is wrong",
+                    "it can still be read, and converted; cowferry check says what is wrong",
                 )
         kept = store.prepare(self) | headers.DATA_FILE_RAW
         if h.autoclear & ~kept:

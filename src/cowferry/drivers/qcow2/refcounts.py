@@ -28,6 +28,7 @@ import weakref
 from array import array
 from typing import TYPE_CHECKING
 
+from cowferry.block.node import State
 from cowferry.drivers.qcow2.free import FreeRuns
 
 if TYPE_CHECKING:
@@ -98,14 +99,18 @@ class Refcounts:
         self.untouched = max(filled, self.end) if not image.on_device else 1 << 62
 
     def _last_used(self) -> int:
-        """The last cluster that a refcount block counts. A block that is named twice counts once:
-        visiting it again would show nothing new."""
+        """The last cluster that a refcount block counts. A block that is named twice counts once,
+        and one in a hole of the file counts nothing: neither is read."""
         seen: set[int] = set()
+        file, size = self.image.file, 1 << self.cluster_bits
         for index in range(len(self.table) - 1, -1, -1):
             offset = self.table[index] & OFFSET
             if not offset or offset in seen or self._misplaced(offset):
                 continue
             seen.add(offset)
+            start = next(iter(file.extents(offset, size)), None)
+            if start is not None and start.state is State.ZERO and start.length >= size:
+                continue
             block = self.block(index)
             if block is not None and any(block):
                 return index * self.per_block + max(i for i, n in enumerate(block) if n)

@@ -412,8 +412,8 @@ class References:
         if self.words == 2:
             self._check_bitmaps(table, index)
         unusual = COMPRESSED | L2_RESERVED | ZERO_FLAG | (self.cluster_size - 1)
-        if self.image.external:
-            unusual = COPIED
+        if self.image.external:  # nothing of it counts here
+            unusual = (1 << 64) - 1
         for run in self.runs(table):
             if run.entry & COMPRESSED:
                 self._count_compressed(table, at, run, by, index)

@@ -6,8 +6,9 @@ an owner is a *leak*: room lost, nothing worse.
 What can be mended: `crash` drops entries that point beyond the end of the file, which is what a
 writer leaves that crashed before the file had grown (it had promised nothing yet); `all` drops
 those that can be no place at all, too. Where two entries point to one cluster nobody can tell whose
-it is: that stays, and whoever reads it gets what is there. Leaks at the end of the file are cut
-off; others stay, for the format has no list of free room.
+it is: that stays, and a reader gets what is there. Leaks at the end of the file are cut off, but
+not by a repair that drops an entry to which they may have belonged. Others stay, because the format
+has no list of free room.
 
 Tables may be large and files sparse, so only what is no hole is read. Source: the specification,
 section Consistency checking.
@@ -24,14 +25,13 @@ from bitarray.util import zeros
 
 from cowferry.block.node import State
 from cowferry.drivers.qed.tables import HOLE, PAGE, ZERO, Tables, entries_of
-from cowferry.drivers.result import Result
+from cowferry.drivers.result import Notes, Result
 from cowferry.errors import ImageError
 
 if TYPE_CHECKING:
     from cowferry.drivers.qed.image import Qed
 
 MOST_CLUSTERS = 1 << 30  # of a file that can be checked
-MOST_MESSAGES = 100
 
 
 class Wrong:
@@ -57,7 +57,7 @@ class Walk:
         self.used: bitarray = zeros(self.clusters)
         self.beyond = Wrong()  # they point beyond the end of the file
         self.absurd = Wrong()  # or to what can be no place
-        self.messages: list[str] = []
+        self.notes = Notes()
         self.result = Result(total_clusters=-(-image.size >> self.bits))
         self._last = -1  # host offset of the data cluster before
         self._own(0, image.header.header_bytes)
@@ -68,7 +68,7 @@ class Walk:
             for first, entries in self._entries(tables[index]):
                 self._data(index * image.header.entries + first, entries)
         self.result.leaks = self.clusters - self.used.count()
-        self.result.messages = tuple(self.messages)
+        self.result.messages = self.notes.lines
 
     def _own(self, host: int, length: int) -> bool:
         """The clusters have an owner now. False if one of them had before."""
@@ -80,8 +80,7 @@ class Walk:
 
     def _bad(self, text: str) -> None:
         self.result.corruptions += 1
-        if len(self.messages) < MOST_MESSAGES:
-            self.messages.append(f"ERROR {text}")
+        self.notes.add(f"ERROR {text}")
 
     def _wrong(self, host: int) -> Wrong:
         image = self.image
@@ -158,22 +157,31 @@ def check(image: Qed, fix: Literal["crash", "leaks", "all"] | None = None) -> Re
     if fix is None:
         return result
     drop = {"leaks": (), "crash": (walk.beyond,), "all": (walk.beyond, walk.absurd)}[fix]
+    lost = False  # whether clusters at the end may belong to what is dropped
     if any(wrong.roots or wrong.clusters for wrong in drop):
         for wrong in drop:
             _drop(image, wrong)
+            lost = lost or bool(wrong.roots) or (wrong is walk.absurd and bool(wrong.clusters))
+        dropped = sum(len(wrong.roots) + len(wrong.clusters) for wrong in drop)
+        result.repairs = (f"Repairing: {dropped} entries that lead nowhere are dropped",)
         walk = Walk(image)
         result.corruptions_fixed = result.corruptions - walk.result.corruptions
         result.corruptions, result.leaks = walk.result.corruptions, walk.result.leaks
-        if walk.messages:
-            result.messages = walk.result.messages
+        result.left = walk.result.messages
     image.broken = bool(result.corruptions)
-    if not image.broken:
+    if not image.broken and not lost:
         end = walk.used.find(1, right=True) + 1
         result.leaks_fixed = walk.clusters - end
         result.leaks -= result.leaks_fixed
         with image.meta:
             if end << walk.bits < image.file.size:
                 image.cut_off(end << walk.bits)
+    elif lost:
+        result.repairs += (
+            "Clusters that look leaked are left alone: they may belong to what was dropped; "
+            "another repair gives back those at the end of the file",
+        )
+    if not image.broken:
         image.mark_clean()
     return result
 

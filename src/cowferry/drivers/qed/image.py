@@ -108,13 +108,15 @@ class Qed(Node):
                 f"'{self.filename}' cannot grow, and a QED image takes its room at its file's end",
                 "open it read-only, or convert it",
             )
-        if self.header.features & headers.NEED_CHECK:
+        if self.header.features & headers.NEED_CHECK and repair:
+            self.broken = True  # until `check` is called, and says what it does
+        elif self.header.features & headers.NEED_CHECK:
             result = self.check("crash")
             self.broken = bool(result.corruptions)
-            if self.broken and not repair:
+            if self.broken:
                 raise ImageError(
                     f"'{self.filename}' was not closed cleanly and is damaged: "
-                    f"{result.messages[0].removeprefix('ERROR ')}",
+                    f"{(result.left or result.messages)[0].removeprefix('ERROR ')}",
                     "it can still be read; cowferry check says what is wrong, and with -r all "
                     "drops entries that lead nowhere",
                 )
