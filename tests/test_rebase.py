@@ -214,7 +214,7 @@ def test_wrong_options_of_a_rebase_are_named(
             (["-T", "fast", "-b", base, "-F", "raw"], "Invalid source cache option: fast"),
             (["-b", base], "without backing format"),
             (["-b", tmp_path / "none", "-F", "raw"], "No such file"),
-            (["-b", base, "-F", "vmdk"], "Unknown driver 'vmdk'"),
+            (["-b", base, "-F", "vmdk"], "backing format 'vmdk' is not known"),
             (["-b", "nbd://x/y", "-F", "raw"], "is an export"),
             (["-b", "json:{}", "-F", "raw"], "is not a plain path"),
             ([], "either -b or --complete"),

@@ -28,6 +28,12 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def reason(error: OSError, name: str = "") -> str:
+    """Return why a call failed, on one line, without the `name` of the image with which an error of
+    a node begins."""
+    return one_line(error.strerror or str(error)).removeprefix(f"{one_line(name)}: ")
+
+
 class ImageError(CowferryError):
     """An image that cannot be opened or used: damaged, of another format, unsupported."""
 

@@ -60,7 +60,8 @@ class Size(_Size):
         try:
             return parse_size(str(value))
         except CowferryError as error:
-            raise click.BadParameter(error.desc, ctx, param) from None
+            hint = f": {error.hint}" if error.hint else ""
+            raise click.BadParameter(f"{error.desc}{hint}", ctx, param) from None
 
 
 class Seconds(_Seconds):

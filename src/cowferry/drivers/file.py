@@ -36,7 +36,7 @@ from cowferry.block.identity import Place
 from cowferry.block.node import ZEROES, Extent, Node, State, read_fully
 from cowferry.drivers import Common, fdsets, register
 from cowferry.drivers.locks import Lock
-from cowferry.drivers.options import flag, number, word
+from cowferry.drivers.options import check_known, flag, number, word
 from cowferry.drivers.plan import Plan, is_device
 from cowferry.errors import CowferryError, DeviceInUse, ImageError, NotSupported
 
@@ -121,9 +121,7 @@ class File(Node):
 
         The options are `preallocation` (off, falloc, or full, which also fills a device with
         zeroes), `nocow` and `extent_size_hint`."""
-        unknown = set(options) - CREATION
-        if unknown:
-            raise CowferryError(f"raw images have no option '{min(unknown)}'")
+        check_known(options, CREATION, "raw")
         how = word(options, "preallocation", "off", "falloc", "full")
         nocow = flag(options, "nocow")
         hint = number(options, "extent_size_hint", 0)

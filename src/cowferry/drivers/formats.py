@@ -114,6 +114,20 @@ def named(path: str) -> str | None:
     return EXTENSIONS.get(extension)
 
 
+def of_new(path: str) -> str | None:
+    """Return the format that the name of a file that is to be made says, None if it says none.
+
+    Raises `ImageError` if the name says a format that cannot be made."""
+    extension = os.path.splitext(fdsets.path_of(path))[1].lower()
+    container = next((c for c in FOREIGN if extension in c.extensions), None)
+    if container is not None:
+        raise ImageError(
+            f"'{path}' would be, by its name, a {container.name} file, which cannot be made",
+            "choose another name, or give the format explicitly, e.g. raw or qcow2",
+        )
+    return EXTENSIONS.get(extension)
+
+
 def way_out(format: str) -> str:
     """Return the command for an image of a format that QEMU knows and we do not; else empty."""
     for container in FOREIGN:

@@ -193,15 +193,21 @@ def _told(error: BaseException, targets: list[_Target]) -> BaseException:
     """The error in the words of the caller, who does not know the names of our files."""
     if isinstance(error, OSError):
         image = targets[-1]
-        why = error.strerror or str(error)
+        why, taken = error.strerror or str(error), sum(each.plan.takes for each in targets)
         hint = "nothing was changed"
         folder = os.path.dirname(image.place)
         if error.errno == errno.ENOENT and not os.path.isdir(folder):
             hint = f"there is no folder '{folder}'"
         elif error.errno == errno.EFBIG:
             hint = "the file system, or a limit (ulimit -f), allows no file of this size; " + hint
-        elif error.errno == errno.ENOSPC and image.old >= 0 and not image.in_place:
-            hint = "the image that is there is kept until the new one is complete; " + hint
+        elif error.errno == errno.ENOSPC:
+            with contextlib.suppress(OSError):
+                found = os.statvfs(folder)
+                free = found.f_bavail * found.f_frsize
+                need = f"{taken} bytes are needed, and " if taken else ""
+                hint = f"{need}{free} are free in its file system; {hint}"
+            if image.old >= 0 and not image.in_place:
+                hint = f"the image that is there is kept until the new one is complete; {hint}"
         error = ImageError(f"Could not create an image: {image.name}: {why}", hint)
     if isinstance(error, CowferryError):
         for each in targets:
@@ -428,6 +434,11 @@ class _Target:
                 sysio.rename(self.aside, self.place)
             elif self.replaced:
                 sysio.unlink(self.place)
+            for lock in [lock for lock in self._locks if lock.fd == self.fd]:
+                lock.drop()
+                self._locks.remove(lock)
+            os.close(self.fd)  # so that its room is free when the caller is told
+            self.fd = -1
         elif self.lost and not self.is_device:
             sysio.ftruncate(self.old, 0)  # what it took is free again
         if not self.lost:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cowferry.errors import CowferryError
 
 SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40}
+
+
+def check_known(options: Mapping[str, Any], known: Collection[str], kind: str) -> None:
+    """Raise `CowferryError` for an option that images of a kind do not have."""
+    unknown = set(options) - set(known)
+    if unknown:
+        raise CowferryError(
+            f"{kind} images have no option '{min(unknown)}'",
+            f"they have {', '.join(sorted(known))}",
+        )
 
 
 def number(options: Mapping[str, Any], key: str, default: int) -> int:

@@ -56,8 +56,9 @@ from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Unknown
 from cowferry.block.node import ZEROES, Extent, Node, State, read, resolve
 from cowferry.block.origin import Origin
 from cowferry.drivers import fdsets
+from cowferry.drivers.file import CREATION as file_options
 from cowferry.drivers.file import File
-from cowferry.drivers.options import number
+from cowferry.drivers.options import check_known, number
 from cowferry.drivers.plan import Plan, is_device
 from cowferry.drivers.raw import Raw
 from cowferry.errors import CowferryError, ImageError, NotSupported
@@ -630,6 +631,7 @@ def check_bare(node: Node) -> None:
 def plan(path: str, size: int, options: Mapping[str, Any]) -> Plan:
     """Return how to make a raw image. With `backing_file` and `backing_fmt` it is to be filled from
     that one, in granules of `granularity` bytes; a device keeps its own size."""
+    check_known(options, CREATION | file_options, "raw")
     whole = File.plan(path, size, {k: v for k, v in options.items() if k not in CREATION})
     backing, format = options.get("backing_file"), options.get("backing_fmt")
     if backing and not format:

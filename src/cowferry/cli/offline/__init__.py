@@ -13,8 +13,8 @@ from typing import Any
 from cowferry.block import names, sysio
 from cowferry.block.node import Node, chain, files
 from cowferry.cli.keyval import parse_option
-from cowferry.drivers import formats, opening, partial
-from cowferry.errors import CowferryError, ImageError, one_line
+from cowferry.drivers import OVERLAYS, formats, opening, partial
+from cowferry.errors import CowferryError, ImageError, reason
 
 
 @contextmanager
@@ -80,10 +80,12 @@ def closed(node: Node) -> Iterator[None]:
         opening.close_chain(node)
     except OSError as error:
         raise ImageError(
-            f"Could not close '{node.filename}': {one_line(error.strerror or str(error))}"
+            f"Could not close '{node.filename}': {reason(error, node.filename)}"
         ) from error
 
 
+#: Formats of backing files; the last two are names that QEMU has recorded for raw ones.
+BACKING = {"raw", *OVERLAYS, "file", "host_device"}
 CACHES = {"none": True, "off": True, "directsync": True}
 CACHES |= {"writeback": False, "writethrough": False, "unsafe": False}
 
@@ -98,6 +100,14 @@ def cached(mode: str | None, of: str = "") -> bool:
             f"Invalid {of}cache option: {mode}", f"the modes are {', '.join(sorted(CACHES))}"
         )
     return mode is None or not CACHES[mode]
+
+
+def check_format(name: object) -> None:
+    """Raise `CowferryError` if no backing file can have this format."""
+    if name and str(name) not in BACKING:
+        raise CowferryError(
+            f"backing format '{name}' is not known", f"it can be {', '.join(sorted(BACKING))}"
+        )
 
 
 def forget(node: Node | None) -> None:

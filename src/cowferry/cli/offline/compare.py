@@ -12,7 +12,7 @@ from cowferry.cli import complain
 from cowferry.cli.offline import cached, forget, image
 from cowferry.cli.offline.progress import Report
 from cowferry.cli.offline.runs import Run, Windows, may_differ, runs
-from cowferry.errors import CowferryError, one_line
+from cowferry.errors import CowferryError, one_line, reason
 
 STEP = 1 << 20  # bytes compared at once
 SECTOR = 512  # bytes; the unit in which reads fail
@@ -73,7 +73,7 @@ def compare(a: Node, b: Node, strict: bool, say: Say, report: Report) -> int:
     try:
         at = _other_status(a, b) if strict else None
     except OSError as error:
-        click.echo(f"cowferry: the allocation cannot be told: {_why(error)}", err=True)
+        click.echo(f"cowferry: the allocation cannot be told: {reason(error)}", err=True)
         return NO_STATUS
     shorter, longer = sorted((a, b), key=lambda n: n.size)
     content = None
@@ -152,7 +152,8 @@ def _differ(
             if len(buffer) > SECTOR:  # what comes before it may differ, and says more
                 return _by_sectors(a, b, left, right, offset)
             name = one_line(node.filename) if node is not None else ""
-            raise _Unread(f"Could not read '{name}' at offset {offset}: {_why(error)}") from error
+            why = reason(error, name)
+            raise _Unread(f"Could not read '{name}' at offset {offset}: {why}") from error
     return offset + _first(left, right) if left != right else None
 
 
@@ -165,10 +166,6 @@ def _by_sectors(
         if found is not None:
             return found
     return None
-
-
-def _why(error: OSError) -> str:
-    return one_line(error.strerror or str(error))
 
 
 def _first(a: memoryview, b: memoryview) -> int:

@@ -22,7 +22,7 @@ from cowferry.block.node import Extent, Node, State, chain, far, read, resolve, 
 from cowferry.cli.offline import forget
 from cowferry.cli.offline.progress import Report
 from cowferry.cli.offline.runs import Windows
-from cowferry.errors import CowferryError, ImageError, one_line
+from cowferry.errors import CowferryError, ImageError, reason
 
 STEP = 64 << 20  # bytes between two looks at the progress
 CHUNK = 2 << 20  # bytes that are searched for zeroes at once
@@ -60,6 +60,7 @@ class Conversion:
         if sparse is None and far(target):
             self.blind = True
         self.done = 0
+        self._side = ""  # "read" or "write" while only one of the two can fail
 
     def _unit(self) -> int:
         """Bytes that are looked at together, and become a hole of the target or not."""
@@ -131,12 +132,15 @@ class Conversion:
         for at in range(offset, offset + length, step):
             n = min(step, offset + length - at)
             self.done = at
+            self._side = "read"
             if remote:
                 data = self.copier.fetch(self.source, at, n)
             else:
                 data = buffer[:n]
                 read(self.source, data, at)
+            self._side = "write"
             self._write(data, at)
+            self._side = ""
 
     def _write(self, data: memoryview, offset: int) -> None:
         """Put bytes into the target, but for zeroes that it shows already."""
@@ -177,13 +181,20 @@ class Conversion:
 
     def _told(self, error: OSError) -> CowferryError:
         """The error, with the side and the place where it happened."""
-        why = one_line(error.strerror or str(error))
-        if error.errno not in FULL:
-            at = _unreadable(self.source, self.done, min(STEP, self.source.size - self.done))
+        source, target = self.source, self.target
+        if self._side != "write" and error.errno not in FULL:
+            length = min(STEP, source.size - self.done)
+            at = _unreadable(source, self.done, length)
+            if at is None and self._side == "read":
+                at = self.done  # it can be read by now
             if at is not None:
-                return ImageError(f"Could not read '{self.source.filename}' at offset {at}: {why}")
+                return ImageError(
+                    f"Could not read '{source.filename}' at offset {at}: "
+                    f"{reason(error, source.filename)}"
+                )
         return ImageError(
-            f"Could not write '{self.target.filename}' at offset {self.done} or behind it: {why}"
+            f"Could not write '{target.filename}' at offset {self.done} or behind it: "
+            f"{reason(error, target.filename)}"
         )
 
 

@@ -13,7 +13,7 @@ from cowferry.block.bitmap import Bitmap
 from cowferry.block.keeper import keep
 from cowferry.block.node import Node
 from cowferry.block.origin import Origin, of_node
-from cowferry.cli.offline import cached, closed, creation_options, image
+from cowferry.cli.offline import cached, check_format, closed, creation_options, image
 from cowferry.cli.offline.conversion import Concatenated, Conversion
 from cowferry.cli.offline.progress import Report
 from cowferry.cli.sizes import parse_size
@@ -67,7 +67,7 @@ def convert_command(
 
     Exit code: 0 done, 1 failed, 130 interrupted."""
     if target_format is None:
-        formats.named(target)  # which may say what we cannot write
+        formats.of_new(target)  # which may say what we cannot write
         target_format = "raw"
     given = _checked(
         target_format, options, backing, backing_format, no_create, target_is_zero, compress,
@@ -146,6 +146,7 @@ def _checked(
         given |= {"backing_fmt": backing_format}
     if given.get("backing_file") and not given.get("backing_fmt"):
         raise CowferryError("backing file specified without backing format", "add -F FORMAT")
+    check_format(given.get("backing_fmt"))
     if no_create and (others := given.keys() - {"backing_file", "backing_fmt"}):
         raise CowferryError(
             f"'{min(others)}' is an option for a new image, and with -n no image is made",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from cowferry.cli.offline import creation_options, image
+from cowferry.cli.offline import check_format, creation_options, image
 from cowferry.cli.sizes import Size, parse_size
 from cowferry.drivers import formats, opening
 from cowferry.errors import CowferryError
@@ -36,7 +36,7 @@ def create_command(
         cowferry create -f raw -b base.raw -F raw vm.raw
 
     Exit code: 0 done, 1 failed."""
-    kind = format or formats.named(filename) or "raw"
+    kind = format or formats.of_new(filename) or "raw"
     given = creation_options(options)
     if "size" in given:
         size = parse_size(str(given.pop("size")))
@@ -50,6 +50,7 @@ def create_command(
             raise CowferryError(
                 "backing file specified without backing format", "add -F FORMAT (raw, qcow2, qed)"
             )
+        check_format(given["backing_fmt"])
         opening.check_circle(filename, str(below), str(given["backing_fmt"]))
         if not unsafe:
             path = opening.backing_path(filename, below)

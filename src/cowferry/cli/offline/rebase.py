@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import click
 
 from cowferry.block.node import Node, State, read
-from cowferry.cli.offline import cached, forget, image
+from cowferry.cli.offline import cached, check_format, forget, image
 from cowferry.cli.offline.progress import Report
 from cowferry.cli.offline.runs import Windows, may_differ
 from cowferry.drivers import formats, opening, partial
-from cowferry.errors import CowferryError, ImageError, NotSupported, one_line
+from cowferry.errors import CowferryError, ImageError, NotSupported, reason
 
 STEP = 1 << 20  # bytes compared at once
 
@@ -61,6 +61,7 @@ def rebase_command(
     if backing and not backing_format:
         raise CowferryError("backing file specified without backing format", "add -F FORMAT")
     if backing:
+        check_format(backing_format)
         opening.check_circle(filename, backing, backing_format)
     with image(filename, format, read_only=False, backing=not unsafe) as node:
         if node.driver == "raw" and node.backing_spec is None:
@@ -74,8 +75,7 @@ def rebase_command(
             node.set_backing(backing or None, backing_format if backing else None)
         except OSError as error:
             raise ImageError(
-                f"Could not record the backing file of '{filename}': "
-                f"{one_line(error.strerror or str(error))}",
+                f"Could not record the backing file of '{filename}': {reason(error, filename)}",
                 "it reads as before, over its old backing file",
             ) from error
         if drop:
@@ -114,7 +114,7 @@ def _settle(node: Node, backing: str, format: str | None, report: Report, drop: 
             node.flush()
         except OSError as error:
             raise ImageError(
-                f"Could not rebase '{node.filename}': {one_line(error.strerror or str(error))}, at "
+                f"Could not rebase '{node.filename}': {reason(error, node.filename)}, at "
                 f"offset {at} or behind it",
                 "its backing file is the old one, and it reads as before",
             ) from error
