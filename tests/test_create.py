@@ -8,6 +8,7 @@ import resource
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -429,6 +430,37 @@ def test_blockdev_create_that_fails_changes_nothing(tmp_path: Path, way: str) ->
     node = opening.open_image(str(path), "qcow2", read_only=True)
     assert contents(node) == bytes(2 * SIZE) and not node.bitmaps
     opening.close_chain(node)
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_blockdev_create_that_takes_long_is_cancelled(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preallocation writes piece by piece, and looks whether anybody still wants it."""
+    path = an_image(tmp_path / "vm.image")
+    plain, begun, go_on = sysio.pwrite, threading.Event(), threading.Event()
+
+    def pwrite(fd: int, buf: Any, offset: int) -> None:
+        if len(buf) == MiB:
+            begun.set()
+            go_on.wait(60)
+        plain(fd, buf, offset)
+
+    monkeypatch.setattr(sysio, "pwrite", pwrite)
+    with a_daemon() as daemon, unchanged(tmp_path):
+        told = Told(daemon)
+        wanted = {"driver": format, "size": 64 * MiB, "filename": str(path)}
+        options = {**wanted, "preallocation": "full"}
+        daemon.execute("blockdev-create", {"job-id": "c", "options": options})
+        assert begun.wait(60)
+        daemon.execute("job-cancel", {"id": "c"})
+        job = daemon.jobs.get("c")
+        assert job is not None
+        job._give_up()  # what a timer does a little later
+        go_on.set()
+        told.wait("JOB_STATUS_CHANGE", status="concluded")
+        (found,) = daemon.execute("query-jobs", {})
+        assert "the job was cancelled" in found["error"]
 
 
 def test_a_creation_that_is_killed_leaves_the_old_image_and_a_file_of_a_known_name(

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
-from cowferry.block import identity, sysio
+from cowferry.block import identity, scope, sysio
 from cowferry.block.barrier import Barrier
 from cowferry.block.holes import Holes
 from cowferry.block.identity import Place
@@ -381,4 +381,5 @@ def _fill(fd: int, size: int, write: bool) -> None:
     else:
         sysio.fallocate(fd, 0, 0, size)
     for at in range(0, size if write else 0, len(ZEROES)):
+        scope.check()
         sysio.pwrite(fd, ZEROES[: min(len(ZEROES), size - at)], at)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cowferry.block import sysio
+from cowferry.block import scope, sysio
 from cowferry.block.node import ZEROES, Extent, State
 from cowferry.drivers import driver, fdsets
 from cowferry.drivers.options import check_known, flag, number, word
@@ -226,6 +226,7 @@ def _preallocate(layout: Layout, path: str, data_path: str | None) -> None:
             else:
                 room = image.reserve(offset, length) or []
             for r in room:
+                scope.check()
                 _place(image, layout, offset, r)
                 offset += r.length
             image.flush()
@@ -249,6 +250,7 @@ def _place(image: Any, layout: Layout, offset: int, room: Extent) -> None:
         sysio.fallocate(room.fd, 0, room.host, room.length)
         if how == "full":
             for at in range(0, room.length, len(ZEROES)):
+                scope.check()
                 n = min(len(ZEROES), room.length - at)
                 sysio.pwrite(room.fd, ZEROES[:n], room.host + at)
     cluster, count = offset // h.cluster_size, -(-room.length // h.cluster_size)
