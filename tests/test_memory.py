@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from cowferry.drivers.nbd_client import NbdClient
 from cowferry.errors import CowferryError
 from cowferry.monitor import qmp
 from daemons import PATIENCE, environment
+from tracking import Tracker, of_the_house
 
 SIZE = 1 << 20
 SOAK = os.environ.get("COWFERRY_SOAK") is not None
@@ -366,7 +366,12 @@ def refused(w: World) -> None:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[tuple[World, Daemon]]:
+def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    return Tracker(monkeypatch, of_the_house())
+
+
+@pytest.fixture
+def house(tracker: Tracker, tmp_path: Path) -> Iterator[tuple[World, Daemon]]:
     logging.disable()  # pytest keeps what is logged, with errors and their frames
     daemon, server = Daemon(), None
     events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
@@ -388,13 +393,9 @@ def house(tmp_path: Path) -> Iterator[tuple[World, Daemon]]:
             server.stop()
 
 
-def held(daemon: Daemon, path: Path) -> dict[str, int]:
+def held(tracker: Tracker, daemon: Daemon, path: Path) -> dict[str, int]:
     """How much there is of everything that an operation may leave behind."""
-    found: Counter[str] = Counter()
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if kind.__module__.startswith("cowferry."):
-            found[f"{kind.__module__}.{kind.__qualname__}"] += 1
+    found = tracker.counts()
     graph, server = daemon.graph, daemon.nbd
     assert server is not None
     for name, table in vars(graph).items():
@@ -414,7 +415,9 @@ def held(daemon: Daemon, path: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_nothing_is_left_of_an_operation(house: tuple[World, Daemon], name: str) -> None:
+def test_nothing_is_left_of_an_operation(
+    tracker: Tracker, house: tuple[World, Daemon], name: str
+) -> None:
     world, daemon = house
     do = OPERATIONS[name]
     for _ in range(BEFORE):
@@ -422,13 +425,13 @@ def test_nothing_is_left_of_an_operation(house: tuple[World, Daemon], name: str)
     time.sleep(0.05)
     gc.collect()
     gc.disable()
-    before = held(daemon, world.folder)
+    before = held(tracker, daemon, world.folder)
     for _ in range(TIMES):
         do(world)
     deadline = time.monotonic() + PATIENCE
     more: dict[str, int] = {}
     while True:  # threads that have told of the end are about to end
-        after = held(daemon, world.folder)
+        after = held(tracker, daemon, world.folder)
         more = {k: n - before.get(k, 0) for k, n in after.items()}
         more = {k: n for k, n in more.items() if n >= TIMES}
         if not more or time.monotonic() > deadline:
@@ -442,37 +445,40 @@ def test_nothing_is_left_of_an_operation(house: tuple[World, Daemon], name: str)
 FEW, MANY = 50, 1000
 
 
-@pytest.mark.skipif(not SOAK, reason="COWFERRY_SOAK is not set: it takes minutes for each")
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_after_a_thousand_the_daemon_is_as_large_as_after_fifty(tmp_path: Path, name: str) -> None:
-    chain_of_disks(tmp_path, ["base.raw", "vm.qcow2"], SIZE)
-    command = [sys.executable, "-m", "cowferry", "serve", f"vm={tmp_path}/vm.qcow2"]
-    with subprocess.Popen(
-        [*command, "--socket", f"{tmp_path}/nbd"],
-        env=environment(tmp_path / "run"), stdout=subprocess.PIPE, text=True,
-    ) as child:  # fmt: skip
-        try:
-            assert child.stdout is not None and child.stdout.readline()
-            os.symlink(tmp_path / "run" / "qmp.sock", tmp_path / "qmp")
-            with Client(str(tmp_path / "qmp")) as client:
+if SOAK:  # it takes minutes for each
 
-                def told() -> tuple[str, dict[str, Any]]:
-                    found = next(client.wait_events(PATIENCE))
-                    return found["event"], found["data"]
+    @pytest.mark.parametrize("name", OPERATIONS)
+    def test_after_a_thousand_the_daemon_is_as_large_as_after_fifty(
+        tmp_path: Path, name: str
+    ) -> None:
+        chain_of_disks(tmp_path, ["base.raw", "vm.qcow2"], SIZE)
+        command = [sys.executable, "-m", "cowferry", "serve", f"vm={tmp_path}/vm.qcow2"]
+        with subprocess.Popen(
+            [*command, "--socket", f"{tmp_path}/nbd"],
+            env=environment(tmp_path / "run"), stdout=subprocess.PIPE, text=True,
+        ) as child:  # fmt: skip
+            try:
+                assert child.stdout is not None and child.stdout.readline()
+                os.symlink(tmp_path / "run" / "qmp.sock", tmp_path / "qmp")
+                with Client(str(tmp_path / "qmp")) as client:
 
-                world = World(tmp_path, client.execute, told)
-                sizes: list[int] = []
-                for times in (FEW, MANY - FEW):
-                    for _ in range(times):
-                        OPERATIONS[name](world)
-                        for path in tmp_path.glob("t*"):
-                            if str(path) not in str(client.call("query-block")):
-                                path.unlink()
-                    time.sleep(6)  # what is kept for a while has gone
-                    sizes.append(resident(child.pid))
-            assert sizes[1] < sizes[0] * 1.2
-        finally:
-            child.terminate()
+                    def told() -> tuple[str, dict[str, Any]]:
+                        found = next(client.wait_events(PATIENCE))
+                        return found["event"], found["data"]
+
+                    world = World(tmp_path, client.execute, told)
+                    sizes: list[int] = []
+                    for times in (FEW, MANY - FEW):
+                        for _ in range(times):
+                            OPERATIONS[name](world)
+                            for path in tmp_path.glob("t*"):
+                                if str(path) not in str(client.call("query-block")):
+                                    path.unlink()
+                        time.sleep(6)  # what is kept for a while has gone
+                        sizes.append(resident(child.pid))
+                assert sizes[1] < sizes[0] * 1.2
+            finally:
+                child.terminate()
 
 
 def resident(pid: int) -> int:

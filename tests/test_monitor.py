@@ -25,9 +25,12 @@ from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
 from cowferry.monitor import hmp
+from cowferry.monitor import qmp as monitors
 from cowferry.wire import qmp
 from daemons import Told, a_daemon, chain_of
+from nbd_servers import until
 from tests_support import need
+from tracking import Tracker
 
 SIZE = 4 << 20
 
@@ -414,6 +417,51 @@ def test_the_schema_describes_every_command(tmp_path: Path) -> None:
         stream = names[names["block-stream"]["arg-type"]]
         optional = {m["name"]: "default" in m for m in stream["members"]}
         assert optional["device"] is False and optional["base-node"] is True
+
+
+def test_a_client_that_asks_and_does_not_read_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker(monkeypatch, [monitors.Session])
+    with a_daemon(tmp_path / "s"), OurClient(str(tmp_path / "s")) as other:
+        flood = Client(tmp_path / "s")
+        one = b'{"execute": "query-qmp-schema"}\n'
+        flood.sock.sendall(one)
+        size = len(flood.lines.readline())
+        flood.sock.settimeout(1)
+        sent = 0
+        with suppress(TimeoutError):
+            while True:
+                flood.sock.sendall(one)
+                sent += 1
+        assert sent * size > monitors.ROOM
+        waiting = [s.out.bytes for s in tracker.alive(monitors.Session)]
+        assert max(waiting) <= monitors.ROOM + size
+        assert other.call("query-jobs") == []
+        flood.sock.settimeout(30)
+        for _ in range(20):
+            assert len(flood.lines.readline()) == size
+        flood.sock.close()
+        flood.lines.close()
+        until(lambda: len(tracker.alive(monitors.Session)) == 1)
+
+
+def test_a_client_that_does_not_read_its_events_is_sent_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker(monkeypatch, [monitors.Session])
+    with a_daemon(tmp_path / "s") as daemon:
+        deaf = Client(tmp_path / "s")
+        until(lambda: len(daemon.events.listeners) == 1)
+        for _ in range(monitors.BACKLOG * 4):
+            daemon.events.emit("JOB_STATUS_CHANGE", {"id": "j", "status": "x" * 100})
+        until(lambda: not daemon.events.listeners)
+        deaf.sock.settimeout(30)
+        while deaf.sock.recv(1 << 20):
+            pass
+        deaf.sock.close()
+        deaf.lines.close()
+        until(lambda: not tracker.alive(monitors.Session))
 
 
 # The human monitor -------------------------------------------------------------------------

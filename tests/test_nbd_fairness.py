@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import importlib
 import json
 import os
@@ -31,6 +30,7 @@ from cowferry.wire import nbd
 from daemons import PATIENCE
 from nbd_servers import program, qemu_nbd, until
 from tests_support import need
+from tracking import Tracker
 
 MIB = 1 << 20
 CLUSTER = 64 << 10
@@ -118,6 +118,11 @@ def test_requests_get_in_between_the_steps_of_a_large_change(
 def test_large_changes_leave_workers_to_other_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tracker = Tracker(monkeypatch, [nbd_lane.Connection])
+
+    def pending() -> int:
+        return sum(lane.pending for lane in tracker.alive(nbd_lane.Connection))
+
     monkeypatch.setattr(nbd_lane, "TURN", 0.0)
     monkeypatch.setattr(disks, "MOST_TAPPED", MIB)
     size = 64 * MIB
@@ -128,9 +133,9 @@ def test_large_changes_leave_workers_to_other_requests(
         with NbdClient(uri) as one, NbdClient(uri) as other:
             with disk.exclusive():  # until all have been handed over
                 calls = [one.link.submit(nbd.TRIM, 0, 0, size) for _ in range(24)]
-                until(lambda: sum(lane.pending for lane in lanes(disk)) == 24)
+                until(lambda: pending() == 24)
                 flush = other.link.submit(nbd.FLUSH, 0, 0, 0)
-                until(lambda: sum(lane.pending for lane in lanes(disk)) == 25)
+                until(lambda: pending() == 25)
             other.link.wait(flush)
             for call in calls:
                 one.link.wait(call)
@@ -138,13 +143,10 @@ def test_large_changes_leave_workers_to_other_requests(
         assert before[0] < 24 * 8, "the flush waited for most of the trims"
 
 
-def lanes(disk: Disk) -> list[nbd_lane.Connection]:
-    return [c for c in gc.get_objects() if isinstance(c, nbd_lane.Connection) and c.disk is disk]
-
-
 def test_what_is_left_of_a_change_is_dropped_when_its_client_has_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tracker = Tracker(monkeypatch, [nbd_lane.Connection])
     monkeypatch.setattr(disks, "MOST_TAPPED", MIB)
     size = 256 * MIB
     with serving(tmp_path, "raw", size) as (disk, uri):
@@ -155,9 +157,9 @@ def test_what_is_left_of_a_change_is_dropped_when_its_client_has_gone(
         assert watcher.stopped.wait(PATIENCE)
         client.abort()
         client.sock.close()
-        until(lambda: all(lane.closed for lane in lanes(disk)))
+        until(lambda: all(lane.closed for lane in tracker.alive(nbd_lane.Connection)))
         watcher.go_on.set()
-        until(lambda: not lanes(disk) or not any(lane.pending for lane in lanes(disk)))
+        until(lambda: not any(lane.pending for lane in tracker.alive(nbd_lane.Connection)))
         assert len(watcher.seen) < 10
 
 

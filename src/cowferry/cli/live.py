@@ -73,7 +73,7 @@ def _typed(value: str) -> Any:
         return False
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -90,7 +90,7 @@ def qmp_command(command: str, arguments: tuple[str, ...], path: str | None) -> i
     if len(arguments) == 1 and arguments[0].startswith("{"):
         try:
             given = json.loads(arguments[0])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CowferryError(f"not JSON: {error}") from None
     else:
         for argument in arguments:
@@ -101,6 +101,8 @@ def qmp_command(command: str, arguments: tuple[str, ...], path: str | None) -> i
             *outer, last = key.split(".")
             for part in outer:
                 here = here.setdefault(part, {})
+                if not isinstance(here, dict):
+                    raise CowferryError(f"'{argument}': '{part}' has a value of its own already")
             here[last] = _typed(value)
     with connect(path) as client:
         try:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -29,7 +29,9 @@ from cowferry.wire.address import Address
 log = logging.getLogger(__name__)
 
 MAX_FDS = 16  # descriptors that may come with one command
-BACKLOG = 4096  # messages that may wait for one client
+BACKLOG = 4096  # events that may wait for one client
+ROOM = 4 << 20  # bytes that may wait for a client before its next command is answered
+AT_ONCE = 1 << 20  # bytes that are sent together
 LAST_WORDS = 2.0  # seconds that clients who do not read may delay the end
 
 
@@ -73,6 +75,65 @@ class Pipe:
         pass
 
 
+class Outbox:
+    """What is on its way to one client. Thread-safe."""
+
+    def __init__(self) -> None:
+        # Guards all below, and is notified when any of it changes.
+        self.changed = threading.Condition()
+        self.messages: deque[bytes] = deque()
+        self.bytes = 0  # of these
+        self.ended = False  # nothing more comes
+        self.lost = False  # nothing more can be sent
+
+    def add(self, message: bytes) -> bool:
+        """Add a message without waiting. False: too many wait already."""
+        with self.changed:
+            if len(self.messages) >= BACKLOG:
+                return False
+            self._add(message)
+            return True
+
+    def add_patiently(self, message: bytes) -> None:
+        """Add a message once there is room for it, or drop it if the client is lost."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.lost or self.bytes < ROOM)
+            self._add(message)
+
+    def _add(self, message: bytes) -> None:
+        if not self.lost:
+            self.messages.append(message)
+            self.bytes += len(message)
+            self.changed.notify_all()
+
+    def take(self) -> bytes:
+        """Wait for messages, and return those to be sent next; nothing after the last of them."""
+        out: list[bytes] = []
+        with self.changed:
+            self.changed.wait_for(lambda: self.messages or self.ended or self.lost)
+            size = 0
+            while self.messages and size < AT_ONCE:
+                out.append(self.messages.popleft())
+                size += len(out[-1])
+            self.bytes -= size
+            self.changed.notify_all()
+        return b"".join(out)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        with self.changed:
+            self.ended = True
+            self.changed.notify_all()
+
+    def lose(self) -> None:
+        """The client is gone: nobody waits any longer, and nothing is kept."""
+        with self.changed:
+            self.lost = True
+            self.messages.clear()
+            self.bytes = 0
+            self.changed.notify_all()
+
+
 class Session:
     """One QMP client."""
 
@@ -82,13 +143,13 @@ class Session:
         self.negotiated = False
         self.oob = False
         self.fds: list[int] = []  # received, and not taken by a command yet
-        self.out: queue.Queue[bytes | None] = queue.Queue(BACKLOG)
+        self.out = Outbox()
         self.writer = threading.Thread(target=self._write, name="qmp writer", daemon=True)
 
     def run(self) -> None:
         """Serve until the client leaves."""
         self.writer.start()
-        self._put(qmp.greeting(VERSION))
+        self.out.add(qmp.greeting(VERSION))
         self.daemon.events.listen(self._event)
         splitter = qmp.Splitter()
         try:
@@ -100,8 +161,9 @@ class Session:
             pass
         finally:
             self.daemon.events.forget(self._event)
-            with contextlib.suppress(queue.Full):
-                self.out.put_nowait(None)
+            self.out.end()
+            self.writer.join(5)
+            hang_up(self.stream)  # a client that does not read holds the writer
             self.writer.join(5)
             self.stream.close()
             self._drop_fds()
@@ -133,17 +195,16 @@ class Session:
             problem = CowferryError(
                 "the answer is nested too deeply", "ask for less: flat=true, or one device"
             )
-            self._put(qmp.error(problem, ident))
+            answer = qmp.error(problem, ident)
         except CowferryError as error:
-            self._put(qmp.error(error, ident))
+            answer = qmp.error(error, ident)
         except OSError as error:
-            self._put(qmp.error(CowferryError(str(error)), ident))
+            answer = qmp.error(CowferryError(str(error)), ident)
         except Exception as error:
             log.exception("a QMP command failed")
             problem = CowferryError(f"internal error: {error}", "please report it, with the log")
-            self._put(qmp.error(problem, ident))
-        else:
-            self._put(answer)
+            answer = qmp.error(problem, ident)
+        self.out.add_patiently(answer)  # a client that asks on and on has to read
 
     def _run(self, request: qmp.Request) -> Any:
         if request.oob and not self.oob:
@@ -169,31 +230,19 @@ class Session:
         self.negotiated = True
 
     def _event(self, name: str, data: dict[str, Any]) -> None:
-        if self.negotiated:
-            self._put(qmp.event(name, data))
-
-    def _put(self, message: bytes) -> None:
-        try:
-            self.out.put_nowait(message)
-        except queue.Full:
+        if self.negotiated and not self.out.add(qmp.event(name, data)):
             log.warning("a QMP client does not read; it is disconnected")
+            self.out.lose()
             hang_up(self.stream)
 
     def _write(self) -> None:
-        while (message := self.out.get()) is not None:
-            parts = [message]
-            with contextlib.suppress(queue.Empty):
-                while len(parts) < 64:
-                    more = self.out.get_nowait()
-                    if more is None:
-                        self.out.put_nowait(None)
-                        break
-                    parts.append(more)
-            try:
-                self.stream.sendall(b"".join(parts))
-            except OSError:
-                hang_up(self.stream)
-                return
+        try:
+            while data := self.out.take():
+                self.stream.sendall(data)
+        except OSError:
+            hang_up(self.stream)
+        finally:
+            self.out.lose()
 
 
 def hang_up(stream: Any, how: int = socket.SHUT_RDWR) -> None:
