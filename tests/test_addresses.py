@@ -22,7 +22,8 @@ from cowferry.daemon import Daemon
 from cowferry.drivers.nbd import options_of
 from cowferry.drivers.nbd_client import NbdClient
 from cowferry.errors import CowferryError
-from cowferry.exports.nbd import NbdServer, bind_tcp
+from cowferry.exports.nbd import NbdServer
+from cowferry.exports.sockets import bind_tcp
 from cowferry.wire import address, nbd
 from cowferry.wire.address import Address
 from daemons import PATIENCE, a_daemon, environment, program

@@ -456,7 +456,7 @@ def test_blockdev_create_that_takes_long_is_cancelled(
         daemon.execute("job-cancel", {"id": "c"})
         job = daemon.jobs.get("c")
         assert job is not None
-        job._give_up()  # what a timer does a little later
+        job.give_up()  # what a timer does a little later
         go_on.set()
         told.wait("JOB_STATUS_CHANGE", status="concluded")
         (found,) = daemon.execute("query-jobs", {})

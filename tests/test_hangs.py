@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 import time
@@ -15,12 +16,17 @@ from typing import Any
 
 import pytest
 
+from cowferry import daemon as daemons
 from cowferry.daemon import Daemon
+from cowferry.drivers.nbd import Nbd
 from cowferry.drivers.nbd_client import NbdClient
-from cowferry.drivers.opening import create_image
+from cowferry.drivers.opening import create_image, open_image
 from cowferry.errors import CowferryError, DeviceInUse
+from cowferry.exports import nbd as nbd_exports
 from daemons import PATIENCE, Told, a_daemon
-from nbd_servers import until
+from frozen_fs import frozen_fs
+from nbd_servers import nbdkit, until
+from tests_support import need
 
 SIZE = 1 << 20
 SOON = 5.0  # seconds: what answers at once has answered by then, however busy the machine is
@@ -277,3 +283,139 @@ def test_a_command_waits_for_another_one_on_the_same_disk(world: World) -> None:
     assert set(found) == set(names)
     chain = daemon.execute("x-query-tree", {"device": "vm"})[0]["chain"]
     assert len(chain) == 3 and all(os.path.exists(layer["filename"]) for layer in chain)
+
+
+# The end of the daemon ------------------------------------------------------------------------
+
+
+def ends(daemon: Daemon) -> list[str]:
+    """Close it, within the time that it may take; what it did not wait for."""
+    begin = time.monotonic()
+    with contextlib.suppress(OSError):  # something could not be flushed
+        daemon.close()
+    assert time.monotonic() - begin < 10
+    return daemon.unfinished
+
+
+def test_the_end_waits_for_no_frozen_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk, a job and a guest's read are stuck; another disk is flushed and free afterwards."""
+    need("nbdkit")
+    monkeypatch.setattr(daemons, "HUNG", 0.5)
+    monkeypatch.setattr(nbd_exports, "FINISH_SECONDS", 0.5)
+    with nbdkit(tmp_path / "nk", "memory", str(SIZE)) as server, a_daemon() as daemon:
+        nbd = daemon.start_nbd({"type": "unix", "path": str(tmp_path / "nbd.sock")})
+        uri = f"nbd+unix:///?socket={tmp_path / 'nk'}"
+        for name, path in (("far", uri), ("near", str(tmp_path / "near.qcow2"))):
+            if name == "near":
+                create_image(path, "qcow2", SIZE, {})
+            daemon.add_export(daemon.open_disk(name, path), name)
+        daemon.graph.disk("far").pwrite(memoryview(b"f" * 512), 0)
+        daemon.graph.disk("near").pwrite(memoryview(b"n" * 512), 0)
+        with NbdClient(nbd.uri("far"), timeout=PATIENCE) as guest, ThreadPoolExecutor(1) as pool:
+            copy = {"device": "far", "target": str(tmp_path / "copy.raw"), "job-id": "j"}
+            daemon.execute("x-disk-copy", {**copy, "speed": 1 << 16})
+            server.send_signal(signal.SIGSTOP)
+            try:
+                reading = pool.submit(guest.pread, 4096, 0)
+                daemon.jobs.jobs["j"].set_speed(0)
+                node = next(n for n in daemon.graph.every_node() if isinstance(n, Nbd))
+                until(lambda: len(node._since) > 1)
+                unfinished = ends(daemon)
+            finally:
+                server.send_signal(signal.SIGCONT)
+            with contextlib.suppress(OSError):
+                reading.result(PATIENCE)
+    assert "disk 'near'" not in unfinished
+    assert not os.path.exists(tmp_path / "nbd.sock")
+    near = open_image(str(tmp_path / "near.qcow2"))  # nobody holds its lock
+    view = memoryview(bytearray(512))
+    near.pread(view, 0)
+    near.close()
+    assert view == b"n" * 512
+
+
+def test_a_frozen_file_system_holds_up_one_command_and_not_the_end(tmp_path: Path) -> None:
+    """A copy and a backup are to be made there; nothing in the kernel can be called off."""
+    create_image(str(tmp_path / "vm.raw"), "raw", SIZE, {})
+    create_image(str(tmp_path / "other.raw"), "raw", SIZE, {})
+    with frozen_fs(tmp_path) as fs, a_daemon() as daemon, ThreadPoolExecutor(4) as pool:
+        fs.freeze()
+        try:
+            for name in ("vm", "other"):
+                daemon.open_disk(name, str(tmp_path / f"{name}.raw"))
+            hanging = [
+                pool.submit(daemon.execute, command, arguments)
+                for command, arguments in (
+                    ("x-disk-copy", {"device": "vm", "target": str(fs.path / "copy.raw")}),
+                    (
+                        "x-disk-backup",
+                        {
+                            "id": "b",
+                            "disks": [{"device": "other", "target": str(fs.path / "b.qcow2")}],
+                        },
+                    ),
+                )
+            ]
+            until(lambda: len(daemon.graph.reserved.paths) == 2)
+            begin = time.monotonic()
+            for query in ("query-status", "query-block", "query-jobs", "x-query-tree"):
+                daemon.execute(query, {})
+            create_image(str(tmp_path / "third.raw"), "raw", SIZE, {})
+            daemon.execute(
+                "x-disk-add", {"device": "third", "filename": str(tmp_path / "third.raw")}
+            )
+            assert time.monotonic() - begin < SOON
+            assert not any(command.done() for command in hanging)
+            ends(daemon)
+        finally:
+            fs.thaw()
+        for command in hanging:
+            with pytest.raises(CowferryError):
+                command.result(PATIENCE)
+        assert not list(fs.path.glob("*.raw")) and not list(fs.path.glob("*.qcow2"))
+
+
+def test_guests_go_on_beside_a_copy_to_a_frozen_file_system(tmp_path: Path) -> None:
+    """Writes into the very range that is being copied."""
+    create_image(str(tmp_path / "vm.qcow2"), "qcow2", 8 * SIZE, {})
+    with frozen_fs(tmp_path, 64 << 20) as fs, a_daemon() as daemon, ThreadPoolExecutor(4) as pool:
+        daemon.start_nbd({"type": "unix", "path": str(tmp_path / "nbd.sock")})
+        disk = daemon.open_disk("vm", str(tmp_path / "vm.qcow2"))
+        export = daemon.add_export(disk, "vm")
+        assert daemon.nbd is not None
+        for at in range(0, 8 * SIZE, SIZE):
+            disk.pwrite(memoryview(b"o" * SIZE), at)
+        told = Told(daemon)
+        copy = {"device": "vm", "target": str(fs.path / "t.raw"), "speed": SIZE, "job-id": "c"}
+        daemon.execute("x-disk-copy", copy)
+        job = daemon.jobs.jobs["c"]
+        until(lambda: job.offset)
+        fs.freeze()
+        try:
+            job.set_speed(0)
+            until(lambda: stuck_in_kernel("job c"))
+            with NbdClient(daemon.nbd.uri("vm"), timeout=SOON) as guest:
+                for at in range(0, 8 * SIZE, SIZE // 2):
+                    guest.zero(64 << 10, at)
+                    guest.pwrite(b"g" * 4096, at)
+                assert guest.pread(4096, 0) == b"g" * 4096
+            assert export.users >= 0
+        finally:
+            fs.thaw()
+        told.wait("BLOCK_JOB_READY", device="c")
+        pool.submit(daemon.execute, "block-job-cancel", {"device": "c"}).result(SOON)
+        told.wait("BLOCK_JOB_COMPLETED", device="c")
+        ours, theirs = memoryview(bytearray(8 * SIZE)), (fs.path / "t.raw").read_bytes()
+        disk.pread(ours, 0)
+        assert ours == theirs
+
+
+def stuck_in_kernel(name: str) -> bool:
+    """Whether the thread of that name waits for a file system."""
+    for thread in threading.enumerate():
+        if thread.name == name:
+            stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0] == "D"
+    return False

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 import weakref
@@ -24,6 +25,7 @@ from cowferry.block.chores import Chores
 from cowferry.block.disk import Disk, in_order
 from cowferry.block.keeper import Keeper
 from cowferry.block.node import Node
+from cowferry.block.scope import CalledOff, Scope
 from cowferry.block.turn import Turn
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError, DeviceInUse
@@ -43,8 +45,11 @@ FLUSH_EVERY = 5.0  # seconds
 REFINE_EVERY = 60.0  # seconds
 COARSE = 64 << 20  # bytes that a bitmap file may say are dirty without need
 STOPPING = 60.0  # seconds that a cancelled job may take
-HUNG = 30.0  # seconds that a server may take to answer when the daemon ends
-ANSWER_SECONDS = 3.0  # that the end waits for commands that run
+HUNG = 5.0  # seconds that a server may take to answer when the daemon ends
+END_SECONDS = 8.0  # that the daemon takes to end, whatever hangs
+CLIENTS_SECONDS = 10.0  # that requests of clients who were sent away may take
+COMMAND_SECONDS = 60.0  # that a command waits for a server, or for guests
+ANSWER_SECONDS = 2.0  # that the end waits for commands that run
 LOOK = 0.5  # seconds between looks whether one takes longer
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -95,6 +100,8 @@ class Daemon:
         self._letting_go: list[Callable[[], None]] = []
         self.stopped = threading.Event()  # somebody asked the daemon to end
         self._idle = threading.Condition()
+        self._scopes: set[Scope] = set()  # of commands that run; guarded by `_idle`
+        self.unfinished: list[str] = []  # what hung when it ended, in words
         self._running = 0  # commands that run, or whose answer is on its way; guarded by `_idle`
         # The disk that a job runs on.
         self.works_on: weakref.WeakKeyDictionary[Job, Disk] = weakref.WeakKeyDictionary()
@@ -195,16 +202,18 @@ class Daemon:
         self.nbd = server
         return server
 
-    def stop_nbd(self) -> None:
-        """Stop it; its exports are gone, and say so."""
+    def stop_nbd(self, seconds: float = math.inf) -> bool:
+        """Stop it; its exports are gone, and say so. Return False if requests of its clients have
+        not finished within `seconds`."""
         server, self.nbd = self.nbd, None
         if server is None:
-            return
+            return True
         mine = [e for e in self.exports.values() if isinstance(e, NbdExport)]
         with self._turn.apart():
-            server.stop()
+            ended = server.stop(seconds)
         for export in mine:
             self._export_gone(export)
+        return ended
 
     def add_export(self, disk: Disk, name: str, *, writable: bool = True) -> NbdExport:
         """Offer a disk under its name on the running NBD server."""
@@ -235,7 +244,10 @@ class Daemon:
             self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 
     def drop_export(self, export: Export, wait: bool = False) -> None:
-        """Withdraw an export, in the background unless `wait`: its clients may take a moment."""
+        """Withdraw an export, in the background unless `wait`: its clients may take a moment.
+
+        Raises `DeviceInUse` if their requests do not finish in time; it goes on in the background
+        then."""
         export.shutting_down = True
 
         def drop() -> None:
@@ -245,11 +257,17 @@ class Daemon:
                 export.stop(force=True)
             self._export_gone(export)
 
+        dropping = threading.Thread(target=drop, name="export stop", daemon=True)
+        dropping.start()
         if wait or not export.users:
             with self._turn.apart():
-                drop()
-        else:
-            threading.Thread(target=drop, name="export stop", daemon=True).start()
+                dropping.join(CLIENTS_SECONDS)
+            if dropping.is_alive():
+                raise DeviceInUse(
+                    f"export '{export.id}' is withdrawn, but requests of its clients have not "
+                    f"finished within {CLIENTS_SECONDS:g} s",
+                    "their storage, or a server, does not answer",
+                )
 
     # Jobs --------------------------------------------------------------------------------
 
@@ -306,8 +324,21 @@ class Daemon:
         """Run a QMP command. Raises `CowferryError`."""
         from cowferry.commands import execute
 
-        with self.answering():
-            return execute(self, name, arguments)
+        late = f"'{name}' waits for something that has not come"
+        with self.answering(), Scope(COMMAND_SECONDS, late) as scope:
+            with self._idle:
+                self._scopes.add(scope)
+                if self._closing.is_set():
+                    scope.call_off("the daemon is stopping")
+            try:
+                return execute(self, name, arguments)
+            except CalledOff as error:
+                raise CowferryError(
+                    error.strerror or str(error), "its storage, or a server, does not answer"
+                ) from error
+            finally:
+                with self._idle:
+                    self._scopes.discard(scope)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -423,23 +454,45 @@ class Daemon:
         self._turn.release()
         if before:
             return
-        self._closing.set()
-        for let_go in list(self._letting_go):
-            let_go()
+        until = time.monotonic() + END_SECONDS
+
+        def left() -> float:
+            return max(until - time.monotonic(), 0.1)
+
+        with self._idle:
+            self._closing.set()
+            for scope in self._scopes:
+                scope.call_off("the daemon is stopping")
+        ends = [
+            threading.Thread(target=let_go, name="end", daemon=True)
+            for let_go in list(self._letting_go)
+        ]
+        for end in ends:
+            end.start()
+        for end in ends:
+            end.join(left())
         with self._idle:  # those that fail now put things back, and those that are over answer
-            self._idle.wait_for(lambda: not self._running, ANSWER_SECONDS)
+            self._idle.wait_for(lambda: not self._running, min(ANSWER_SECONDS, left()))
         with self._given_up():
-            self.jobs.shutdown()
-            self.stop_nbd()
-            self._ticker.join()
-            self._chores.end()
-            self.graph.close()
+            late = [f"job '{job.id}'" for job in self.jobs.shutdown(left() / 2)]
+            if not self.stop_nbd(left()):
+                late.append("requests of clients")
+            self._ticker.join(left())
+            if not self._chores.end(left()):
+                late.append("a flush")
+            try:
+                late += self.graph.close(left())
+            finally:
+                self.unfinished = late
+                if late:
+                    log.error("the end does not wait for what hangs: %s", ", ".join(late))
+                    self.events.emit("X_STOP_UNFINISHED", {"what": late})
         self.events.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
 
     @contextmanager
     def _given_up(self) -> Iterator[None]:
         """What a server does not answer for long is given up meanwhile, so that it ends."""
-        nodes = self.graph.every_node()
+        nodes = [*self.graph.every_node(), *self.graph.closing]
         over = threading.Event()
 
         def look() -> None:

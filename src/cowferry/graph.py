@@ -12,13 +12,14 @@ may not answer. Its name is reserved meanwhile, and the nodes that it refers to 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from cowferry.block import names
+from cowferry.block import closing, names
 from cowferry.block.disk import Disk
 from cowferry.block.held import refuse_floating
 from cowferry.block.limits import Group
@@ -566,9 +567,11 @@ class Graph(Uses):
                 node = below
         self._close(all_gone)
 
-    def close(self) -> None:
-        """Flush and close everything; nothing is opened any more. The first error is raised after
-        all were tried."""
+    def close(self, seconds: float = math.inf) -> list[str]:
+        """Flush and close everything; nothing is opened any more.
+
+        Return what has not been closed within `seconds`, in words: it goes on in threads of its
+        own. Raise the first error after all were tried."""
         with self.lock:
             self.closed = True
             nodes = parents_first(list(self.nodes.values()))
@@ -576,18 +579,7 @@ class Graph(Uses):
             self.disks.clear()
             self.bare.clear()
             self.nodes.clear()
-        for disk in disks:
-            disk.retire()
-        first: Exception | None = None
-        formats = [n for n in nodes if n.file is not None and not n.read_only]
-        # A child's close is idempotent: its parent may have closed it.
-        for step in (*(n.flush for n in formats), *(n.close for n in nodes)):
-            try:
-                step()
-            except (OSError, CowferryError) as error:
-                first = first or error
-        if first is not None:
-            raise first
+        return closing.close_all(nodes, disks, seconds)
 
 
 def _is_filter(options: Mapping[str, Any]) -> bool:

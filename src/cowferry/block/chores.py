@@ -9,7 +9,9 @@ it is about is not asked again before it has ended. So there are at most as many
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Hashable
 
 log = logging.getLogger(__name__)
@@ -50,9 +52,12 @@ class Chores:
             self._running[about] = thread
         thread.join(MOMENT)
 
-    def end(self) -> None:
-        """Wait for all of them. Nobody may ask for another one meanwhile."""
+    def end(self, seconds: float = math.inf) -> bool:
+        """Wait for all of them, for so many seconds at most; whether they have ended. Nobody may
+        ask for another one meanwhile."""
         with self._lock:
             running = list(self._running.values())
+        until = time.monotonic() + seconds
         for thread in running:
-            thread.join()
+            thread.join(None if seconds == math.inf else max(until - time.monotonic(), 0.0))
+        return not any(thread.is_alive() for thread in running)

@@ -47,11 +47,11 @@ class Scope:
         """End every wait inside with an `OSError` (ECANCELED), those to come, too."""
         self.reason = self.reason or reason
 
-    def check(self) -> None:
-        """Raise `CalledOff` if there is nothing to wait for any more."""
+    def check(self, hurry: bool = True) -> None:
+        """Raise `CalledOff` if it was called off or, in a `hurry`, if its time is over."""
         if self.reason is not None:
             raise CalledOff(errno.ECANCELED, self.reason)
-        if self.until is not None and time.monotonic() >= self.until:
+        if hurry and self.until is not None and time.monotonic() >= self.until:
             raise CalledOff(errno.ETIMEDOUT, f"{self.what} within {self.seconds:g} s")
 
     def __enter__(self) -> Scope:
@@ -66,6 +66,7 @@ class Scope:
 
 class _Stack(threading.local):
     scopes: tuple[Scope, ...] = ()
+    unhurried = False  # deadlines do not count
 
 
 _stack = _Stack()
@@ -86,10 +87,20 @@ def inside(scopes: tuple[Scope, ...]) -> Iterator[None]:
         _stack.scopes = before
 
 
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """The deadlines of the thread's scopes do not count: the wait has one of its own."""
+    before, _stack.unhurried = _stack.unhurried, True
+    try:
+        yield
+    finally:
+        _stack.unhurried = before
+
+
 def check() -> None:
     """Raise `CalledOff` if a scope of the calling thread has ended."""
     for scope in _stack.scopes:
-        scope.check()
+        scope.check(not _stack.unhurried)
 
 
 def wait(changed: threading.Condition, timeout: float | None = None) -> None:

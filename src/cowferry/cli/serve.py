@@ -15,11 +15,14 @@ import signal
 import socket
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from cowferry.block import names
+from cowferry.block.closing import Closing
+from cowferry.block.scope import Scope
 from cowferry.cli.keyval import parse_option, split
 from cowferry.cli.limits import numbers, parse_limits
 from cowferry.cli.run import make_run_folder
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 # Seconds. A signal's handler runs between two steps of the main thread; one that comes just before
 # it falls asleep does not wake it.
 LOOK = 0.5
+START_SECONDS = 5.0  # that a daemon which is told to stop while it begins has for that
+LATE_SECONDS = 60.0  # that a flush may take longer than the rest of the end
 # Seconds that a thread of the interpreter may go on while others wait for it (by itself 5 ms).
 # A lane lets go of it with each system call: beside a thread that calculates (a bitmap, a large
 # reply) it served 190 requests a second, and so 3700.
@@ -121,6 +126,7 @@ class Serving:
         self.servers: list[Any] = []
         self.limits: list[tuple[str, dict[str, Any]]] = []  # of disks that are not there yet
         self.pidfile: str | None = None
+        self.up = threading.Event()  # everything is there that the options ask for, or it failed
 
     def run(self, ready: int | None) -> None:
         """Until somebody asks for the end."""
@@ -128,24 +134,16 @@ class Serving:
 
         sys.setswitchinterval(SWITCH)
         daemon = Daemon()
+        starting = Scope()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # nohup: the end of the terminal is not to be the end of the daemon
             # In a thread of its own: the main one may hold the event's lock just now.
-            signal.signal(number, lambda *_: threading.Thread(target=daemon.quit).start())
+            signal.signal(number, lambda *_: self._ask_to_quit(daemon, starting))
         try:
-            if self.given["pidfile"]:
-                self._write_pidfile(self.given["pidfile"])
-            self.limits = [parse_limits(parse_option(t, "disk")) for t in self.given["limit"]]
-            for option, text in self.ordered:
-                if option != "limit":
-                    getattr(self, f"_{option}")(daemon, text)
-            if self.given["disks"]:
-                self._disks(daemon)
-            for name in list(dict.fromkeys(disk for disk, _ in self.limits)):
-                self._limit(daemon, name)
-            for server in self.servers:
-                server.ready.set()
+            with starting:
+                self._begin(daemon)
+            self.up.set()
             if ready is not None:
                 os.write(ready, b"+")
                 os.close(ready)
@@ -155,6 +153,7 @@ class Serving:
             while not daemon.stopped.wait(LOOK):
                 pass
         finally:
+            self.up.set()
             for server in self.servers:
                 with contextlib.suppress(OSError):
                     server.stop_listening()
@@ -163,9 +162,61 @@ class Serving:
             finally:
                 for server in self.servers:
                     server.stop()
-                if self.pidfile:
-                    with contextlib.suppress(OSError):
-                        os.unlink(self.pidfile)
+                self._leave(daemon)
+
+    def _begin(self, daemon: Daemon) -> None:
+        """Do what the options ask for."""
+        if self.given["pidfile"]:
+            self._write_pidfile(self.given["pidfile"])
+        self.limits = [parse_limits(parse_option(t, "disk")) for t in self.given["limit"]]
+        for option, text in self.ordered:
+            if option != "limit":
+                getattr(self, f"_{option}")(daemon, text)
+        if self.given["disks"]:
+            self._disks(daemon)
+        for name in list(dict.fromkeys(disk for disk, _ in self.limits)):
+            self._limit(daemon, name)
+        for server in self.servers:
+            server.ready.set()
+
+    def _ask_to_quit(self, daemon: Daemon, starting: Scope) -> None:
+        threading.Thread(target=self._quit, args=(daemon, starting), daemon=True).start()
+
+    def _quit(self, daemon: Daemon, starting: Scope) -> None:
+        """Somebody asks for the end, perhaps while the daemon still waits for a server or for
+        storage that it needs to begin."""
+        daemon.quit()
+        starting.call_off("the daemon was told to stop")
+        if not self.up.wait(START_SECONDS):
+            click.echo("cowferry: told to stop while a disk was being opened; it hangs", err=True)
+            for server in self.servers:
+                with contextlib.suppress(OSError):
+                    server.stop_listening()
+            self._forget_pidfile()
+            self._exit(1)
+
+    def _forget_pidfile(self) -> None:
+        if self.pidfile:
+            with contextlib.suppress(OSError):
+                os.unlink(self.pidfile)
+
+    def _leave(self, daemon: Daemon) -> None:
+        """The daemon has ended. What hangs in the kernel keeps its own image, and no other; a flush
+        that is merely slow has some more time."""
+        self._forget_pidfile()
+        if daemon.unfinished:
+            until = time.monotonic() + LATE_SECONDS
+            for thread in threading.enumerate():
+                if isinstance(thread, Closing):
+                    thread.join(max(until - time.monotonic(), 0))
+            self._exit(1)
+
+    def _exit(self, status: int) -> NoReturn:
+        """End now: a thread that hangs would keep the interpreter from ending."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
 
     # cowferry's own way ------------------------------------------------------------------
 

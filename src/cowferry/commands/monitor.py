@@ -78,6 +78,11 @@ def quit_daemon(daemon: Daemon, args: NoArgs) -> None:
     daemon.quit()
 
 
+@event("X_STOP_UNFINISHED")
+class StopUnfinished(msgspec.Struct):
+    what: list[str]
+
+
 @event("SHUTDOWN")
 class Shutdown(msgspec.Struct):
     guest: bool

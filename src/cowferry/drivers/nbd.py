@@ -536,18 +536,20 @@ class Nbd(Node):
     def _first(self, patience: float) -> Link:
         """The first connection, tried for `patience` seconds, but at least once."""
         until = time.monotonic() + patience
-        while True:
-            try:
-                return self._dial(HANDSHAKE)
-            except CalledOff as error:
-                raise ImageError(f"Could not open '{self.filename}': {error.strerror}") from error
-            except OSError as error:
-                serious = isinstance(error, Broken | Refused)
-                if serious or time.monotonic() + PAUSE >= until:
-                    raise ImageError(
-                        f"Could not open '{self.filename}': {error.strerror or error}"
-                    ) from error
-            time.sleep(PAUSE)
+        with scope.unhurried():
+            while True:
+                try:
+                    return self._dial(HANDSHAKE)
+                except CalledOff as error:
+                    why = error.strerror
+                    raise ImageError(f"Could not open '{self.filename}': {why}") from error
+                except OSError as error:
+                    serious = isinstance(error, Broken | Refused)
+                    if serious or time.monotonic() + PAUSE >= until:
+                        raise ImageError(
+                            f"Could not open '{self.filename}': {error.strerror or error}"
+                        ) from error
+                time.sleep(PAUSE)
 
     def abort(self, patience: float = 0.0) -> None:
         """Fail every request that waits, now. Later ones connect anew.

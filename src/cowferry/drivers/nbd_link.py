@@ -34,6 +34,7 @@ from typing import Any
 
 from cowferry.block import scope
 from cowferry.block.identity import STORAGE
+from cowferry.block.peers import watch_peer
 from cowferry.block.scope import LOOK_SECONDS, CalledOff
 from cowferry.errors import one_line
 from cowferry.wire import nbd
@@ -45,6 +46,7 @@ MAX_REPLY = 64 << 10  # bytes of an option's reply
 MAX_REPLIES = 4096  # to one option
 MAX_CHUNKS = 1 << 16  # in one answer
 MAX_RUNS = 1 << 17  # in one block status
+PEER_SECONDS = 60.0  # after which a host that does not react is taken to be gone
 TORN_SECONDS = 5.0  # that the rest of an answer may take which nobody wants any more
 CHANGES = (nbd.WRITE, nbd.WRITE_ZEROES, nbd.TRIM)
 
@@ -94,7 +96,7 @@ def connect(
                 begun(sock)
             _connect(sock, where, deadline)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            watch_peer(sock, PEER_SECONDS)
             return sock
         except CalledOff:
             sock.close()

@@ -5,6 +5,7 @@ A new kind of export is one module in this folder with a subclass of `Export`.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from cowferry.block.bitmap import Bitmap
@@ -28,6 +29,11 @@ class Export:
         """Clients connected now."""
         return 0
 
-    def stop(self, force: bool = False) -> None:
-        """Take no new client; with `force` drop those there are. Returns when all are gone."""
+    def clients(self) -> list[str]:
+        """Who is connected, in words."""
+        return []
+
+    def stop(self, force: bool = False, seconds: float = math.inf) -> bool:
+        """Take no new client; with `force` drop those there are. Returns when all are gone: False
+        if that takes longer than `seconds`."""
         raise NotImplementedError

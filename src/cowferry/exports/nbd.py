@@ -10,31 +10,36 @@ under it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
+import math
 import socket
-import stat
 import struct
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from cowferry.block import identity
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
 from cowferry.block.identity import STORAGE
 from cowferry.block.node import State
+from cowferry.block.peers import peer_of, watch_peer
 from cowferry.errors import CowferryError
 from cowferry.exports import Export
 from cowferry.exports.nbd_lane import Connection, Context, Describe
+from cowferry.exports.sockets import address_of, bind_tcp, bind_unix, close_listeners, shown
 from cowferry.wire import nbd
 from cowferry.wire.address import Address
 
 log = logging.getLogger(__name__)
 
 WORKERS = 8
+FINISH_SECONDS = 3.0  # that clients who are sent away get answers to what they have asked
+PEER_SECONDS = 60.0  # after which a TCP client that does not react is taken to be gone
+FEW_PLACES = 8  # connections that one address may have, if a listener has room for so many
+SAY_SECONDS = 30.0  # between two complaints that a listener is full
 MAX_CONTEXTS = 64
 TICK = 0.5  # seconds; how long a stop may go unnoticed by accept
 
@@ -143,30 +148,60 @@ class NbdExport(Export):
             self.lanes.discard(lane)
             self.changed.notify_all()
 
-    def stop(self, force: bool = False) -> None:
-        """Returns when nobody uses the disk through this export any more."""
+    def clients(self) -> list[str]:
+        """Who is connected, in words."""
+        with self.changed:
+            return [peer_of(lane.sock) for lane in self.lanes]
+
+    def stop(self, force: bool = False, seconds: float = math.inf) -> bool:
+        """Let nobody use the disk through this export any more. With `force` clients are sent away
+        once what they have asked for is answered, or `FINISH_SECONDS` have passed.
+
+        Return False if requests on the disk have not finished within `seconds`."""
+        until = time.monotonic() + seconds
         with self.changed:
             self.shutting_down = True
             if force:
                 for lane in self.lanes:
+                    lane.finish()
+                self.changed.wait_for(lambda: not self.lanes, min(FINISH_SECONDS, seconds))
+                for lane in self.lanes:
                     lane.hang_up()
-            self.changed.wait_for(lambda: not self.lanes)
-        self.workers.shutdown()
-        self.readers.shutdown()
+            left = None if seconds == math.inf else max(until - time.monotonic(), 0)
+            ended = self.changed.wait_for(lambda: not self.lanes, left)
+        for pool in (self.workers, self.readers):
+            pool.shutdown(wait=ended)
+        return ended
+
+
+class Place(NamedTuple):
+    """Where a client is connected, and from which host; "" on a unix socket."""
+
+    listener: socket.socket
+    address: str
 
 
 class NbdServer:
     """Listeners, exports and connections. Thread-safe."""
 
-    def __init__(self, max_connections: int = 100, handshake_seconds: float = 10.0) -> None:
+    def __init__(
+        self,
+        max_connections: int = 100,
+        handshake_seconds: float = 10.0,
+        peer_seconds: float = PEER_SECONDS,
+    ) -> None:
+        """`max_connections`: of each listener; 0: no limit. `peer_seconds`: after which a TCP
+        client that does not react, because its host or the network is gone, is disconnected."""
         self.max_connections = max_connections or 1 << 30
         self.handshake_seconds = handshake_seconds
+        self.peer_seconds = peer_seconds
         self.lock = threading.Lock()
         self.exports: dict[str, NbdExport] = {}  # by name
         self.listeners: list[tuple[socket.socket, str | None]] = []  # and the path to unlink
-        self.connections: set[socket.socket] = set()
+        self.connections: dict[socket.socket, Place] = {}
         self.threads: set[threading.Thread] = set()
         self.stopping = False
+        self._say_again = 0.0  # when the next complaint may come; guarded by `lock`
 
     # Listening ---------------------------------------------------------------------------
 
@@ -248,26 +283,36 @@ class NbdServer:
                 found = chosen[0] if len(chosen) == 1 else None
             return found
 
-    def stop(self) -> None:
-        """Close every socket, wait for what is in flight, forget every export."""
+    def stop(self, seconds: float = math.inf) -> bool:
+        """Close every socket once what clients have asked for is answered, and forget every export.
+
+        Return False if requests have not finished within `seconds`."""
+        until = time.monotonic() + seconds
         with self.lock:
             self.stopping = True
             listeners, self.listeners = self.listeners, []
             exports, self.exports = list(self.exports.values()), {}
             connections = list(self.connections)
         close_listeners(listeners)
+        lanes = [lane for export in exports for lane in list(export.lanes)]
+        for lane in lanes:  # all at once, before one after the other is waited for
+            lane.finish()
+        serving = {lane.sock for lane in lanes}
         for sock in connections:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            if sock not in serving:  # it has not chosen an export yet
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        ended = True
         for export in exports:
-            export.stop(force=True)
+            ended &= export.stop(True, max(until - time.monotonic(), 0.0))
         while True:  # a listener may have begun one more connection meanwhile
             with self.lock:
                 left = self.threads - {threading.current_thread()}
-            if not left:
-                break
+            if not left or not ended:
+                return ended
             for thread in left:
-                thread.join()
+                thread.join(None if seconds == math.inf else max(until - time.monotonic(), 0.0))
+                ended &= not thread.is_alive()
 
     # Connections -------------------------------------------------------------------------
 
@@ -287,25 +332,46 @@ class NbdServer:
     def _accept(self, listener: socket.socket) -> None:
         while not self.stopping:
             try:
-                sock, _ = listener.accept()
+                sock, peer = listener.accept()
             except OSError:
                 if self.stopping:
                     return
                 time.sleep(0.05)  # out of descriptors, say: do not spin
                 continue
-            with self.lock:
-                full = len(self.connections) >= self.max_connections or self.stopping
-                if not full:
-                    self.connections.add(sock)
-            if full:
+            if not self._admit(sock, Place(listener, peer[0] if isinstance(peer, tuple) else "")):
                 sock.close()
                 continue
             self._spawn(lambda sock=sock: self._connection(sock), "nbd connection")  # type: ignore[misc]
+
+    def _admit(self, sock: socket.socket, place: Place) -> bool:
+        """Give a client a place at its listener, if there is one. A host has half of them at most,
+        so that it cannot keep the others out."""
+        most = self.max_connections
+        each = max(most // 2, min(most, FEW_PLACES)) if place.address else most
+        with self.lock:
+            there = [p for p in self.connections.values() if p.listener is place.listener]
+            mine = sum(p.address == place.address for p in there)
+            full = len(there) >= most or mine >= each
+            if not full and not self.stopping:
+                self.connections[sock] = place
+                return True
+            quiet = self.stopping or time.monotonic() < self._say_again
+            if not quiet:
+                self._say_again = time.monotonic() + SAY_SECONDS
+        if not quiet:
+            who = f"{place.address or 'local clients'} has" if mine >= each else "all clients have"
+            log.error(
+                "nbd: no place for one more connection at %s: %s %d of %d; raise max-connections, "
+                "or close some", shown(place.listener), who, mine if mine >= each else len(there),
+                most,
+            )  # fmt: skip
+        return False
 
     def _connection(self, sock: socket.socket) -> None:
         try:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                watch_peer(sock, self.peer_seconds)
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
             handshake = Handshake(self, sock, time.monotonic() + self.handshake_seconds)
@@ -327,88 +393,8 @@ class NbdServer:
             log.info("nbd client left: %s", error)
         finally:
             with self.lock:
-                self.connections.discard(sock)
+                self.connections.pop(sock, None)
             sock.close()
-
-
-def close_listeners(listeners: list[tuple[socket.socket, str | None]]) -> None:
-    """Sockets that listen, and the paths to remove with them. Who waits for one is woken."""
-    for sock, path in listeners:
-        if path is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-        sock.close()
-
-
-def address_of(sock: socket.socket) -> Address:
-    """The address on which a TCP socket listens."""
-    return Address("", *sock.getsockname()[:2])
-
-
-def bind_tcp(address: Address) -> socket.socket:
-    """A listening TCP socket on the first port of the address that is free.
-
-    A host name that means several addresses is listened to on the first that can be had, IPv4
-    before IPv6. Without a host it is every address. Raises `CowferryError`."""
-    families = [(socket.AF_INET, address.ipv4), (socket.AF_INET6, address.ipv6)]
-    wanted = [f for f, use in families if use] or [f for f, use in families if use is None]
-    failure: OSError = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-    for port in range(address.port, max(address.port, address.last) + 1):
-        try:
-            found = socket.getaddrinfo(
-                address.host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-        except OSError as error:
-            failure = error
-            break
-        for family, where in sorted((f[0], f[4]) for f in found if f[0] in wanted):
-            both = address.host == "::" and socket.AF_INET in wanted
-            try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
-                try:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    if family == socket.AF_INET6:
-                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not both))
-                    sock.bind(where)
-                    sock.listen(128)
-                except BaseException:
-                    sock.close()
-                    raise
-                return sock
-            except OSError as error:
-                failure = error
-    hint = "is another server there?" if failure.errno == errno.EADDRINUSE else ""
-    raise CowferryError(f"cannot listen on {address}: {failure.strerror}", hint) from failure
-
-
-def bind_unix(path: str, mode: int) -> socket.socket:
-    """A listening unix socket at `path`, replacing a stale one. Raises `CowferryError`."""
-    if len(os.fsencode(path)) > 107:
-        raise CowferryError(f"socket path '{path}' is too long (107 bytes at most)")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if os.path.lexists(path):
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise CowferryError(f"'{path}' exists and is not a socket")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                try:
-                    probe.connect(path)
-                except ConnectionRefusedError:  # nobody listens: its server died
-                    os.unlink(path)
-                else:
-                    raise CowferryError(f"'{path}': another server listens there")
-        sock.bind(path)
-        os.chmod(path, mode)
-        sock.listen(128)
-    except OSError as error:
-        sock.close()
-        raise CowferryError(f"cannot listen on '{path}': {error.strerror}") from error
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 class Handshake:

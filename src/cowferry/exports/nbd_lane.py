@@ -141,6 +141,13 @@ class Connection:
                 with self.idle:
                     over = self.idle.wait_for(lambda: not self.pending, LOOK)
 
+    def finish(self) -> None:
+        """Read no more from the client. What it has sent is served and answered, and then the
+        connection ends."""
+        self.goodbye = True
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)
+
     def hang_up(self) -> None:
         """Send the client away. What waits for its turn is dropped, what is in work finishes."""
         self.closed = True

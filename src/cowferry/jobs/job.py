@@ -30,9 +30,10 @@ import logging
 import os
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from cowferry.block.node import Node, read
@@ -51,6 +52,7 @@ T = TypeVar("T")
 ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 SCRATCH = 1 << 20  # bytes read at once to see whose error it was
 POLICIES = ("report", "ignore", "enospc", "stop", "auto")
+MOMENT_SECONDS = 1.0  # that a job has to stop by itself when the daemon ends
 GRACE = 5.0  # seconds after which a job that was called off gives up I/O that hangs
 CLEAN_SECONDS = 60.0  # that what is left to do at the end of a job may wait
 SOON_SECONDS = 2.0  # the same of a job that was given up: for each thing it waits for
@@ -214,7 +216,7 @@ class Job(Ending):
             self.user_paused = False  # and whatever error it was stopped for, it ends otherwise
             self.io_status = "ok"
             self.changed.notify_all()
-        TIMER.after(GRACE, unless_gone(self._give_up))
+        TIMER.after(GRACE, unless_gone(self.give_up))
 
     def complete(self) -> None:
         """A ready job is to finish its work. A member of a group finishes with its group."""
@@ -326,7 +328,7 @@ class Job(Ending):
                 self._move(Status.CONCLUDED)
                 self._go()
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
         """It was called off a while ago: what it still waits for, and what guests wait for because
         of it, fails now (D2). Not once the decision is made: its target may be the disk's."""
         with self.changed:
@@ -336,7 +338,7 @@ class Job(Ending):
         for node in self.strands():
             node.abort()
         if self.strands():  # what was about to be asked when we aborted hangs again
-            TIMER.after(GRACE, unless_gone(self._give_up))
+            TIMER.after(GRACE, unless_gone(self.give_up))
 
     def _main(self) -> None:
         failure: BaseException | None = None
@@ -634,18 +636,24 @@ class Jobs:
         with self.lock:
             return list(self.jobs.values())
 
-    def shutdown(self, timeout: float = 30.0) -> None:
-        """Cancel whatever runs and wait for it."""
+    def shutdown(self, seconds: float = 30.0) -> list[Job]:
+        """Cancel whatever runs. What does not stop by itself at once is given up. Return the jobs
+        that have not ended within `seconds`."""
+        until = time.monotonic() + seconds
         for job in self.all():
-            try:
+            with suppress(CowferryError):  # it is ending already
                 job.cancel()
-            except CowferryError:
-                continue
         with self.lock:
             left = [*self.jobs.values(), *self.ending.values()]
-        for job in left:
-            if job.thread is not None and job.thread is not threading.current_thread():
-                job.thread.join(timeout)
+        left = [job for job in left if job.thread is not threading.current_thread()]
+        for limit in (min(until, time.monotonic() + MOMENT_SECONDS), until):
+            for job in left:
+                if job.thread is not None:
+                    job.thread.join(max(limit - time.monotonic(), 0))
+            left = [job for job in left if job.thread is not None and job.thread.is_alive()]
+            for job in left:
+                job.give_up()
+        return left
 
 
 def valid_id(text: str) -> bool:

@@ -19,10 +19,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from cowferry.block.peers import watch_peer
 from cowferry.commands.monitor import VERSION
 from cowferry.drivers import fdsets
 from cowferry.errors import CommandNotFound, CowferryError
-from cowferry.exports.nbd import address_of, bind_tcp, bind_unix, close_listeners
+from cowferry.exports.sockets import address_of, bind_tcp, bind_unix, close_listeners
 from cowferry.wire import qmp
 from cowferry.wire.address import Address
 
@@ -32,6 +33,7 @@ MAX_FDS = 16  # descriptors that may come with one command
 BACKLOG = 4096  # events that may wait for one client
 ROOM = 4 << 20  # bytes that may wait for a client before its next command is answered
 AT_ONCE = 1 << 20  # bytes that are sent together
+PEER_SECONDS = 60.0  # after which a TCP client that does not react is taken to be gone
 LAST_WORDS = 2.0  # seconds that clients who do not read may delay the end
 
 
@@ -303,6 +305,8 @@ class Server:
         while not self.stopping:
             try:
                 sock, _ = listener.accept()
+                if sock.family != socket.AF_UNIX:
+                    watch_peer(sock, PEER_SECONDS)
             except OSError:
                 if self.stopping:
                     return

@@ -268,7 +268,7 @@ class Guests(Ending):
     def call_off(self) -> None:
         """The daemon ends: wait for no agent, thaw. Returns when that is done."""
         self.until.called_off.set()
-        self.over.wait(THAW_MOST + LAST)
+        self.over.wait(min(THAW_MOST, self.until.seconds) + LAST)
 
     def __enter__(self) -> Guests:
         return self
