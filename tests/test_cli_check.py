@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from damage import COPIED, Image, check, make, verdict
+from cowferry.block.disk import Disk
+from cowferry.drivers import opening
+from cowferry.drivers.file import File
+from damage import COPIED, OFFSET, Image, check, make, verdict
 from test_cli_offline import cowferry
 from test_qcow2_peers import by_qemu
 from tests_support import need
@@ -74,6 +79,7 @@ def test_the_json_of_a_repair_has_what_was_done(image: Image) -> None:
 
 
 def test_messages_are_capped_and_the_rest_is_counted(image: Image) -> None:
+    os.truncate(image.path, 2000 * image.cluster)
     for n in range(1000, 1500):
         image.set_refcount(n, 1)
     said = cowferry("check", image.path, code=3)
@@ -83,6 +89,7 @@ def test_messages_are_capped_and_the_rest_is_counted(image: Image) -> None:
 
 def test_leaks_are_left_alone_while_the_refcounts_cannot_be_relied_on(image: Image) -> None:
     image.put(image.table + 8, 1 << 40)
+    os.truncate(image.path, 2000 * image.cluster)
     image.set_refcount(1000, 1)
     before = image.path.read_bytes()
     said = cowferry("check", "-r", "leaks", image.path, code=2)
@@ -93,8 +100,10 @@ def test_leaks_are_left_alone_while_the_refcounts_cannot_be_relied_on(image: Ima
 
 
 def test_leaks_of_a_dirty_image_are_given_back_and_it_is_clean_then(image: Image) -> None:
+    os.truncate(image.path, 2000 * image.cluster)
     image.set_refcount(1000, 1)
     image.put(72, 1)
+    cowferry("check", image.path, code=3)
     cowferry("check", "-r", "leaks", image.path)
     assert image.get(72) == 0 and verdict(image.path) == 0
 
@@ -131,6 +140,67 @@ def test_a_dirty_image_is_repaired_when_it_is_opened_or_refused(
         return
     assert by_qemu(image.path)[: image.size] == oracle
     assert verdict(image.path) == 0
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, start: int, length: int) -> None:
+    """A bad sector of the file."""
+    plain = File.pread
+
+    def pread(self: File, buf: memoryview, offset: int) -> None:
+        if offset < start + length and start < offset + len(buf):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        plain(self, buf, offset)
+
+    monkeypatch.setattr(File, "pread", pread)
+
+
+def test_refcounts_that_cannot_be_read_are_counted_anew(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle = by_qemu(image.path)
+    for table in (False, True):
+        start = image.table if table else image.block()
+        with monkeypatch.context() as patch:
+            unreadable(patch, start, image.cluster)
+            found = check(image.path)
+            assert found.exit_code == 2 and "cannot be read" in found.messages[0]
+            assert check(image.path, "all").exit_code == 0
+        image = Image(image.path)
+    assert verdict(image.path) == 0 and by_qemu(image.path) == oracle
+
+
+def test_an_image_with_a_table_that_cannot_be_read_is_not_repaired(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image.put(image.table, 0)
+    before = image.path.read_bytes()
+    for start in (image.get(image.l1) & OFFSET, image.l1, image.snapshots):
+        with monkeypatch.context() as patch:
+            unreadable(patch, start, 512)
+            for fix in (None, "leaks", "all"):
+                found = check(image.path, fix)
+                assert found.exit_code == 1
+                assert any("cannot be read" in m for m in found.messages)
+    assert image.path.read_bytes() == before
+
+
+def test_guests_of_an_image_that_was_cut_off_write_over_no_cluster_in_use(tmp_path: Path) -> None:
+    """The repair counts what lies beyond the end, so that it is not taken for free."""
+    need("qemu-img", "qemu-io")
+    make(tmp_path / "vm.qcow2", snapshot=False)
+    image = Image(tmp_path / "vm.qcow2")
+    os.truncate(image.path, 0x90000)
+    assert check(image.path, "all").exit_code == 2
+    disk = Disk(opening.open_image(str(image.path)))
+    disk.pwrite(memoryview(b"n" * (512 << 10)), 128 << 10)
+    disk.flush()
+    disk.root.close()
+    used = [
+        image.get(at) & OFFSET
+        for at in map(Image(image.path).l2, range(0, image.size, image.cluster))
+        if at and image.get(at) & OFFSET
+    ]
+    assert len(used) == len(set(used))
 
 
 def test_counts_that_refcounts_are_too_narrow_for_stay_wrong_and_are_told(tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ def info(image: Qcow2) -> list[dict[str, Any]]:
     except CowferryError as error:
         log.warning("%s", error.desc)
         return []
-    _tell_of_damage(image, found)
+    if found.problem:
+        log.error("'%s': %s: what follows is lost", image.filename, found.problem)
     words = ((IN_USE, "in-use"), (AUTO, "auto"))
     return [
         {

@@ -108,6 +108,14 @@ class Header:
         return 72 if self.version == 2 else KNOWN_LENGTH + len(self.further)
 
 
+def first_cluster(sector: bytes) -> int:
+    """Return how many bytes the header cluster has that begins with `sector`."""
+    if len(sector) < V2.size:
+        return SECTOR
+    bits: int = V2.unpack_from(sector)[4]
+    return 1 << min(max(bits, 9), 21)
+
+
 def parse(name: str, start: bytes, file_size: int, checking: bool = False) -> Header:
     """Return the header in `start`, the first bytes of the file (a cluster, or all there is).
 

@@ -148,7 +148,9 @@ class Qcow2(Node):
 
     @classmethod
     def _header(cls, file: Node, checking: bool = False) -> headers.Header:
-        start = bytearray(min(file.size, 2 << 20))
+        start = bytearray(min(file.size, headers.SECTOR))
+        file.pread(memoryview(start), 0)
+        start = bytearray(min(file.size, headers.first_cluster(bytes(start))))
         file.pread(memoryview(start), 0)
         return headers.parse(file.filename, bytes(start), file.size, checking)
 

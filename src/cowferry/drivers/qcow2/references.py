@@ -534,6 +534,12 @@ class References:
     def _count_data(self, table: array[int], at: int, run: Run, by: int, index: int | None) -> None:
         first = (run.entry & OFFSET) >> self.bits
         beyond = min(max(first + run.clusters - self.clusters, 0), run.clusters)
+        inside = run.clusters - beyond
+        if beyond and inside:  # the end of the file cuts through
+            entry = run.entry + (inside << self.bits)
+            self._count_data(table, at, run._replace(clusters=inside), by, index)
+            self._count_data(table, at, Run(run.slot + inside, beyond, entry), by, index)
+            return
         tables = self.roles.any(first, run.clusters) or self.tables.any(first, run.clusters)
         if not beyond and not tables:
             self.counts.add(first, run.clusters, by)

@@ -87,9 +87,9 @@ class Repair:
         self._flags(right=False)
         if rebuilt is not None:
             self.said.append(
-                f"Repairing: the refcounts are counted anew, because {stored.why}; they lie in "
-                f"{rebuilt.clusters} clusters from file offset "
-                f"{rebuilt.table << refs.bits} on"
+                f"Repairing: the refcounts are counted anew, because {stored.why}; they take "
+                f"{rebuilt.clusters} clusters, and their table lies at file offset "
+                f"{rebuilt.table << refs.bits:#x}"
             )
             rebuilt.switch()
             self.changed = True

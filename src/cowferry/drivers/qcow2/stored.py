@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 from cowferry.drivers.qcow2.counts import Counts, Page
@@ -95,7 +96,8 @@ class Stored:
             self._doubt(f"the refcount table at {offset:#x} lies over something else")
         else:
             self.own.append((first, count))
-            self._read_entries(offset, range(first, first + count))
+            with self._readable("the refcount table"):
+                self._read_entries(offset, range(first, first + count))
 
     def _read_entries(self, offset: int, table: range) -> None:
         refs = self.refs
@@ -138,13 +140,22 @@ class Stored:
         if index >= len(self.places) or not self.places[index] or index in self.unknown:
             return None
         refs = self.refs
-        errors = refs.result.check_errors
-        data = refs.data_at(self.places[index] << refs.bits, refs.cluster_size)
-        if refs.result.check_errors > errors:  # a new block will do
-            refs.result.check_errors = errors
-            self._doubt(f"refcount block {index} cannot be read")
+        with self._readable(f"refcount block {index}") as errors:
+            data = refs.data_at(self.places[index] << refs.bits, refs.cluster_size)
+        if errors:
             self.unknown.add(index)
         return data
+
+    @contextmanager
+    def _readable(self, what: str) -> Iterator[list[str]]:
+        """What cannot be read inside is no obstacle: new refcounts will do. Yields the errors."""
+        refs, errors = self.refs, list[str]()
+        before = refs.result.check_errors, refs.lost
+        yield errors
+        if refs.result.check_errors > before[0]:
+            refs.result.check_errors, refs.lost = before
+            errors.append(what)
+            self._doubt(f"{what} cannot be read")
 
     def page(self, number: int) -> array[int] | None:
         """Return the refcounts of a page; None if they are not known."""
@@ -226,7 +237,8 @@ class Stored:
         result, notes = refs.result, refs.notes
         before = result.leaks, result.corruptions
         for at, (h, w) in enumerate(zip(have, want, strict=True)):
-            if h == w:
+            cluster = number * self.size + at
+            if h == w or (h > w and cluster >= refs.clusters):  # beyond the end no room is lost
                 continue
             if h > w:
                 result.leaks += 1
@@ -237,7 +249,6 @@ class Stored:
                 continue
             kind = "Leaked" if h > w else "ERROR"
             wide = ", which is more than it can be" if w > self.max else ""
-            cluster = number * self.size + at
             notes.add(f"{kind} cluster {cluster} refcount={h} reference={w}{wide}")
         if before != (result.leaks, result.corruptions):
             self.differs.add(number)
