@@ -331,14 +331,15 @@ class Ground(RuleBasedStateMachine):
     # What must hold ----------------------------------------------------------------------------
 
     def look(self, reins: Reins) -> None:
-        """At each stop of a mirror. M1: it differs only where a bit is set. M2: ready is equal."""
+        """At each stop of a mirror. M1: once it has been looked at, it differs only
+        where a bit is set. M2: ready is equal."""
         job = reins.job
         if not isinstance(job, Mirror) or f"#{job.id}" not in job.disk.bitmaps:
             return
         source, target = bytearray(job.disk.size), bytearray(job.target.size)
         job.source.pread(memoryview(source), 0)
         job.target.pread(memoryview(target), 0)
-        if source != target:
+        if source != target and job.first is not None:
             assert len(source) == len(target)
             step = job.granularity
             for at in range(0, len(source), step):

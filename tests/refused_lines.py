@@ -325,7 +325,6 @@ LINES: dict[str, str] = {
         vm {f}/small.qcow2 --reuse-external
         vm {f}/nowhere.qcow2 --reuse-external
         vm {f}/user.txt --reuse-external --format qcow2
-        vm {f}/alone.qcow2 --reuse-external --shallow
         vm {f}/new.raw --shallow
         vm {f}/new.qcow2 --shallow --chain
         vm {f}/new.qcow2 --keep nosuch

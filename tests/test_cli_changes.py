@@ -446,7 +446,7 @@ def test_ctrl_c_even_twice_cancels_the_copy_and_says_what_is_left(scene: Scene) 
         child.wait()
     assert child.returncode == 130
     assert lines(out)[-1]["result"] == "cancelled"
-    assert "vda stays where it is" in err and f"removed: '{scene.folder}/c.raw'" in err
+    assert "vda stays where it is" in err and f"'{scene.folder}/c.raw' is removed" in err
     assert scene.good("jobs") == "No active jobs\n"
     assert scene.chain() == LAYERS
 

@@ -307,9 +307,9 @@ class Model(Ground):
                 member |= {"target": str(folder / f"{g}.img"), "format": format}
                 fails = fails or (self.odd(g) and format == "qcow2")
             elif what == "commit":
-                files = files_of(self.daemon)
-                fails = fails or sum(f == nodes[-1].filename for f in files) > 1
-                if len(nodes) == 1 or nodes[-1].size > nodes[0].size:
+                base, top = nodes[-1], nodes[0]
+                shared = sum(os.path.samefile(f, base.filename) for f in files_of(self.daemon)) > 1
+                if base is top or base.size > top.size or shared:
                     may = False
             elif nodes[0].driver == "raw" or nodes[0].read_only:
                 may = False

@@ -47,6 +47,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "bitmap {f}/plain.raw --merge b0 -b {f}/smaller.raw b0",
         "bitmap {f}/plain.raw --merge nosuch b0",
         "bitmap {f}/plain.raw --remove nosuch",
+        "change vm {f}/alone.qcow2 --no-notify",
         "rebase {f}/part.raw -b {f}/nowhere.raw -F raw",
         "resize {f}/alone.qcow2 -1M",
         "resize {f}/alone.qcow2 128k",
@@ -59,40 +60,6 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "serve {f}/plain.raw {f}/part.raw {f}/locked.raw",
         "snapshot vm={f}/alone.qcow2 --reuse-external",
     ),
-    "circles and backing names that cannot be opened": (
-        "backing vm vm.qcow2 alias.qcow2 --unsafe",
-        "backing vm vm.qcow2 json:{{}} --unsafe",
-        "backing vm vm.qcow2 vm.qcow2 --unsafe",
-    ),
-    "change compares sizes only": (
-        "change two {f}/other.raw --no-notify",
-        "change vm {f}/alone.qcow2 --no-notify",
-    ),
-    "an export of ours, by its URI": (
-        "backup vm nbd+unix:///two?socket={run}/nbd.sock",
-        "change vm nbd+unix:///vm?socket={run}/nbd.sock",
-        "copy vm nbd+unix:///two?socket={run}/nbd.sock",
-    ),
-    "a target that exists with data of its own": (
-        "copy vm {f}/alone.qcow2 --reuse-external --shallow",
-    ),
-    "advice to remove what we did not make": (
-        "add new={f}/copied.qcow2",
-        "copy two {f}/busy.copy.raw",
-        "copy vm {f}/small.qcow2 --reuse-external",
-        "copy vm {f}/smaller.raw --reuse-external",
-        "group copy vm={f}/new.raw two={f}/new.raw",
-        "serve {f}/copied.qcow2",
-    ),
-    "a copy that is refused late has had a bitmap in the image": (
-        "group copy vm={f}/new.raw busy={f}/new2.raw",
-        "group copy vm={f}/new.raw kept={f}/new2.raw",
-        "group copy vm={f}/new.raw nosuch={f}/new2.raw",
-        "group copy vm={f}/new.raw two={f}/locked.raw",
-        "group copy vm={f}/new.raw two={f}/user.txt",
-        "group copy vm={f}/new.raw two={tiny}",
-    ),
-    "change --notify opens an image that is no good by itself": ("change vm {f}/half.qcow2",),
     "a size that needs a larger L1 table than there may be": ("resize {f}/alone.qcow2 +7E",),
     "a pidfile replaces, and removes, a file of somebody's": (
         "serve {f}/nowhere.qcow2 --pidfile {f}/user.txt",

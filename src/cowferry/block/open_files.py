@@ -54,6 +54,14 @@ class OpenFiles:
                         "nothing was changed; what is written there would change under it",
                     )
 
+    def check_unused(self, path: str, user: User) -> None:
+        """Raise `DeviceInUse` if a node lies over bytes of the file or device at `path`."""
+        for mine, theirs, other in self._index.find(identity.of_path(path)):
+            over = identity.Layer(other.filename, user(other), other.places())
+            raise DeviceInUse(
+                f"{identity.connection(path, mine, over, theirs)}", "nothing was changed"
+            )
+
 
 def _met(node: Node, mine: Place, other: Node, theirs: Place, user: User) -> str:
     over = identity.Layer(other.filename, user(other), other.places())

@@ -168,7 +168,7 @@ def find(disk: Disk, target: str) -> Unfinished | None:
     except OSError as error:
         raise CowferryError(
             f"'{target}': what is recorded of it cannot be read: {error.strerror or error}",
-            f"'{disk.name}' is intact; to begin anew, remove '{target}' and that record",
+            f"'{disk.name}' is intact; to begin anew, copy it to another place",
         ) from error
     if body is None or not os.path.exists(target):
         return None
@@ -176,8 +176,8 @@ def find(disk: Disk, target: str) -> Unfinished | None:
     def refused(why: str) -> CowferryError:
         return CowferryError(
             f"'{target}' holds a part of a copy, and which part is not known: {why}",
-            f"'{disk.name}' is intact; to begin anew, remove '{target}' and "
-            f"'{moves.place(target, moves.COPYING)}'",
+            f"'{disk.name}' is intact; to begin anew, copy it to another place. (The record "
+            f"'{moves.place(target, moves.COPYING)}' says that '{target}' is not whole)",
         )
 
     source = disk.root

@@ -189,6 +189,11 @@ class Uses:
             files = [n for n in (node, *parts(node)) if n.file is None]
             self.files.check_sole(node, files, wanted, self._user)
 
+    def check_unused(self, path: str) -> None:
+        """Raise `DeviceInUse` if the file or device at `path` is open, by whatever name."""
+        with self.lock:
+            self.files.check_unused(path, self._user)
+
     def _user(self, node: Node) -> str:
         """Who has a node open, in words."""
         disks = [f"'{disk.name}'" for disk in self.disks_above(node) if disk.name in self.disks]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -220,10 +221,14 @@ def copy_command(
         if in_background:
             return started(work, as_json)
         written = f"'{dest}'{' and what was copied beside it' if several else ''}"
+        if command == "drive-mirror" or not may_be_made(dest):
+            left = f"{written} may hold a part of it"
+        else:
+            left = f"what was made of {written} is removed"
         words = Words(
             f"copy {disk}",
-            f"{disk} stays where it is; of no use, and to be removed: {written}",
-            f"{disk} is intact and stays where it is; of no use, and to be removed: {written}",
+            f"{disk} stays where it is; {left}",
+            f"{disk} is intact and stays where it is; {left}",
             pivoted=f"{disk} is on '{dest}' now",
             finished=f"'{dest}' is a copy of that moment",
             ready=f"    '{dest}' follows what {disk} writes. To go on:\n"
@@ -231,6 +236,11 @@ def copy_command(
             f"    end with a copy:  cowferry job cancel --soft {work.id}",
         )  # fmt: skip
         return follow(work, words, as_json, at_ready)
+
+
+def may_be_made(dest: str) -> bool:
+    """Whether a copy to `dest` makes a file, and removes it again if it fails."""
+    return os.path.isabs(dest) and not Path(dest).is_block_device()
 
 
 @contextmanager

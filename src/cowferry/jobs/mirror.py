@@ -94,6 +94,7 @@ class Mirror(Follower):
         compare: bool = False,
         record: tuple[str, str | None] | None = None,
         unfinished: Unfinished | None = None,
+        begin: Callable[[], tuple[Unfinished | None, str]] | None = None,
         carry: bool = False,
         note: str = "",
         move: Callable[[], list[Move]] = list,
@@ -122,6 +123,7 @@ class Mirror(Follower):
         self.note = note  # how it began, in words, if that is worth knowing
         self.limited = False  # it is the job's own speed limit that misses the deadline
         self.unfinished = unfinished  # lets the copy go on after a crash
+        self._begin_unfinished = begin  # makes that, and a note, when the job begins
         self._checked = clock()  # when it was told last how far we are
         self._written = 0  # by guests, until then
         self.carry = carry  # the disk's bitmaps go along with it; else they stay, as in QEMU
@@ -136,7 +138,7 @@ class Mirror(Follower):
         self._clock = clock
         self._began = clock()
         self._rates = Rates(clock)
-        self._first = 0  # bytes to copy when it began
+        self.first: int | None = None  # bytes to copy, once it is known where the target differs
         self._failures = 0  # rounds that met an error, one after another
         self._failed_now = False  # this round has met one
         self._attached = False
@@ -150,6 +152,9 @@ class Mirror(Follower):
                 "Source and target image have different sizes",
                 f"{self.disk.size} and {self.target.size} bytes",
             )
+        if self._begin_unfinished is not None:
+            self.unfinished, self.note = self._begin_unfinished()
+            self._begin_unfinished = None
         for layer in self.layers:
             yield from self._copy_layer(layer)
         yield from self.attempt("write", self._attach)
@@ -158,7 +163,7 @@ class Mirror(Follower):
             yield from self._first_bits()
         elif self.target.backing is self.source:
             yield from self._own_bits()
-        self._first = self.dirty.count()
+        self.first = self.dirty.count()
         told = False
         while True:
             with suppress(CalledOff):  # guests' requests do not finish: another time
@@ -501,7 +506,9 @@ class Mirror(Follower):
             if waiting and self.limited and speed:
                 done += f"; its speed limit of {speed / 1e6:.0f} MB/s is too low"
             return done
-        chasing = waiting and r.total > self._first  # all was copied once, and some of it again
+        chasing = waiting and r.total > (
+            self.first or 0
+        )  # all was copied once, and some of it again
         if chasing and not self._blocking and r.known and r.demand >= r.copy_rate * EVEN:
             return (
                 f"does not converge: the guest writes {r.demand / 1e6:.0f} MB/s and "

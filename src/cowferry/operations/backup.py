@@ -145,7 +145,7 @@ class Start(Part):
         sync: str,
         under: targets.Below | None = None,
         bitmap_mode: str = "on-success",
-        made: list[str] | None = None,
+        made: list[targets.Made] | None = None,
         adopted: bool = False,
         scratch: str | None = None,
         parent: bytes | None = None,
@@ -308,7 +308,7 @@ def into_node(
             f"'{device}' has {source.size} bytes and '{target}' {node.size}",
         )
     _check_target(daemon, node, target)
-    targets.check_node(SAME, disk, node)
+    targets.check_target(daemon, SAME, disk, node)
     check_source(daemon, disk, device, node)
     under = _check_sync(source, node, what.sync)
     held = Hold(daemon, disk, job_name(daemon, device, job_id), bitmap)
@@ -505,7 +505,7 @@ def into_file(
                 f"Backing file not supported for file format '{format}'",
                 "use format=qcow2 or sync=full",
             )
-    made: list[str] = []
+    made: list[targets.Made] = []
     node: Node | None = None
     held = Hold(daemon, disk, job_id, bitmap)
     try:
@@ -516,7 +516,7 @@ def into_file(
                 node = targets.existing(daemon, target, format, below, source.size, node_name)
             else:
                 node = _open(daemon, target, format, sync, below, source.size, node_name)
-        targets.check_node(SAME, disk, node)
+        targets.check_target(daemon, SAME, disk, node)
         if node.size != source.size:
             raise CowferryError(
                 "Source and target image have different sizes",
@@ -533,7 +533,7 @@ def into_file(
         raise
 
 
-def _withdraw(daemon: Daemon, held: Hold, nodes: list[Node], made: list[str]) -> None:
+def _withdraw(daemon: Daemon, held: Hold, nodes: list[Node], made: list[targets.Made]) -> None:
     """There will be no backup: let go of the nodes that were opened for it, in order, and of what
     was made."""
     held.withdraw()
@@ -629,7 +629,7 @@ def into_new(
             f"'{target}': a {format} image has no backing file", "use format=qcow2, or a full one"
         )
     under = source.backing if mode == "top" else None
-    made: list[str] = []
+    made: list[targets.Made] = []
     nodes: list[Node] = []  # opened here, the target first
     parent = lineage.NONE
     held = Hold(daemon, disk, job_id, found)
@@ -649,7 +649,7 @@ def into_new(
                 targets.create(daemon, target, format, source.size, source, under, made, goal=False)
             node = targets.opened(daemon, target, format, under, source.size)
         nodes.insert(0, node)
-        targets.check_node(SAME, disk, node)
+        targets.check_target(daemon, SAME, disk, node)
         _check_compression(what, node, target)
         return Start(
             daemon, so_far, disk, node, held, sync=what.sync,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cowferry.block import identity
+from cowferry.block import identity, names
 from cowferry.block.disk import Disk, in_order
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, State, chain
@@ -319,8 +319,9 @@ def change_backing_file(
     spec = (backing_file, node.backing.driver)
     node.check_backing(*spec)
     with daemon.apart():
-        check_no_circle(node.filename, spec, layers[: layers.index(node) + 1])
         same = targets.leads_to(node.filename, spec, node.backing)
+        if not same:
+            check_no_circle(node.filename, spec, layers[: layers.index(node) + 1])
     verify = not (same or unsafe)
     if verify:
         free(daemon, device, "change-backing-file")
@@ -360,8 +361,8 @@ def _other(path: str, format: str) -> Node:
 
 def check_no_circle(image: str, spec: targets.Spec, above: list[Node]) -> None:
     """Raise `CowferryError` if the backing name `spec` that `image` is to record leads to one of
-    the images `above`, or to an image that lies over one of them. What is not there leads nowhere.
-    """
+    the images `above`, or to an image that lies over one of them; or is none that an image may
+    name. What is not there leads nowhere."""
     refusal = f"'{image}' cannot have the backing file '{spec[0]}'"
     layers = [
         layer
@@ -370,10 +371,9 @@ def check_no_circle(image: str, spec: targets.Spec, above: list[Node]) -> None:
         if layer.top
     ]
     hint = "nothing was changed: an image that lies over itself cannot be opened"
-    try:
-        path = opening.backing_path(image, spec[0])
-    except CowferryError:
-        return
+    if names.is_uri(image):
+        return  # whatever it names is not followed
+    path = opening.backing_path(image, spec[0])
     identity.check_apart(refusal, spec[0], identity.of_path(path), layers, hint)
     try:
         other = opening.open_image(path, spec[1], read_only=True, force_share=True)
@@ -392,9 +392,10 @@ def check_name(daemon: Daemon, above: Node, spec: targets.Spec, lower: Node, uns
     has claimed both, and gives its turn away meanwhile."""
     over = [n for n in daemon.graph.every_node() if above in list(chain(n))]
     with daemon.apart():
-        check_no_circle(above.filename, spec, over)
-        leads = unsafe or targets.leads_to(above.filename, spec, lower)
-    if not leads:
+        leads = targets.leads_to(above.filename, spec, lower)
+        if not leads:
+            check_no_circle(above.filename, spec, over)
+    if not (leads or unsafe):
         raise CowferryError(
             f"'{spec[0]}', seen from '{above.filename}', does not lead to '{lower.filename}'",
             "the disk could not be opened again, or would read differently; to record the name all "

@@ -7,6 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cowferry.block import names, unfinished
@@ -102,7 +103,7 @@ def into_node(
             f"Node '{node.name}' is busy: node is used as backing hd of '{users.name}'",
             "mirror into a node that nobody else uses",
         )
-    targets.check_node(SAME, disk, node)
+    targets.check_target(daemon, SAME, disk, node)
     if node.read_only:
         raise CowferryError(f"Block node is read-only: '{target}'", "open the target for writing")
     if graph.exported(node) or any(d.root is node for d in graph.disks.values()):
@@ -159,10 +160,12 @@ def _start(
 
     def make(held: Claim) -> Job:
         def released() -> None:
-            held.end()
             job = made()  # who calls this
-            if disk.root is not target and abandoned is not None and job is not None:
-                abandoned(job)
+            with contextlib.ExitStack() as steps:  # in reverse order, each whatever the others do
+                steps.callback(held.end)
+                if disk.root is not target and abandoned is not None and job is not None:
+                    steps.callback(abandoned, job)
+                steps.callback(held.release)
 
         def detached() -> None:
             with contextlib.ExitStack() as steps:  # in reverse order, each whatever the others do
@@ -234,13 +237,15 @@ def into_file(
             raise NotSupported("a raw image has no backing file", "use format=qcow2 or sync=full")
     # The job itself lays the target over the root: others may write there, as nobody else could.
     below = backing if sync == "top" else None
-    made: list[str] = []
+    made: list[targets.Made] = []
     nodes: list[Node] = []
 
     def abandoned(job: Job) -> None:
-        graph.let_go(nodes[0])
-        if job.status is Status.ABORTING:
-            targets.unmake(daemon, made)
+        failed = job.status is Status.ABORTING
+        with contextlib.ExitStack() as steps:  # in reverse order, each whatever the others do
+            if failed:
+                steps.callback(targets.unmake, daemon, made)
+            steps.callback(targets.let_go, daemon, nodes, failed)
 
     held = Claim(daemon, [root], root, "mirror", job_name(daemon, device, job_id))
     try:
@@ -251,17 +256,17 @@ def into_file(
                 targets.create(daemon, target, format, disk.size, root, backing, made)
                 node = targets.opened(daemon, target, format, below, disk.size, node_name)
         nodes.append(node)
-        targets.check_node(SAME, disk, node)
+        targets.check_target(daemon, SAME, disk, node)
         held.add(node)
         return _start(
             daemon, disk, node, held, granularity=granularity, group=group, abandoned=abandoned,
             **_partly(disk, node, sync), **more,
         )  # fmt: skip
     except BaseException:
-        held.withdraw()
-        for node in nodes:
-            graph.let_go(node)
-        targets.unmake(daemon, made)
+        with contextlib.ExitStack() as steps:  # in reverse order, each whatever the others do
+            steps.callback(targets.unmake, daemon, made)
+            steps.callback(targets.let_go, daemon, nodes, True)
+            steps.callback(held.withdraw)
         raise
 
 
@@ -308,7 +313,7 @@ def copy(
         targets.check_path("an image would be overwritten", disk, path, elsewhere)
         if names.same(path, target):
             raise CowferryError(f"'{path}' would be overwritten", elsewhere)
-    made: list[str] = []
+    made: list[targets.Made] = []
     nodes: list[Node] = []
     layers: list[Layer] = []
     resumable = format == "raw" and not (overlaid or names.is_uri(target))
@@ -320,7 +325,7 @@ def copy(
     def opened(path: str, format: str, under: Node | None, size: int) -> Node:
         node = targets.opened(daemon, path, format, under, size)
         nodes.append(node)
-        targets.check_node(SAME, disk, node)
+        targets.check_target(daemon, SAME, disk, node)
         held.add(node)
         return node
 
@@ -329,6 +334,7 @@ def copy(
         with contextlib.ExitStack() as making:
             for path in (*beside, target):
                 making.enter_context(graph.making(path))
+            graph.check_unused(target)
             if resumable:
                 with daemon.apart():
                     half = unfinished.find(disk, target)
@@ -348,42 +354,60 @@ def copy(
             if half is None and (format != "raw" or not targets.is_there(target)):
                 targets.create(daemon, target, format, disk.size, root, under, made)
             node = opened(target, format, under, disk.size)
+        later: Callable[[], tuple[Unfinished | None, str]] | None = None
         note = ""
         if half is None and resumable:
-            with daemon.apart():
-                half, note = _begin(disk, target)
+            later = partial(_begin, disk, target)
+            if group is None:  # else another member may yet be refused
+                with daemon.apart():
+                    half, note = later()
+                later = None
 
         def abandoned(job: Job) -> None:
-            failed = job.status is Status.ABORTING
-            for n in reversed(nodes):
-                graph.let_go(n)
-            if failed and half is not None and (job.error is not None or daemon.ending):
-                half.rest()  # it can be gone on with
-            elif failed:
-                if half is not None:
-                    with disk.exclusive():
-                        half.over()
-                    made.append(target)
-                targets.unmake(daemon, made)
+            assert isinstance(job, Mirror)
+            failed, left = job.status is Status.ABORTING, job.unfinished
+            with contextlib.ExitStack() as steps:  # in reverse order, each whatever the others do
+                if failed and left is not None and (job.error is not None or daemon.ending):
+                    steps.callback(left.rest)  # it can be gone on with
+                elif failed:
+                    if left is not None and os.path.isfile(target):
+                        made.append(
+                            targets.Made(target)
+                        )  # by this copy, or by the one that it went on with
+                    steps.callback(targets.unmake, daemon, made)
+                    if left is not None:
+                        steps.callback(_over, disk, left)
+                steps.callback(targets.let_go, daemon, nodes, failed)
 
         return _start(
             daemon, disk, node, held,
             base=previous[0] if previous is not None else None,
             layers=tuple(layers), backing=under, group=group, abandoned=abandoned,
-            unfinished=half, note=note, carry=True, **more,
+            unfinished=half, begin=later, note=note, carry=True, **more,
         )  # fmt: skip
     except BaseException:
-        held.withdraw()
-        for n in reversed(nodes):
-            graph.let_go(n)
-        with graph.turn.apart():
-            if half is not None and not half.resumed:
-                with disk.exclusive():
-                    half.over()
-            elif half is not None:
-                half.rest()
-        targets.unmake(daemon, made)
+        with contextlib.ExitStack() as steps:  # in reverse order, each whatever the others do
+            steps.callback(targets.unmake, daemon, made)
+            if half is not None:
+                steps.callback(_put_back, daemon, disk, half)
+            steps.callback(targets.let_go, daemon, nodes, True)
+            steps.callback(held.withdraw)
         raise
+
+
+def _over(disk: Disk, half: Unfinished) -> None:
+    """Nobody wants a copy that was begun."""
+    with disk.exclusive():
+        half.over()
+
+
+def _put_back(daemon: Daemon, disk: Disk, half: Unfinished) -> None:
+    """A copy that is not finished did not begin, or did not go on."""
+    with daemon.graph.turn.apart():
+        if half.resumed:
+            half.rest()
+        else:
+            _over(disk, half)
 
 
 def _begin(disk: Disk, target: str) -> tuple[Unfinished | None, str]:

@@ -56,8 +56,9 @@ class Snapshot(Part):
         self.old: Node = self.disk.root
         self.overlay: Node | None = None
         self.adopted = False  # the overlay was opened here
-        self.made: list[str] = []  # a file made here
+        self.made: list[targets.Made] = []  # a file made here
         self.reopened = False
+        self.named = False  # the header of the overlay did not name the disk's image before
         self.why = "snapshot"
         self.brief = brief
         self.claimed: list[Node] = []
@@ -125,8 +126,8 @@ class Snapshot(Part):
         existed = os.path.lexists(path)
         with self.graph.turn.apart():
             opening.create_image(path, format, self.old.size, backing, goal=True, like=like)
-        if not existed:
-            self.made.append(path)
+        if os.path.isfile(path):
+            self.made.append(targets.Made(path, existed))
 
     def _claim(self, node: Node) -> None:
         self.graph.claim([node], self.why, served=self.old, brief=self.brief)
@@ -188,6 +189,7 @@ class Snapshot(Part):
         self.old.flush()
         if self.overlay.backing_spec is None:
             self.overlay.set_backing(self._old_name(), self.old.driver)
+            self.named = True
         if self.carry:
             self.before = keeper.carry(self.old, self.overlay)
         if not self.old.read_only:
@@ -204,6 +206,9 @@ class Snapshot(Part):
         if self.before is not None and self.overlay is not None:
             before, self.before = self.before, None
             keeper.put_back(self.overlay, before)
+        if self.named and self.overlay is not None:
+            self.named = False
+            self.overlay.set_backing(None, None)
 
     def moves(self) -> list[Move]:
         assert self.overlay is not None
@@ -228,7 +233,7 @@ class Snapshot(Part):
         if self.overlay is not None and self.disk.root is self.overlay:
             return  # interrupted after the switch: that stands, or the guest's writes were lost
         if self.adopted and self.overlay is not None:
-            self.graph.let_go(self.overlay)
+            targets.let_go(self.daemon, [self.overlay], True)
         targets.unmake(self.daemon, self.made)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,13 +15,22 @@ if TYPE_CHECKING:
     from cowferry.block.disk import Disk
     from cowferry.daemon import Daemon
 
+log = logging.getLogger(__name__)
+
+
+class Made(NamedTuple):
+    """A file that was made here. `over` an empty one, if somebody had put that there."""
+
+    path: str
+    over: bool = False
+
 
 def create(
     daemon: Daemon, path: str, format: str, size: int, like: Node, backing: Node | None,
-    made: list[str], *, goal: bool = True,
+    made: list[Made], *, goal: bool = True,
 ) -> None:  # fmt: skip
     """Make the image over `backing`, with the permissions of `like`, and of its shape if it has
-    the same format. Add a file that was not there to `made`. `goal`: a disk has yet to move there.
+    the same format. Add it to `made`, unless it is a device. `goal`: a disk has yet to move there.
     The caller has reserved the path (`Graph.making`), and gives its turn away meanwhile. Raises
     `CowferryError`."""
     if os.path.exists(path) and os.path.isfile(path) and os.path.getsize(path):
@@ -37,8 +47,8 @@ def create(
     existed = os.path.exists(path)
     with daemon.graph.turn.apart():
         opening.create_image(path, format, size, options, goal=goal, like=origin.of_node(like))
-    if not existed:
-        made.append(path)
+    if os.path.isfile(path):
+        made.append(Made(path, existed))
 
 
 def opened(
@@ -93,14 +103,45 @@ def format_by_name(target: str) -> str | None:
     return formats.named(target)
 
 
-def unmake(daemon: Daemon, made: list[str]) -> None:
-    """Remove what was made. The caller gives its turn away meanwhile."""
+def unmake(daemon: Daemon, made: list[Made]) -> None:
+    """Remove what was made; an empty file that was there is empty again. The caller gives its turn
+    away meanwhile."""
     with daemon.graph.turn.apart():
         while made:
-            path = made.pop()
-            if os.path.exists(path):
-                moves.no_backup(path)
+            path, over = made.pop()
+            if not os.path.exists(path):
+                continue
+            moves.no_backup(path)
+            if over:
+                empty(path)
+            else:
                 sysio.unlink(path)
+
+
+def empty(path: str) -> None:
+    """Make a file empty."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        sysio.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def let_go(daemon: Daemon, nodes: list[Node], failed: bool) -> None:
+    """Close the nodes that an operation opened, the last one first, unless they are in use. The
+    caller gives its turn away meanwhile.
+
+    If the operation has `failed`, nobody wants what they hold: an error while they are closed (a
+    full target, say) is only logged. Else the first error is raised after all were tried."""
+    first: Exception | None = None
+    for node in reversed(nodes):
+        try:
+            daemon.graph.let_go(node)
+        except (OSError, CowferryError) as error:
+            log.info("'%s' was closed after a failure: %s", node.filename, error)
+            first = first or error
+    if first is not None and not failed:
+        raise first
 
 
 def check_path(refusal: str, disk: Disk, path: str, hint: str = "") -> None:
@@ -115,6 +156,20 @@ def check_path(refusal: str, disk: Disk, path: str, hint: str = "") -> None:
 def check_node(refusal: str, disk: Disk, node: Node) -> None:
     """Raise `CowferryError` if a write to an open node would change a byte that the disk reads."""
     identity.check_apart(refusal, node.filename, identity.of_node(node), layers(disk))
+
+
+def check_target(daemon: Daemon, refusal: str, disk: Disk, node: Node) -> None:
+    """Raise `CowferryError` if a copy to an open node would change a byte that the disk reads, or
+    if the node is an export of another disk of ours, whose guest has its data there."""
+    check_node(refusal, disk, node)
+    others = [
+        identity.Layer(whose, whose, [identity.Place(other.store)], top=True)
+        for other in list(daemon.graph.disks.values())
+        for whose in [f"disk '{other.name}'"]
+        if other is not disk
+    ]
+    places = [place for place in identity.of_node(node) if not place.within]
+    identity.check_apart("the target is in use", node.filename, places, others)
 
 
 def check_folder(refusal: str, disk: Disk, folder: str) -> None:
