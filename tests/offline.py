@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cowferry.cli import main
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -53,6 +53,39 @@ def program(*arguments: object, code: int = 0, **more: Any) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "cowferry", *map(str, arguments)],
         capture_output=True, text=True, timeout=120, **more,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == code, (arguments, done.stdout, done.stderr)
+    text: str = done.stdout + done.stderr
+    return text
+
+
+SIGNALLED = """
+import os, signal, sys
+from cowferry.block import sysio
+from cowferry.cli import main
+
+count, plain = 0, sysio.pwrite
+
+def pwrite(fd, buf, offset):
+    global count
+    plain(fd, buf, offset)
+    count += 1
+    if count == int(sys.argv[1]):
+        for number in sys.argv[2].split(","):
+            os.kill(os.getpid(), int(number))
+
+sysio.pwrite = pwrite
+main(sys.argv[3:])
+"""
+
+
+def signalled(after: int, numbers: Sequence[int], *arguments: object, code: int) -> str:
+    """Run a command as a process that gets signals after so many writes; what it printed."""
+    signals = ",".join(str(int(n)) for n in numbers)
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(after), signals, *map(str, arguments)],
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == code, (arguments, done.stdout, done.stderr)

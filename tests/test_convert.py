@@ -18,7 +18,7 @@ import pytest
 from daemons import PATIENCE
 from loops import loop, mounted, ran
 from nbd_servers import nbdkit, uri
-from offline import cowferry, program
+from offline import cowferry, program, signalled
 from test_create import everything, unchanged
 from tests_support import need
 
@@ -429,6 +429,19 @@ def test_an_interrupt_says_how_far_an_image_is_that_was_there(tmp_path: Path, sl
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert b"interrupted" in errors and b"is partly written" in errors
+
+
+@pytest.mark.parametrize("after", [1, 3, 7, 15])
+def test_a_signal_leaves_a_sound_image_where_one_was(tmp_path: Path, after: int) -> None:
+    source, target = tmp_path / "s.raw", tmp_path / "t.qcow2"
+    source.write_bytes(random.Random(7).randbytes(32 * MiB))
+    qcow2(target, "write -P 9 1M 1M", size=32 * MiB)
+    given = ["convert", "-n", "-O", "qcow2", source, target]
+    text = signalled(after, [signal.SIGINT], *given, code=130)
+    assert "interrupted" in text and "is partly written: up to offset" in text
+    ran("qemu-img", "check", str(target))
+    cowferry("convert", "-n", "-O", "qcow2", source, target)
+    same(source, target)
 
 
 def test_SIGUSR1_asks_for_the_progress(tmp_path: Path, slow: str) -> None:

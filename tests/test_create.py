@@ -295,6 +295,49 @@ def test_the_folder_of_a_data_file_that_cannot_be_replaced_leaves_both(
         opening.create_image(str(path), "qcow2", SIZE, {"data_file": "data.raw"})
 
 
+@pytest.mark.parametrize("linked", [False, True], ids=["replaced", "in place"])
+def test_a_record_that_cannot_be_removed_does_not_undo_the_new_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    path = an_image(tmp_path / "vm.qcow2")
+    if linked:
+        os.link(path, tmp_path / "other")
+
+    def fresh(image: str) -> None:
+        raise OSError(5, "Input/output error", f"{image}.moved")
+
+    monkeypatch.setattr(moves, "fresh", fresh)
+    with pytest.raises(ImageError, match="was made, but") as error:
+        opening.create_image(str(path), "qcow2", 2 * SIZE, {})
+    assert f"{path}.moved" in error.value.desc
+    node = opening.open_image(str(path), "qcow2", read_only=True)
+    assert contents(node) == bytes(2 * SIZE)
+    opening.close_chain(node)
+
+
+def test_a_failure_in_place_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = an_image(tmp_path / "vm.qcow2")
+    os.link(path, tmp_path / "other")
+    with (
+        pytest.raises(ImageError, match="No space left") as error,
+        opening.new_image(str(path), "qcow2", SIZE, {}),
+    ):
+        raise OSError(28, "No space left on device")
+    assert f"what was in '{path}' is lost: it was written in place because" in error.value.hint
+    assert "nothing was changed" not in error.value.hint
+    assert path.stat().st_size == 0
+
+
+def test_attributes_of_ours_do_not_come_to_the_new_image(tmp_path: Path) -> None:
+    path = tmp_path / "vm.raw"
+    path.write_bytes(OLD)
+    os.setxattr(path, "user.cowferry.filling", b"00")
+    opening.create_image(str(path), "raw", SIZE, {})
+    assert not os.listxattr(path)
+
+
 # Devices ------------------------------------------------------------------------------------
 
 
@@ -367,6 +410,16 @@ def test_an_image_over_a_data_file_on_a_device_reads_as_zeroes(
     out = tmp_path / "out.raw"
     ran("qemu-img", "convert", "-O", "raw", str(path), str(out))
     assert not any(out.read_bytes())
+
+
+def test_a_device_that_is_mounted_is_not_overwritten(tmp_path: Path) -> None:
+    with open(tmp_path / "disk", "wb") as f:
+        f.truncate(8 * MiB)
+    with loop(tmp_path / "disk") as name, mounted(name, tmp_path / "m") as folder:
+        (folder / "a").write_bytes(OLD)
+        with pytest.raises(DeviceInUse, match="it is mounted"):
+            opening.create_image(name, "qcow2", SIZE, {})
+        assert (folder / "a").read_bytes() == OLD
 
 
 def test_full_preallocation_of_a_raw_image_zeroes_a_device(device: Make) -> None:

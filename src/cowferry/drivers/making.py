@@ -61,14 +61,15 @@ class New:
     """A new image while it is being made. It has its name once `new_image` ends.
 
     `path` is where it lies until then, and `options` open it there. `blank`: it reads as zeroes,
-    but for what a backing file shows. `in_place`: what was there is lost already."""
+    but for what a backing file shows. `stays`: it is on a device, where it stays as it is if the
+    caller fails."""
 
     def __init__(self, format: str, target: _Target, data: _Target | None, blank: bool) -> None:
         self.format = format
         self.path = target.new
         self.data_path = data.new if data is not None else None
         self.blank = blank
-        self.in_place = bool(target.in_place)
+        self.stays = target.is_device
 
     @property
     def options(self) -> dict[str, Any]:
@@ -247,6 +248,7 @@ class _Target:
         self.is_device = False
         self.in_place = ""  # why the old file cannot be replaced
         self.lost = False  # the old file's bytes
+        self._decided = False  # the new image is there, whatever happens
         self._sidecars: set[str] = set()  # paths of files beside the new image that are its own
         self._locks: list[Lock] = []
         self._restore_map: Callable[[], None] = lambda: None
@@ -290,7 +292,21 @@ class _Target:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
                 raise ImageError(f"'{self.name}' is neither a regular file nor a block device")
+            if stat.S_ISBLK(mode):
+                return self._open_device()
         return fdsets.open_fd(self.place, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def _open_device(self) -> int:
+        """With O_EXCL, which keeps the kernel from mounting it meanwhile. Raises as `_open`."""
+        try:
+            return os.open(self.place, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise DeviceInUse(
+                f"device '{self.name}' is in use: it is mounted, or part of another device",
+                "nothing was changed; unmount it if it is the right one",
+            ) from error
 
     def _why_in_place(self) -> str:
         """Why the file that is there cannot be replaced by another; empty if it can."""
@@ -341,8 +357,8 @@ class _Target:
             if self.old >= 0:
                 _copy_attributes(self.old, self.fd)
             return
-        keeper.fresh(self.image)
         self._restore_map = partial.retire(self.image)
+        keeper.fresh(self.image)
         self.lost = True
         if not self.is_device:
             sysio.ftruncate(self.old, 0)
@@ -380,6 +396,7 @@ class _Target:
     def replace(self) -> None:
         """The new file gets its name, durably."""
         if self.in_place:
+            self._decided = True
             return
         if self.old >= 0 and not partial.tied(self.fd):
             self._restore_map = partial.retire(self.image)
@@ -402,7 +419,9 @@ class _Target:
 
     @property
     def replaced(self) -> bool:
-        """Whether the new file has its name."""
+        """Whether the new file has its name, or the new image is complete in its place."""
+        if self._decided:
+            return True
         try:
             return self.fd >= 0 and os.path.samestat(os.fstat(self.fd), os.stat(self.place))
         except OSError:
@@ -455,7 +474,9 @@ def _copy_attributes(old: int, new: int) -> None:
     """Access lists, labels and attributes of a user's own are kept where they may be."""
     with contextlib.suppress(OSError):
         for name in os.listxattr(old):
-            if name in ATTRIBUTES or (name.startswith("user.") and name != partial.ATTRIBUTE):
+            # Ours say something about the old file only.
+            own = name.startswith("user.cowferry.")
+            if name in ATTRIBUTES or (name.startswith("user.") and not own):
                 with contextlib.suppress(OSError):
                     sysio.set_attribute(new, name, os.getxattr(old, name))
 

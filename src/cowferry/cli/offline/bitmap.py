@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ import click
 
 from cowferry.cli.client import connect, in_options
 from cowferry.cli.keyval import parse_option
+from cowferry.cli.offline.interrupts import Interrupts
 from cowferry.cli.options import F, control, json_output
 from cowferry.cli.sizes import Size, human
 from cowferry.daemon import Daemon
@@ -124,7 +125,7 @@ def bitmap_command(
         if live
         else _opened(filename, format, image_opts, force_share, other, read_only=not actions)
     )
-    with house as bitmaps:
+    with nullcontext() if live or not actions else Interrupts(), house as bitmaps:
         try:
             if actions and name is not None:
                 bitmaps.change(name, actions, granularity, not transient)

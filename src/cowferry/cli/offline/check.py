@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from typing import Any
 
 import click
 
 from cowferry.cli.offline import cached, forget, image
+from cowferry.cli.offline.interrupts import Interrupts
 from cowferry.errors import one_line
 
 
@@ -56,10 +58,15 @@ def check_command(
         63  the format has no check
     """
     keep = cached(cache)
-    with image(
-        filename, format, read_only=repair is None, backing=False, force_share=force_share,
-        image_opts=image_opts, repair=True,
-    ) as node:  # fmt: skip
+    with ExitStack() as stack:
+        if repair is not None:
+            stack.enter_context(Interrupts())
+        node = stack.enter_context(
+            image(
+                filename, format, read_only=repair is None, backing=False,
+                force_share=force_share, image_opts=image_opts, repair=True,
+            )
+        )  # fmt: skip
         checker = getattr(node, "check", None)
         if checker is None:
             if not quiet:

@@ -15,16 +15,17 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 
-from cowferry.block import identity
+from cowferry.block import identity, scope
 from cowferry.block.compress import Compressed
 from cowferry.block.copy import Copier, Kind, Span, differing, spans
 from cowferry.block.node import Extent, Node, State, chain, far, read, resolve, with_holes
+from cowferry.block.scope import CalledOff
 from cowferry.cli.offline import forget
 from cowferry.cli.offline.progress import Report
 from cowferry.cli.offline.runs import Windows
 from cowferry.errors import CowferryError, ImageError, reason
 
-STEP = 64 << 20  # bytes between two looks at the progress
+STEP = 16 << 20  # bytes between two looks at the progress, and at what else is wanted
 CHUNK = 2 << 20  # bytes that are searched for zeroes at once
 TOGETHER = 4 << 20  # bytes compressed together; a multiple of every granule
 FETCH = 16 << 20  # bytes asked of a server at once
@@ -73,6 +74,7 @@ class Conversion:
         source, target = self.source, self.target
         try:
             for span in self._spans():
+                scope.check()
                 self.done = span.offset
                 self._span(span)
                 report.at(span.offset + span.length)
@@ -81,6 +83,8 @@ class Conversion:
             self.done = source.size
             self._zero(source.size, target.size - source.size)
             target.flush()
+        except CalledOff:
+            raise  # neither side has failed
         except OSError as error:
             raise self._told(error) from error
 
@@ -100,6 +104,7 @@ class Conversion:
             if not self.blank:
                 here = span.offset, span.length
                 for at, n in differing(self.base, self.target, *here, PAGE, holes=False):
+                    scope.check()
                     self.copier.place(self.source, self.target, Span(at, n, Kind.COPY))
         elif span.kind is Kind.ZERO and self.sparse:
             self._zero(span.offset, span.length)
@@ -112,6 +117,7 @@ class Conversion:
             return
         for at, n in _not_zero(self.target, offset, length):
             for start in range(at, at + n, STEP):  # a device that has to write them takes its time
+                scope.check()
                 n_now = min(STEP, at + n - start)
                 self.target.changing(start, n_now)
                 self.target.zero(start, n_now, unmap=True)
@@ -131,6 +137,7 @@ class Conversion:
         buffer = memoryview(bytearray(0 if remote else min(step, length)))
         for at in range(offset, offset + length, step):
             n = min(step, offset + length - at)
+            scope.check()
             self.done = at
             self._side = "read"
             if remote:

@@ -15,6 +15,7 @@ from cowferry.block.node import Node
 from cowferry.block.origin import Origin, of_node
 from cowferry.cli.offline import cached, check_format, closed, creation_options, image
 from cowferry.cli.offline.conversion import Concatenated, Conversion
+from cowferry.cli.offline.interrupts import Interrupts
 from cowferry.cli.offline.progress import Report
 from cowferry.cli.sizes import parse_size
 from cowferry.drivers import driver, formats, opening
@@ -82,6 +83,7 @@ def convert_command(
         if names.same(name, target):
             raise CowferryError(f"'{name}' cannot be converted into itself", "nothing was changed")
     with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
         parts = [
             stack.enter_context(
                 image(name, source_format, force_share=force_share, image_opts=image_opts)
@@ -96,7 +98,7 @@ def convert_command(
         else:
             like = _permissions(parts)
             opened = _new(target, target_format, source.size, given, like, apart)
-        out, blank, in_place = stack.enter_context(opened)
+        out, blank, stays = stack.enter_context(opened)
         _check_target(out, target, source, compress, copies)
         work = Conversion(
             source, out, blank=blank or target_is_zero, sparse=least, compress=compress, **drop
@@ -107,13 +109,11 @@ def convert_command(
             for bitmap in copies:
                 bitmap.resize(out.size)
                 keep(out, bitmap)
-        except CowferryError as error:
-            if in_place:
-                error.hint = _partly(target, work.done)
-            raise
-        except KeyboardInterrupt:
-            if in_place:
+        except (CowferryError, OSError) as error:
+            if stays and interrupts.number:
                 click.echo(f"cowferry: interrupted: {_partly(target, work.done)}", err=True)
+            elif stays and isinstance(error, CowferryError):
+                error.hint = _partly(target, work.done)
             raise
     return 0
 
@@ -172,7 +172,7 @@ def _sparse(text: str | None) -> int | None:
     return size
 
 
-Opened = tuple[Node, bool, bool]  # the target, whether it reads as zeroes, whether it was there
+Opened = tuple[Node, bool, bool]  # the target, whether it reads as zeroes, whether it stays
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def _new(
     with making as new:
         out = opening.open_node(new.options)
         with closed(out):
-            yield out, new.blank, new.in_place
+            yield out, new.blank, new.stays
 
 
 def _check_target(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
+from cowferry.block import identity
 from cowferry.cli.offline import check_format, creation_options, image
+from cowferry.cli.offline.interrupts import Interrupts
 from cowferry.cli.sizes import Size, parse_size
 from cowferry.drivers import formats, opening
 from cowferry.errors import CowferryError
@@ -45,6 +47,7 @@ def create_command(
     if backing_format:
         given["backing_fmt"] = backing_format
     below = given.get("backing_file")
+    apart: list[identity.Layer] = []
     if below:
         if not given.get("backing_fmt"):
             raise CowferryError(
@@ -56,9 +59,11 @@ def create_command(
             path = opening.backing_path(filename, below)
             with image(path, given["backing_fmt"], force_share=True) as node:
                 size = node.size if size is None else size
+                apart = [f._replace(role="a file below it") for f in identity.layers(node, "")]
     if size is None:
         raise CowferryError("Image creation needs a size parameter", "cowferry create FILE 10G")
-    opening.create_image(filename, kind, size, given)
+    with Interrupts():
+        opening.create_image(filename, kind, size, given, apart=apart)
     if not quiet:
         extra = "".join(f" {k}={v}" for k, v in sorted(given.items()))
         click.echo(f"Formatting '{filename}', fmt={kind} size={size}{extra}")

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import click
 
+from cowferry.block import scope
 from cowferry.block.node import Node, State, read
 from cowferry.cli.offline import cached, check_format, forget, image
+from cowferry.cli.offline.interrupts import Interrupts
 from cowferry.cli.offline.progress import Report
 from cowferry.cli.offline.runs import Windows, may_differ
 from cowferry.drivers import formats, opening, partial
@@ -63,7 +65,10 @@ def rebase_command(
     if backing:
         check_format(backing_format)
         opening.check_circle(filename, backing, backing_format)
-    with image(filename, format, read_only=False, backing=not unsafe) as node:
+    with (
+        Interrupts(),
+        image(filename, format, read_only=False, backing=not unsafe) as node,
+    ):
         if node.driver == "raw" and node.backing_spec is None:
             raise ImageError(f"'{filename}': raw images have no backing file")
         if not unsafe:
@@ -134,6 +139,7 @@ def _copy_differences(node: Node, new: Node | None) -> Iterator[int]:
             for at, n in may_differ(node.backing, new, hole, size):
                 windows.busy()
                 for offset in range(at, at + n, STEP):
+                    scope.check()
                     step = min(STEP, at + n - offset)
                     read(node.backing, was[:step], offset)
                     read(new, will[:step], offset)

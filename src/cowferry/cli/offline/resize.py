@@ -6,9 +6,10 @@ import click
 
 from cowferry.cli.client import connect
 from cowferry.cli.offline import image
+from cowferry.cli.offline.interrupts import Interrupts
 from cowferry.cli.options import control
 from cowferry.cli.sizes import parse_size
-from cowferry.errors import CowferryError
+from cowferry.errors import CowferryError, reason
 
 
 @click.command("resize", context_settings={"ignore_unknown_options": True})
@@ -40,14 +41,17 @@ def resize_command(
             wanted = new_size(filename, tree["size"], size, shrink)
             client.call("block_resize", device=filename, size=wanted, force=force or None)
     else:
-        with image(filename, format, read_only=False, image_opts=image_opts) as node:
+        with (
+            Interrupts(),
+            image(filename, format, read_only=False, image_opts=image_opts) as node,
+        ):
             wanted = new_size(filename, node.size, size, shrink)
             try:
                 node.change_size(wanted)
                 node.flush()
             except OSError as error:
                 raise CowferryError(
-                    f"'{filename}' cannot be resized to {wanted} bytes: {error.strerror or error}",
+                    f"'{filename}' cannot be resized to {wanted} bytes: {reason(error, filename)}",
                     f"it has {node.size} bytes",
                 ) from error
     if not quiet:
