@@ -99,3 +99,32 @@ def test_claims_that_overlap_take_turns_and_never_deadlock() -> None:
     assert not wrong
     assert not gate.claims
     assert not gate.slots
+
+
+def test_a_drain_covers_the_largest_disk_that_there_can_be() -> None:
+    gate = Gate()
+    slot = gate.slot()
+    last = (1 << 63) - 1  # the largest size of a file
+    claim = gate.claim(0, END)
+    assert not gate.try_enter(slot, last - 1, last)
+    assert gate.try_claim(last - 1, last) is None
+    gate.release(claim)
+    assert gate.try_enter(slot, last - 1, last)
+    assert gate.try_claim(0, END) is None and not gate.claims
+    gate.leave(slot)
+    other = gate.try_claim(0, END)
+    assert other is not None and gate.claims == (other,)
+
+
+def test_what_is_tried_and_fails_leaves_no_trace() -> None:
+    gate = Gate()
+    slot = gate.slot()
+    gate.enter(slot, 0, 100)
+    assert gate.try_claim(50, 60) is None
+    held = gate.try_claim(100, 200)
+    assert held is not None
+    assert gate.try_claim(150, 160) is None
+    assert gate.claims == (held,)
+    gate.release(held)
+    gate.leave(slot)
+    assert not gate.claims

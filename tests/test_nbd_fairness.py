@@ -27,7 +27,7 @@ from cowferry.drivers.nbd_client import NbdClient
 from cowferry.exports import nbd_lane
 from cowferry.exports.nbd import NbdExport, NbdServer
 from cowferry.wire import nbd
-from daemons import PATIENCE
+from daemons import PATIENCE, a_daemon
 from nbd_servers import program, qemu_nbd, until
 from tests_support import need
 from tracking import Tracker
@@ -356,6 +356,20 @@ def test_a_status_stops_where_the_reply_is_full(
         runs = client.block_status(0xFFFF0000, 0)["base:allocation"]
         assert runs == [(CLUSTER, 0), (CLUSTER, 3)] * 32
         assert sum(lengths) <= 64 * 4 * CLUSTER
+
+
+def test_looking_at_a_whole_image_asks_a_piece_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    making.create_image(str(path), "qcow2", 1 << 40, {})
+    with a_daemon() as daemon:
+        disk = daemon.open_disk("vm", str(path))
+        every_other_cluster(disk, 40)
+        lengths = asked(disk.root, monkeypatch)
+        (tree,) = daemon.execute("x-query-tree", {"device": "vm"})
+        assert tree["chain"][0]["data"] == 20 * CLUSTER
+        assert sum(lengths) == 1 << 40 and max(lengths) <= 1 << 30
 
 
 def test_qemu_img_maps_a_fragmented_export_as_it_maps_the_image(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import threading
 
 from cowferry.block import scope
 
-END = 1 << 62  # an end beyond every disk: a drain covers growth, too
+END = (1 << 63) - 1  # an end beyond every disk (off_t): a drain covers growth, too
 
 
 class Slot:

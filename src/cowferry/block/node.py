@@ -314,7 +314,15 @@ class Node:
 
     def extents_with_data(self) -> Iterator[Extent]:
         """The node's own runs that are no holes."""
-        return (e for e in self.extents(0, self.size) if e.state is not State.HOLE)
+        return (e for e in self.extents_in_pieces() if e.state is not State.HOLE)
+
+    def extents_in_pieces(self) -> Iterator[Extent]:
+        """All runs, asked for a piece at a time, in some thousands of pieces at most.
+
+        A driver may hold its lock, and memory, for all runs of a question."""
+        step = max(PIECE, self.size // self.granule // PIECES) * self.granule
+        for at in range(0, self.size, step):
+            yield from self.extents(at, min(step, self.size - at))
 
     def reopen(self, read_only: bool) -> None:
         """Change access, under a drain of every disk above. Raises `OSError`, `CowferryError`.
@@ -457,6 +465,7 @@ def _remote(node: Node | None) -> bool:
     return node is not None
 
 
+PIECE, PIECES = 1 << 14, 1 << 12  # granules asked about at once, and questions, by themselves
 ZEROES = bytes(1 << 20)
 ONCE = 0x80  # RWF_DONTCACHE, Linux 6.14: for bytes of which one copy in memory is enough
 

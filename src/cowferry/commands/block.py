@@ -247,7 +247,7 @@ def query_tree(daemon: Daemon, args: Tree) -> list[dict[str, Any]]:
 def layer(node: Node, size: int) -> dict[str, Any]:
     """One layer: how much of the disk it answers for itself."""
     counts = {"DATA": 0, "ZERO": 0, "HOLE": 0}
-    for e in node.extents(0, node.size):
+    for e in node.extents_in_pieces():
         counts[e.state.name] += e.length
     out = {
         "node-name": node.name,
