@@ -337,8 +337,8 @@ class Disk:
         """Read a range: (length, bytes) of each piece, in order.
 
         The bytes of a piece are None if leases say that it reads as zeroes; such a piece has
-        `worth` bytes at least. Nobody is asked where the zeroes are: where leases do not know,
-        the bytes are read. The caller has passed the turnstiles. Raises `OSError`."""
+        `worth` bytes at least. This never asks a file system where data is: the bytes that have
+        no lease are read. The caller has passed the turnstiles. Raises `OSError`."""
         pieces: list[tuple[int, Buffer]] = []
         with self.shared(offset, length):
             self.check(offset, length)
@@ -370,7 +370,7 @@ class Disk:
         return True
 
     def _leased_or_filled(self, offset: int, end: int) -> list[tuple[int, int, int]] | None:
-        """`_leased` for reading, after one try to fill what is missing. The caller is inside."""
+        """Call `_leased` for reading, after one try to fill missing leases. Caller is inside."""
         runs = self._leased(offset, end, 0)
         if runs is None:
             self.leases.fill(self.root, offset, end - offset)
@@ -561,7 +561,7 @@ class Disk:
         with self.exclusive(offset, length):
             self._change_inside(offset, length, work, data, discard)
         if self.root.crowded:
-            with suppress(OSError):  # what has to be durable is flushed by whoever needs that
+            with suppress(OSError):  # the guest that asks for a flush gets the error
                 self.flush()
 
     def _change_inside(

@@ -11,11 +11,10 @@ what is scarce, be it bytes or operations, counted in seconds of the limit; so o
 requests, or many, gets no more than its part. One that comes after a pause begins where the others
 are and cannot save up. Reads and writes that share a rate take turns.
 
-A change of limits refills nothing. What was used of a bucket stays used, and what was moved beyond
-it stays owed: as many units, or as many seconds if that is less. What was used of a burst is
-remembered while the burst is smaller, or while there is none. A disk that moves to a group in which
-it is alone takes with it what it has used. The buckets of a group with other disks belong to the
-group, and stay as they are.
+A change of limits refills no bucket. The new buckets hold as many units as the old ones. A debt
+stays the same in units, or in seconds if that is less. If a burst becomes smaller, or goes, the
+group remembers how much of it was used. A disk that moves to a group without other disks takes its
+use along. The buckets of a group with other disks belong to the group, and stay as they are.
 
 What counts: reads and writes by their bytes and as an operation (or, with `iops_size`, one for each
 so many bytes of a large one). TRIM and WRITE_ZEROES are operations that write no bytes. Flushes are
@@ -210,7 +209,7 @@ class Group:
         self._fill()
 
     def _fill(self) -> None:
-        """Make the buckets for `limits`, with what was used of those before.
+        """Make the buckets for `limits`, which hold what the old buckets held.
 
         The caller holds the lock, or is the only user. It has seen to it that they have leaked."""
         self._last = self._timer.clock()

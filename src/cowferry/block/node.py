@@ -490,7 +490,7 @@ def cached(fd: int, host: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        return True  # whoever reads it is told
+        return True  # a read of the byte tells the error
     return True
 
 

@@ -82,7 +82,7 @@ class Request:
         self.length = length
         self.data = data  # of a write
         self.weight = 4096 + (length if kind in (nbd.READ, nbd.WRITE) else 0)  # bytes
-        self.steps: Iterator[None] | None = None  # what is left of a large change
+        self.steps: Iterator[None] | None = None  # the rest of a large change
 
 
 class Connection:
@@ -134,7 +134,7 @@ class Connection:
                 log.info("nbd connection to '%s' ended: %s", self.disk.name, error)
         finally:
             if not self.goodbye:
-                self.closed = True  # what is left of large changes is dropped
+                self.closed = True  # the rest of large changes is dropped
             over = False
             while not over:  # what was on its way to the next turnstile just now waits there
                 self._dismiss(go=self.goodbye)
@@ -273,7 +273,7 @@ class Connection:
         if not self.writable or not data:
             return False
         try:
-            # Allocate now, if nobody is in the way: that is cheaper than waking a worker.
+            # Allocate now, if no other request is in the way: a worker would cost more.
             answer = self.lane.write(data, offset, len(data))
             if answer == SLOW:
                 if not self.disk.try_pwrite(data, offset):
@@ -291,7 +291,7 @@ class Connection:
         def flush() -> None:
             try:
                 self.disk.flush()
-            except OSError as error:  # whoever asks for a flush is told
+            except OSError as error:  # the client that asks for a flush is told
                 log.warning("disk '%s' cannot be flushed: %s", self.disk.name, error)
             finally:
                 self.flushing = False

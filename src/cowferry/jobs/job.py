@@ -489,7 +489,7 @@ class Job(Ending):
             self.group.over(self)
 
     def _end(self, event: str = "") -> None:
-        """Conclude, and go unless somebody has to dismiss the job. The caller holds `changed`.
+        """Conclude, and go unless a client has to dismiss the job. The caller holds `changed`.
 
         The state is that of the end, and the id is free, before the first event of the end leaves:
         a client that reacts to it at once must not find the disk or the id in use."""

@@ -78,7 +78,7 @@ class Pipe:
 
 
 class Outbox:
-    """What is on its way to one client. Thread-safe."""
+    """The messages that are on their way to one client. Thread-safe."""
 
     def __init__(self) -> None:
         # Guards all below, and is notified when any of it changes.
@@ -128,7 +128,7 @@ class Outbox:
             self.changed.notify_all()
 
     def lose(self) -> None:
-        """The client is gone: nobody waits any longer, and nothing is kept."""
+        """The client is gone: wake the threads that wait, and drop all messages."""
         with self.changed:
             self.lost = True
             self.messages.clear()

@@ -160,7 +160,7 @@ def _start(
 
     def make(held: Claim) -> Job:
         def released() -> None:
-            job = made()  # who calls this
+            job = made()  # the job calls this, so it is there
             with contextlib.ExitStack() as steps:  # in reverse order, each whatever the others do
                 steps.callback(held.end)
                 if disk.root is not target and abandoned is not None and job is not None:

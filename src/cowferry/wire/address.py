@@ -87,7 +87,7 @@ def parse_uri(uri: str) -> tuple[Address, str]:
         # `hostname` is in lower case and without brackets
         host = _host(f"[{unquote(host)}]" if host and ":" in host else host or "", f"'{uri}'")
         if port == 0:
-            raise CowferryError(f"'{uri}': nobody listens on port 0")
+            raise CowferryError(f"'{uri}': no server listens on port 0")
         return Address("", host or "localhost", port or NBD_PORT), name
     if parts.scheme.startswith("nbds"):
         raise CowferryError(f"'{uri}': TLS is not supported", "use a tunnel, and nbd:// through it")
@@ -134,7 +134,7 @@ def from_qmp(given: Mapping[str, Any], what: str = "addr", listen: bool = False)
     if not listen:
         host = host or "localhost"
     if not port and not listen:
-        raise CowferryError(f"Parameter '{what}.port': nobody listens on port 0")
+        raise CowferryError(f"Parameter '{what}.port': no server listens on port 0")
     last = _port(rest.get("to", 0), f"Parameter '{what}.to'")
     if last and last < port:
         raise CowferryError(f"Parameter '{what}.to': port {last} is lower than port {port}")
