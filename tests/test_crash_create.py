@@ -154,7 +154,7 @@ def judge(folder: Path, path: Path, make: Callable[[], None]) -> set[str]:
             make()
             log.mark("made", look=True)
     found = set()
-    for state in states(log, 3, samples=12):
+    for state in states(log, 3, samples=8):
         put(folder, state)
         try:
             what = look(path)
@@ -214,7 +214,7 @@ def test_an_image_of_another_format_takes_the_place_at_one_moment(
     with Log(tmp_path) as log:
         opening.create_image(str(path), new, len(NEW), {})
         log.mark("made", look=True)
-    for state in states(log, 3, samples=12):
+    for state in states(log, 3, samples=8):
         put(tmp_path, state)
         found = {}
         for format in (old, new):

@@ -27,7 +27,11 @@ from cowferry.errors import one_line
 def info_command(
     format: str | None, output: str, whole: bool, force_share: bool, image_opts: bool, filename: str
 ) -> int:
-    """Show what FILENAME is: format, sizes, backing file, snapshots."""
+    """Show what FILENAME is: format, sizes, backing file, snapshots.
+
+    Only the header of FILENAME is read, and with --backing-chain those of the images below it.
+
+    Exit code: 0 done, 1 failed."""
     with image(
         filename, format, backing=whole, force_share=force_share, image_opts=image_opts,
         headers=True,

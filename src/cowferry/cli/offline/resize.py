@@ -34,7 +34,8 @@ def resize_command(
     \b
         cowferry resize vm.qcow2 +10G
         cowferry resize --live vm +10G
-    """
+
+    Exit code: 0 done, 1 failed, 130 interrupted."""
     if live:
         with connect(path) as client:
             (tree,) = client.call("x-query-tree", device=filename)
