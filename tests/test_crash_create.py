@@ -18,7 +18,7 @@ import pytest
 
 import crashes
 from chains import contents
-from cowferry.block import keeper, moves, names
+from cowferry.block import bitmap_file, keeper, moves, names
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.bitmap_file import Stamp
 from cowferry.block.moves import Move
@@ -50,7 +50,7 @@ def as_replayed(in_place: bool = False) -> Iterator[None]:
         return 1 if same else zlib.crc32(Path(path).read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeper, "stamp_of", stamp_of)
+        patch.setattr(bitmap_file, "stamp_of", stamp_of)
         patch.setattr(names, "identity", identity)
         yield
 

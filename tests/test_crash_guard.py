@@ -60,6 +60,7 @@ WAY_DOWN = {
 MAY_BE_LOST = {
     "Mirror.approach": "it makes the drain short; settle flushes again",
     "_start.<locals>.make.<locals>.detached": "the image that was left is closed",
+    "Marks.put_back": "a file that is in use says the same as one at rest",
     "Graph._close": "an image that is left is closed; nobody reads it again under that name",
 }
 
@@ -343,6 +344,7 @@ ROWS: list[tuple[str, Scenario, Break]] = [
     ("no mark of a commit", active, instead(moves, "committing", lambda image, top: None)),
     ("a bitmap's region is marked", bitmaps.guest, Without("Keeper.protect")),
     ("a bitmap file", bitmaps.changes, Without("Marks.__init__", "Marks._replace")),
+    ("a bitmap file is in use", bitmaps.rests, Without("Marks._take_over")),
     ("a bitmap file is gone", bitmaps.changes, Without("remove")),
     ("what a new bitmap begins with", bitmaps.guest, Without("changed", unless="Keeper._renew")),
     ("what a cleared bitmap begins with", bitmaps.changes, Without("Keeper._settle")),

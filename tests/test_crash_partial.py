@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from chains import make_base, overlay
-from cowferry.block import keeper
+from cowferry.block import bitmap_file
 from cowferry.block.bitmap_file import Stamp
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
@@ -34,7 +34,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     def stamp_of(fd: int) -> Stamp:
         return Stamp(1, zlib.crc32(os.pread(fd, os.fstat(fd).st_size, 0)))
 
-    monkeypatch.setattr(keeper, "stamp_of", stamp_of)
+    monkeypatch.setattr(bitmap_file, "stamp_of", stamp_of)
 
 
 def a_partial(folder: Path, base: str = "base.raw", size: int = SIZE) -> Path:

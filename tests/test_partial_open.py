@@ -216,7 +216,7 @@ def test_a_map_that_cannot_be_written_is_told_by_its_name(
 ) -> None:
     path, oracle = a_partial(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sysio, "rename", lambda source, target: crash(target))
+        patch.setattr(sysio, "fdatasync", lambda fd: crash(fd))
         with pytest.raises(ImageError, match=r"vm.raw.filling' cannot be written: the power fails"):
             opening.open_image(str(path))
     with opened(path, read_only=True) as node:

@@ -36,31 +36,6 @@ from tests_support import need
 
 #: Rows that fail because of a fault that is known and not mended yet, by that fault.
 FAULTS: dict[str, tuple[str, ...]] = {
-    "opening an image for writing takes its bitmaps into use, although nothing is written": (
-        "bitmap {f}/alone.qcow2 --add b0",
-        "bitmap {f}/alone.qcow2 --remove nosuch",
-        "bitmap {f}/plain.raw --add b0",
-        "bitmap {f}/plain.raw --add b1 --merge nosuch",
-        "bitmap {f}/plain.raw --add b1 -g 1000",
-        "bitmap {f}/plain.raw --clear nosuch",
-        "bitmap {f}/plain.raw --merge b0 -b {f}/nowhere.raw b0",
-        "bitmap {f}/plain.raw --merge b0 -b {f}/smaller.raw b0",
-        "bitmap {f}/plain.raw --merge nosuch b0",
-        "bitmap {f}/plain.raw --remove nosuch",
-        "change vm {f}/alone.qcow2 --no-notify",
-        "rebase {f}/part.raw -b {f}/nowhere.raw -F raw",
-        "resize {f}/alone.qcow2 -1M",
-        "resize {f}/alone.qcow2 128k",
-        "resize {f}/alone.qcow2 9E",
-        "resize {f}/alone.qcow2 some",
-        "resize {f}/plain.raw 128k",
-        "serve a={f}/alone.qcow2 a={f}/other.raw",
-        "serve a={f}/alone.qcow2 b={f}/nowhere.qcow2",
-        "serve {f}/alone.qcow2 --limit nosuch,bps-total=1M",
-        "serve {f}/plain.raw {f}/part.raw {f}/locked.raw",
-        "snapshot vm={f}/alone.qcow2 --reuse-external",
-    ),
-    "a size that needs a larger L1 table than there may be": ("resize {f}/alone.qcow2 +7E",),
     "a pidfile replaces, and removes, a file of somebody's": (
         "serve {f}/nowhere.qcow2 --pidfile {f}/user.txt",
     ),

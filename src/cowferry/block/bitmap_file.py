@@ -6,10 +6,12 @@ fdatasync at a time. A raw image that is still being filled from another one has
 in the same format: which of its granules it holds already.
 
 There is one way to make or replace the file, `write`: a new file, flushed, renamed into place, the
-folder flushed. A crash leaves the old file or the new one. Where storage is too full for a new one,
-and only the header changes, the header's sector is written in place. And there is one way to change
-the bits, `Marks`: the sectors of some bits are written in place. Sectors do not tear, so a crash
-leaves each of them as it was before or after. Bits whose meaning is "perhaps" may be so.
+folder flushed. A crash leaves the old file or the new one. Where only the header changes, because a
+file at rest is taken into use, the header's sector is written in place: this needs no room. If
+nothing else has happened until the file comes to rest, the old header is put back, and every byte
+is as it was. And there is one way to change the bits, `Marks`: the sectors of some bits are written
+in place. Sectors do not tear, so a crash leaves each of them as it was before or after. Bits whose
+meaning is "perhaps" may be so.
 
 The checksums of the bits count in a file *at rest* only. One *in use* has bits that somebody was
 setting, and that may say more than they have to, never less. One that is *void* does not count at
@@ -32,8 +34,9 @@ from typing import NamedTuple
 
 from bitarray import bitarray
 
-from cowferry.block import moves, sysio
+from cowferry.block import moves, names, sysio
 from cowferry.block.barrier import Barrier
+from cowferry.block.bitmap import Bitmap
 from cowferry.block.origin import PRIVATE, Origin
 from cowferry.errors import ImageError
 
@@ -79,6 +82,14 @@ class Stamp(NamedTuple):
 
 
 NO_STAMP = Stamp()
+
+
+def stamp_of(fd: int) -> Stamp:
+    """What ties a file to the image in `fd` as it is now."""
+    st = os.fstat(fd)
+    if not stat.S_ISREG(st.st_mode):
+        return Stamp(names.of_device(st.st_rdev))
+    return Stamp(st.st_ino, st.st_mtime_ns, names.version(fd))
 
 
 @dataclass
@@ -280,11 +291,17 @@ class Marks:
     The bits of `contents` are the picture in memory of what the file holds, and changed by us
     alone. Thread-safe: `set` and `replace` may come while a `flush` runs."""
 
-    def __init__(self, path: str, contents: Contents, like: Origin = PRIVATE) -> None:
-        """`write`, and keep it open. Raises as that does."""
+    def __init__(
+        self, path: str, contents: Contents, like: Origin = PRIVATE, *, at_rest: bool = False
+    ) -> None:
+        """`write`, and keep it open. Raises as that does.
+
+        `at_rest`: the file that is there may be at rest, and say the same. Then it is taken into
+        use by its header, and `put_back` undoes that."""
         self.path = path
         self.contents = contents
         self._fd = -1
+        self._old = b""  # the header of the file that was adopted, while no other byte has changed
         sector, directory, places = _layout(path, contents)
         self._offsets = {id(e): offset for e, offset in zip(contents.entries, places, strict=True)}
         # Duty: what is written of a sector is the picture, and no older one is written after it.
@@ -295,6 +312,8 @@ class Marks:
         new = f"{path}.new"
         with contextlib.suppress(FileNotFoundError):
             sysio.unlink(new)  # of somebody who crashed
+        if at_rest and self._adopt(sector, directory):
+            return
         try:
             self._replace(new, sector, directory, like)
         except OSError as error:
@@ -354,9 +373,22 @@ class Marks:
             same = False
         if same:
             self._fd, self._barrier = fd, Barrier(fd)
+            if _state(old) == AT_REST:
+                self._old = old
         else:
             os.close(fd)
         return same
+
+    def put_back(self) -> bool:
+        """Undo taking the file into use, durably, if no byte but the header has changed since.
+
+        Return False if the file has to come to rest by being written. Raises `OSError`."""
+        with self._writing:
+            if not self._old or not self.named:
+                return False
+            sysio.pwrite(self._fd, self._old, 0)
+            sysio.fdatasync(self._fd)
+            return True
 
     @staticmethod
     def _take_over(fd: int, old: bytes, sector: bytes, places: list[tuple[int, bytes]]) -> None:
@@ -404,6 +436,7 @@ class Marks:
 
     def _put(self, entry: Entry, first: int, stop: int) -> None:
         """Write the sectors that hold these bits, as they are in the picture."""
+        self._old = b""
         a, b = first // UNIT, -(-stop // UNIT)
         step = (1 << 20) // SECTOR
         for at in range(a, b, step):
@@ -468,6 +501,34 @@ def _with_sum(sector: bytes, directory: bytes) -> bytes:
     fields = list(HEADER.unpack_from(sector))
     fields[-4] = zlib.crc32(directory)
     return _sealed(HEADER.pack(*fields))
+
+
+def fitted(bits: bitarray, length: int) -> bitarray:
+    """Return so many of the bits, with clear ones at the end if there are fewer. A copy."""
+    fitted = bits[:length]
+    have = len(fitted)
+    fitted.extend(bitarray(length - have))
+    fitted[have:] = False
+    return fitted
+
+
+def entry_of(bitmap: Bitmap, bits: bitarray) -> Entry:
+    """What a file says of a bitmap."""
+    return Entry(
+        bitmap.name,
+        "dirty",
+        bitmap.granularity,
+        bits,
+        recording=bitmap.recording,
+        guarded=bitmap.guarded,
+        inconsistent=bitmap.inconsistent,
+        since=bitmap.since,
+    )
+
+
+def _state(header: bytes) -> int:
+    """What state the file with that header is in."""
+    return int(HEADER.unpack_from(header)[5])
 
 
 def _sectors(bits: bitarray) -> bytes:

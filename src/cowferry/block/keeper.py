@@ -19,15 +19,17 @@ Where bitmaps are at rest, while nobody writes the image:
 * in the file otherwise. At rest it says the image's inode and time of change, and counts if they
   are the same. In use it counts if the inode is the same: who crashed could not say the time.
 
-Where storage is too full for the file, an image opened for writing can still be read. Its keeper
-*waits*: all of the image is held, and each write tries to take the file into use first. A write for
-which there is no room fails.
+Nothing is written for an image that is only opened. A file at rest is taken into use by its header,
+which is put back if nothing was written. An image that holds its bitmaps itself has no file yet, so
+its keeper *waits*: all of the image is held, and the first write takes the file into use. A keeper
+also waits where storage is too full for the file. A write for which there is no room fails.
 
 Bitmaps that cannot be relied on any more are *inconsistent*: listed, and removed, no more.
 
 The order of things, at each of which the power may fail:
 
-    open for writing   file in use, durable (and the token in the image, durable); the guest
+    open for writing   file in use, durable (of an image that holds its bitmaps: at the first
+                       write, and the token in the image, durable); the guest
     other bitmaps, or bits cleared   the guest's data durable, for somebody has a copy of it; the
                        file anew, in use, renamed over the old one
     a new size         the file with both sizes; the image; the file with the new size
@@ -45,16 +47,23 @@ import errno
 import logging
 import os
 import secrets
-import stat
 import threading
 import weakref
 from collections.abc import Collection, Iterator
 
 from bitarray import bitarray
 
-from cowferry.block import bitmap_file, moves, names, origin, sysio
+from cowferry.block import bitmap_file, moves, origin, sysio
 from cowferry.block.bitmap import Bitmap, folded
-from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Stamp
+from cowferry.block.bitmap_file import (
+    Contents,
+    Damaged,
+    Entry,
+    Marks,
+    Stamp,
+    entry_of,
+    fitted,
+)
 from cowferry.block.node import Node
 from cowferry.errors import CowferryError, ImageError, NotSupported
 
@@ -71,15 +80,7 @@ HOLD = 64 << 10  # bytes for which `holds` has a bit, at least
 
 def stamp(node: Node) -> Stamp:
     """What ties a file to the image under `node` as it is now."""
-    return stamp_of(_file(node).fd)
-
-
-def stamp_of(fd: int) -> Stamp:
-    """What ties a file to the image in `fd` as it is now."""
-    st = os.fstat(fd)
-    if not stat.S_ISREG(st.st_mode):
-        return Stamp(names.of_device(st.st_rdev))
-    return Stamp(st.st_ino, st.st_mtime_ns, names.version(fd))
+    return bitmap_file.stamp_of(_file(node).fd)
 
 
 class Keeper:
@@ -98,7 +99,7 @@ class Keeper:
         # over writes of the file, never over its fdatasync on behalf of a guest's write.
         self._lock = threading.Lock()
         self._marks: Marks | None = None  # None: at rest
-        self._waiting = False  # at rest only because there is no room for the file
+        self._waiting = False  # at rest until the first write, or until there is room for the file
         self._entries: dict[int, Entry] = {}  # id(bitmap) -> what the file has of it
         self._epoch = 0  # how often bits in the file may have been cleared
         self._run = 0, 0  # where the last range that was marked ends, and its length
@@ -190,14 +191,16 @@ class Keeper:
         then the old set is on disk, or the new one, and the caller undoes its change."""
         self._settle()
         with self._lock:
-            if self._waiting:
+            waited = self._waiting
+            if waited:
                 self._begin()
             if self._marks is None:
                 raise CowferryError(
                     f"'{self._name}' is read-only, and so are its persistent bitmaps"
                 )
             if self._persistent():
-                self._renew()
+                if not waited:
+                    self._renew()
                 return
             try:
                 self._remove()
@@ -269,15 +272,24 @@ class Keeper:
                 if stamp(self.node) != self._seen and not self.node.stores_bitmaps:
                     for bitmap in self._persistent():
                         _distrusted(bitmap, "the image was changed by another program")
-                self._begin()
+                if self.node.stores_bitmaps and not self._token:
+                    self._wait()
+                else:
+                    self._begin()
+
+    def begin(self) -> None:
+        """The first bitmaps of the node are in use from now on, durably. Inside a drain.
+
+        Raises `OSError`, `CowferryError`; then they are not kept."""
+        with self._lock:
+            self._begin()
 
     def wait(self) -> None:
         """There was no room for the file: hold all of the image, and let each write try again.
 
         Before there is a disk over the node."""
         with self._lock:
-            self._waiting = True
-            self.holds.set(0, self.node.size)
+            self._wait()
 
     def wake(self) -> None:
         """A waiting keeper takes the file into use, for a change that no bitmap records.
@@ -353,7 +365,7 @@ class Keeper:
             if entry is None or not (entry.recording or entry.guarded):
                 return  # and all is held
             factor = holds.granularity // bitmap.granularity
-            lacking |= folded(~_fitted(entry.bits, len(lacking) * factor), factor)
+            lacking |= folded(~fitted(entry.bits, len(lacking) * factor), factor)
         holds.replace(lacking)
 
     def _renew(self, precise: bool = True, mark: tuple[int, int] = (0, 0)) -> None:
@@ -368,16 +380,16 @@ class Keeper:
         entries = {}
         for bitmap in self._persistent():
             before = self._entries.get(id(bitmap))
-            bits = _fitted(_bits(bitmap), -(-size // bitmap.granularity))
+            bits = fitted(_bits(bitmap), -(-size // bitmap.granularity))
             if size > self.node.size and bitmap.recording:  # as `change_size` is going to
                 bits[self.node.size // bitmap.granularity :] = True
             if not precise:
                 if before is not None:
-                    bits |= _fitted(before.bits, len(bits))
+                    bits |= fitted(before.bits, len(bits))
                 if bitmap in self._kept():
                     first, stop = mark[0] // bitmap.granularity, -(-mark[1] // bitmap.granularity)
                     bits[first : min(stop, len(bits))] = True
-            entries[id(bitmap)] = _entry(bitmap, bits)
+            entries[id(bitmap)] = entry_of(bitmap, bits)
         try:
             self._marks = Marks(
                 self._path,
@@ -392,6 +404,7 @@ class Keeper:
                     entries=list(entries.values()),
                 ),
                 origin.beside(_file(self.node).fd),
+                at_rest=old is None,
             )
         except BaseException:
             if old is None or not old.named:
@@ -436,6 +449,11 @@ class Keeper:
         self._entries = {}
         self._hold()
 
+    def _wait(self) -> None:
+        """Hold all of the image; the first write takes the file into use."""
+        self._waiting = True
+        self.holds.set(0, self.node.size)
+
     def _wake(self, mark: tuple[int, int]) -> None:
         """`_begin` outside a drain, with a range that is marked."""
         with _as_os_error():
@@ -469,6 +487,9 @@ class Keeper:
                 bitmap_file.remove(self._path)
             return
         image = _file(self.node)
+        assert self._marks is not None
+        if stamp(self.node) == self._seen and self._marks.put_back():
+            return
         image.flush()  # which tells of one that has failed before (N6)
         sysio.fsync(image.fd)  # or the image might lose its time of change
         bitmap_file.write(
@@ -479,7 +500,7 @@ class Keeper:
                 token=self._token,
                 stamp=stamp(self.node),
                 region=self.region,
-                entries=[_entry(b, _bits(b)) for b in bitmaps],
+                entries=[entry_of(b, _bits(b)) for b in bitmaps],
             ),
             origin.beside(image.fd),
         )
@@ -601,7 +622,7 @@ def changed(node: Node) -> None:
     fresh(node.filename)  # if there is anything, it does not count
     keeper = Keeper(node)
     try:
-        keeper.resume()
+        keeper.begin()
     except BaseException:
         try:  # it might be found after a crash, and nobody would have kept it
             fresh(node.filename)
@@ -712,7 +733,7 @@ def _find(node: Node) -> tuple[list[Bitmap], int, bytes]:
             bitmap = Bitmap(entry.name, node.size, entry.granularity)
             bitmap.recording, bitmap.guarded = entry.recording, entry.guarded
             bitmap.since = entry.since
-            bitmap.replace(_fitted(entry.bits, len(bitmap.bits)))
+            bitmap.replace(fitted(entry.bits, len(bitmap.bits)))
             if entry.inconsistent:
                 _distrusted(bitmap, "nobody kept it for a while")
             elif why:
@@ -771,26 +792,3 @@ def _bits(bitmap: Bitmap) -> bitarray:
     """Its bits at this moment."""
     with bitmap.lock:
         return bitmap.bits.copy()
-
-
-def _fitted(bits: bitarray, length: int) -> bitarray:
-    """So many of them, with clear ones at the end if there are fewer. A copy."""
-    fitted = bits[:length]
-    have = len(fitted)
-    fitted.extend(bitarray(length - have))
-    fitted[have:] = False
-    return fitted
-
-
-def _entry(bitmap: Bitmap, bits: bitarray) -> Entry:
-    """What a file says of a bitmap."""
-    return Entry(
-        bitmap.name,
-        "dirty",
-        bitmap.granularity,
-        bits,
-        recording=bitmap.recording,
-        guarded=bitmap.guarded,
-        inconsistent=bitmap.inconsistent,
-        since=bitmap.since,
-    )

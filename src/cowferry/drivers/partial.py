@@ -51,8 +51,8 @@ from typing import Any
 
 from bitarray import bitarray
 
-from cowferry.block import bitmap_file, keeper, moves, origin, scope, sysio
-from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Unknown
+from cowferry.block import bitmap_file, moves, origin, scope, sysio
+from cowferry.block.bitmap_file import Contents, Damaged, Entry, Marks, Stamp, Unknown
 from cowferry.block.node import ZEROES, Extent, Node, State, read, resolve
 from cowferry.block.origin import Origin
 from cowferry.drivers import fdsets
@@ -84,6 +84,7 @@ class Filling:
         self.like = like  # permissions of the file
         self.marks: Marks | None = None  # while the image is open for writing
         self.inode = 0  # of the file that `marks` has
+        self.seen: Stamp | None = None  # of the image, when the file was taken into use
         self.doubt: OSError | None = None  # another file may be there under its name
 
     @property
@@ -91,12 +92,18 @@ class Filling:
         """The bitmap, as it is durably."""
         return self.contents.entries[0]
 
-    def store(self, **changes: Any) -> None:
-        """Let the file say this instead, durably. Raises `OSError`, `ImageError`; then it is as
-        before, or no `mark` works any more until a `store` has worked."""
+    def use(self, file: File) -> None:
+        """The image is about to be written: the file says so, durably. Raises as `store`."""
+        self.seen = bitmap_file.stamp_of(file.fd)
+        self.store(at_rest=True, in_use=True)
+
+    def store(self, *, at_rest: bool = False, **changes: Any) -> None:
+        """Let the file say this instead, durably; `at_rest` as in `Marks`. Raises `OSError`,
+        `ImageError`; then it is as before, or no `mark` works any more until a `store` has
+        worked."""
         new = replace(self.contents, **changes)
         try:
-            marks = Marks(self.path, new, self.like)
+            marks = Marks(self.path, new, self.like, at_rest=at_rest)
         except (OSError, ImageError) as error:
             if self.marks is not None and not self._is_there():
                 self.doubt = OSError(errno.EIO, f"'{self.path}' could not be replaced")
@@ -126,11 +133,14 @@ class Filling:
 
     def rest(self, file: File) -> None:
         """Nobody writes the image any more. The file says the same as before, with checksums, and
-        the image's time of change."""
+        the image's time of change. If neither has changed, every byte is as it was."""
         if self.marks is not None:
             with suppress(OSError, ImageError):  # it may go on saying that it is in use
-                sysio.fsync(file.fd)  # or the image might lose its time of change
-                self.store(in_use=False, stamp=keeper.stamp_of(file.fd))
+                if bitmap_file.stamp_of(file.fd) == self.seen and self.marks.put_back():
+                    self.contents = replace(self.contents, in_use=False)
+                else:
+                    sysio.fsync(file.fd)  # or the image might lose its time of change
+                    self.store(in_use=False, stamp=bitmap_file.stamp_of(file.fd))
             self.marks.close()
             self.marks = None
 
@@ -168,7 +178,7 @@ class Partial(Raw):
         self.writes: list[Granules] = []  # of guests, into holes
         self._closed = False
         if not self.read_only:
-            filling.store(in_use=True)
+            filling.use(file)
 
     @property
     def held(self) -> int:
@@ -454,7 +464,7 @@ class Partial(Raw):
             self.filling.rest(self.file)
         elif self.have is not None:
             try:
-                self.filling.store(in_use=True)
+                self.filling.use(self.file)
             except BaseException:
                 super().reopen(True)
                 raise
@@ -560,7 +570,7 @@ def find(file: File) -> Filling | None:
 
 def _check_stamp(file: File, path: str, contents: Contents) -> None:
     """Raise `ImageError` for an image that another program has written, as far as that shows."""
-    image, was, now = file.filename, contents.stamp, keeper.stamp_of(file.fd)
+    image, was, now = file.filename, contents.stamp, bitmap_file.stamp_of(file.fd)
     if file.is_device:
         if was.inode and now.inode and was.inode != now.inode:
             raise ImageError(
@@ -661,7 +671,7 @@ def _write_map(path: str, size: int, backing: tuple[str, str], granule: int) -> 
         bits = bitarray(-(-total // granule), endian="little")
         bits.setall(False)
         entry = Entry(NAME, "allocated", granule, bits)
-        stamp = keeper.stamp_of(fd)._replace(mtime_ns=0)  # it is about to change
+        stamp = bitmap_file.stamp_of(fd)._replace(mtime_ns=0)  # it is about to change
         contents = Contents(total, token=token, stamp=stamp, backing=backing, entries=[entry])
         image = os.path.realpath(fdsets.path_of(path))
         bitmap_file.write(moves.place(image, FILLING), contents, origin.beside(fd))
