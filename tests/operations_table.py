@@ -198,7 +198,11 @@ def status(s: Scene) -> Act:
     def act() -> None:
         told = json.loads(qemu("nbdinfo", "--map", "--json", s.uri))
         ours = zero_runs([(e["offset"], e["length"], bool(e["type"] & 2)) for e in told])
-        assert ours == theirs
+        if "extended_l2" in s.options:  # qemu-img does not find all that lies below subclusters
+            found = [any(a <= start and end <= b for a, b in ours) for start, end in theirs]
+            assert all(found), f"{ours} lacks some of {theirs}"
+        else:
+            assert ours == theirs
         for start, end in ours:
             assert not any(s.oracle[start:end]), f"{start} to {end} is said to read as zero"
 
@@ -294,11 +298,12 @@ def unlink_qcow2_cluster(s: Scene, image: Image) -> None:
         mask = (1 << 56) - 512
         f.seek(20)
         cluster = 1 << struct.unpack(">I", f.read(4))[0]
+        entry = 16 if word(72) & 16 else 8  # bytes of an L2 entry; larger with subclusters
         l2 = word(word(40)) & mask
-        second = word(l2 + 8) & mask
+        second = word(l2 + entry) & mask
         block = word(word(48))
         f.seek(l2)
-        f.write(bytes(8))
+        f.write(bytes(entry))
         if s.kind == "qcow2":
             f.seek(block + second // cluster * 2)
             f.write(bytes(2))
@@ -477,7 +482,7 @@ def push(s: Scene) -> Act:
 
 @operation("increment")
 def increment(s: Scene) -> Act:
-    s.bitmap_bytes = 1 << 20
+    s.bitmap_bytes = (16 << 20) if "2M" in s.options else 1 << 20
     vm = s.image("vm")
     s.serve(vm)
     kind = overlay_kind(s)
@@ -517,7 +522,7 @@ def pull(s: Scene) -> Act:
 
 @operation("bitmap", needs_room=False)
 def bitmap(s: Scene) -> Act:
-    s.bitmap_bytes = 1 << 20
+    s.bitmap_bytes = (16 << 20) if "2M" in s.options else 1 << 20
     vm = s.image("vm")
     s.serve(vm)
 

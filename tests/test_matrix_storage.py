@@ -41,7 +41,7 @@ MORE = {
     "qcow2.v2": "compat=0.10",
     "qcow2.ext": "extended_l2=on,cluster_size=16k",
     "qcow2.lazy": "lazy_refcounts=on",
-    "qed.4k": "cluster_size=4k,table_size=1",
+    "qed.4k": "cluster_size=4k",
 }
 #: Of two file systems that fill up alike, each has half of the kinds; a long run has all.
 HALF = {
@@ -57,6 +57,8 @@ def applies(operation: str, kind: str, where: str) -> bool:
     device = where.startswith("loop")
     if operation in READING and where.endswith("-fills"):
         return False  # as where it is full
+    if kind == "qcow2.2M" and not device:
+        return False  # a few of its clusters fill the file systems
     if where in HALF and kind not in HALF[where] and not SOAK:
         return False
     # A QED image grows at the end of its file. No device has preallocated room.
@@ -105,7 +107,7 @@ def test_matrix_storage(
         act = operation.prepare(scene)
         if place.scarce:
             happened = scarce(scene, act, where)
-            assert happened or not must_fail(name, plain, where), "there was room after all"
+            assert happened or not must_fail(name, kind, where), "there was room after all"
         else:
             act()
         scene.live()
