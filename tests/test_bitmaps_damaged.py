@@ -54,13 +54,10 @@ def names_on_disk(path: Path) -> list[bytes]:
 
 
 def test_a_name_that_is_no_utf8_is_kept_shown_and_typed(named: Path) -> None:
-    assert SHOWN in cowferry("bitmap", named)
     shown = json.loads(cowferry("bitmap", "--json", named))
     assert [b["name"] for b in shown] == ["plain", SHOWN]
     assert SHOWN in cowferry("info", named)
-    assert "0x100000" in cowferry("bitmap", "--map", named, SHOWN)
-    cowferry("check", named)
-    cowferry("check", "-r", "all", named)
+    assert check(named, "all").exit_code == 0
     cowferry("resize", named, "8M")
     disk = Disk(opening.open_image(str(named)), "vm")  # as the daemon does
     disk.pwrite(memoryview(b"x" * 4096), 6 << 20)
@@ -70,7 +67,6 @@ def test_a_name_that_is_no_utf8_is_kept_shown_and_typed(named: Path) -> None:
     assert verdict(named) == 0
     bitmap = next(b for b in stored(named) if b.name == SHOWN)
     assert not bitmap.inconsistent and bitmap.any(6 << 20, 1) and bitmap.any(1 << 20, 1)
-    cowferry("bitmap", "--disable", named, SHOWN)
     cowferry("bitmap", "--add", "--merge", SHOWN, named, "other")
     cowferry("bitmap", "--remove", named, SHOWN)
     assert names_on_disk(named) == [b"plain", b"other"]

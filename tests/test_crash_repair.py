@@ -16,13 +16,16 @@ from typing import Any
 
 import pytest
 
+from bitmapping import dirty, image_at, known, stored
 from chains import differs
 from cowferry.block import sysio
 from cowferry.drivers.file import File
 from cowferry.drivers.qcow2.repair import Rebuilt, Repair
 from cowferry.errors import CowferryError, ImageError
 from damage import COPIED, Image, check, make, verdict, wrong_bytes
+from test_bitmaps_damaged import break_it
 from test_qcow2_peers import by_qemu
+from test_qcow2_repair import by_qemu_or_us, without_size
 from tests_support import need, unavailable
 from writelog import Log, put, states
 
@@ -133,6 +136,40 @@ def test_a_power_cut_in_a_repair_leaves_the_image_no_worse(
             assert verdict(copy) == 0, state.what
             assert not differs(by_qemu(copy), oracle), state.what
     assert number > 5
+
+
+def test_a_power_cut_while_a_bitmap_and_a_snapshot_are_mended_costs_no_other_bitmap(
+    tmp_path: Path, seed: tuple[Path, bytes]
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    path = Path(shutil.copy(seed[0], here / "vm.qcow2"))
+    names = ["b0", "b1", "b2"]
+    with image_at(path) as image:
+        image.write_bitmaps([dirty(n, 512 << 10, granularity=512) for n in names])
+    others = known(b for b in stored(path) if b.name != "b1")
+    break_it(path, "bits beyond the end")
+    without_size(Image(path))
+    oracle = by_qemu_or_us(path)
+    for left in here.iterdir():
+        if left != path:
+            left.unlink()
+    with Log(here) as log:
+        assert check(path, "all").exit_code == 0
+    number, copy = 0, there / "vm.qcow2"
+    for number, state in enumerate(states(log, 3, 60 if SOAK else 4), 1):
+        put(state, there)
+        for _ in range(2):  # as the crash left it, and repaired again
+            found = stored(copy)
+            assert [b.name for b in found if b.inconsistent] == ["b1"], state.what
+            assert known(b for b in found if not b.inconsistent) == others, state.what
+            assert not wrong_bytes(copy, oracle, set()), state.what
+            again = check(copy, "all")
+            assert again.exit_code == 0, f"{state.what}: {again}"
+        if number % 8 == 0:
+            assert verdict(copy) == 0, state.what
+    assert number > 10
 
 
 @pytest.mark.parametrize("nth", range(1, 6))

@@ -247,6 +247,40 @@ def test_a_compressed_cluster_loses_a_flag_that_it_cannot_have(
     still_works(image.path)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("cluster", ["512", "64k"])
+def test_refcounts_of_every_width_are_counted_anew_and_corrected(
+    tmp_path: Path, bits: int, cluster: str
+) -> None:
+    need("qemu-img", "qemu-io")
+    path = tmp_path / "vm.qcow2"
+    oracle = make(path, f"refcount_bits={bits},cluster_size={cluster}", 256 << 10, snapshot=False)
+    image = Image(path)
+    with open(path, "r+b") as f:  # in place: each count, or each second one, is wrong
+        f.seek(image.block())
+        f.write(b"\xa5" * 64)
+    for anew in (False, True):
+        if anew:
+            image.put(image.table, 0)
+        assert check(path).exit_code == 2 == verdict(path)
+        assert check(path, "all").exit_code == 0 == verdict(path)
+        assert not differs(by_qemu(path), oracle)
+    still_works(path)
+
+
+def test_what_is_taken_for_a_table_by_mistake_is_not_corrected(plain: tuple[Image, bytes]) -> None:
+    """An L1 entry leads to data, and the table that it had can still be found by a person."""
+    image, oracle = plain
+    right = image.get(image.l1)
+    image.put(image.l1, image.host(image.size // 2) | COPIED)
+    image.put(image.table, image.host(0))
+    found = check(image.path, "all")
+    assert found.exit_code == 2 and "looks like none" in " ".join(found.messages)
+    image.put(image.l1, right)
+    assert check(image.path, "all").exit_code == 0 == verdict(image.path)
+    assert not differs(by_qemu(image.path), oracle)
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_of_random_damage_the_guest_loses_no_more_than_what_was_damaged(
     seeds: dict[str, tuple[Path, bytes]], tmp_path: Path, flavour: str

@@ -21,6 +21,12 @@ class Notes:
         else:
             self._kept.append(text)
 
+    def extend(self, others: Notes) -> None:
+        """Add the messages of others, and their count of the rest."""
+        for text in others._kept:
+            self.add(text)
+        self._left_out += others._left_out
+
     @property
     def full(self) -> bool:
         """Whether the text of a further message would be dropped."""

@@ -12,7 +12,8 @@ snapshots, bitmaps, guest data. The refcount structures come last, because they 
 
 **Lost tables.** If a table cannot be followed (it lies at an odd offset, beyond the end of the
 file, or over another table), what it names is unknown. Then `lost` says why, and a repair must
-neither give back clusters that look unused, nor write into them.
+neither give back clusters that look unused, nor write into them. A table that is mostly wrong was
+hardly meant to be one, and is not written either.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 PAGE = 256  # clusters that are counted together
 PIECE = 64 << 10  # bytes of a table that are looked at together
+JUNK = 4  # wrong entries, at least, of what looks like no table
 REACH = 16  # references so many times beyond the end of the file are counted
 L1_RESERVED = 0x7F000000000001FF
 L2_RESERVED = 0x3F000000000001FE
@@ -67,7 +69,7 @@ class Run(NamedTuple):
 
 
 class References:
-    """The references that were found. Raises `OSError` for the header's own cluster only."""
+    """The references that were found, and what is wrong with the tables that make them."""
 
     def __init__(self, image: Qcow2) -> None:
         h = image.header
@@ -93,6 +95,7 @@ class References:
         self.inactive: dict[int, list[int]] = {}  # L1 offset -> entries, one number per snapshot
         self._sectors = 62 - (self.bits - 8)  # the bit of a compressed entry where their number is
         self._reach = REACH * self.clusters
+        self._beyond = 0  # guest clusters beyond the end of the file
         self._last = -1  # host offset of the guest cluster before, for the fragmentation
         self._count_all()
 
@@ -102,6 +105,11 @@ class References:
         """Count corruptions, with one message."""
         self.result.corruptions += count
         self.notes.add(f"ERROR {text}", count)
+
+    def _bad_end(self, what: str, count: int = 1) -> None:
+        more = f", with {count - 1} behind it," if count > 1 else ""
+        self.bad(f"{what}{more} lies beyond the end of the file", count)
+        self._beyond += count
 
     def _lose(self, text: str) -> None:
         self.bad(text)
@@ -248,11 +256,14 @@ class References:
             if reserved:
                 self.bad(f"L1 entry {where}has reserved bits set: {root.entry:#x}")
                 self._edit(root.position, root.entry & ~reserved)
-            if place & (self.cluster_size - 1):
-                self._lose(f"L2 table {where}has the odd offset {place:#x}")
-            elif cluster >= self.clusters:
-                self._lose(f"L2 table {where}at {place:#x} lies beyond the end of the file")
-                self._count(cluster, 1, root.by)
+            if place & (self.cluster_size - 1) or cluster >= self.clusters:
+                if place & (self.cluster_size - 1):
+                    self._lose(f"L2 table {where}has the odd offset {place:#x}")
+                else:
+                    self._lose(f"L2 table {where}at {place:#x} lies beyond the end of the file")
+                    self._count(cluster, 1, root.by)
+                if not active:  # this may be no L1 table at all
+                    self.clashing.add(root.position >> self.bits)
             else:
                 self._count(cluster, 1, root.by)
                 if self.roles[cluster]:
@@ -409,6 +420,24 @@ class References:
         if table is None:
             return
         at = cluster << self.bits
+        before = self._doubtful
+        notes, self.notes = self.notes, Notes()
+        self._count_entries(table, at, by, index)
+        mine, self.notes = self.notes, notes
+        wrong = self._doubtful - before
+        if wrong < JUNK or wrong * 2 <= len(table) - table.count(0):
+            notes.extend(mine)
+            return
+        self.clashing.add(cluster)
+        where = "of a snapshot" if index is None else str(index)
+        self._lose(f"L2 table {where} at {at:#x} looks like none: most entries are wrong")
+
+    @property
+    def _doubtful(self) -> int:
+        """How many entries are wrong that neither can be corrected nor show a file cut short."""
+        return self.result.corruptions - len(self.edits[0]) - self._beyond
+
+    def _count_entries(self, table: array[int], at: int, by: int, index: int | None) -> None:
         if self.words == 2:
             self._check_bitmaps(table, index)
         unusual = COMPRESSED | L2_RESERVED | ZERO_FLAG | (self.cluster_size - 1)
@@ -492,7 +521,7 @@ class References:
             self.bad(f"{self._guest(index, run.slot)} is compressed and flagged COPIED")
             self._edit(at + 8 * self.words * run.slot, run.entry & ~COPIED)
         if place + length - self.file.size >= self.cluster_size:
-            self.bad(f"{self._guest(index, run.slot)} lies beyond the end of the file")
+            self._bad_end(self._guest(index, run.slot))
         self._count(first, count, by)
         over = self._clash(first, count)
         if over:
@@ -545,9 +574,7 @@ class References:
             self.counts.add(first, run.clusters, by)
             return
         if beyond == run.clusters and not self._reads_zero(table, run.slot) and self.words == 1:
-            what = self._guest(index, run.slot)
-            more = f", with {beyond - 1} behind it," if beyond > 1 else ""
-            self.bad(f"{what}{more} lies beyond the end of the file", beyond)
+            self._bad_end(self._guest(index, run.slot), beyond)
             self._count(first, beyond, by)
             return
         for slot in range(run.slot, run.slot + run.clusters):
@@ -556,7 +583,7 @@ class References:
             if over:
                 self.bad(f"{self._guest(index, slot)} lies over {over}")
             elif cluster >= self.clusters:
-                self.bad(f"{self._guest(index, slot)} lies beyond the end of the file")
+                self._bad_end(self._guest(index, slot))
             else:
                 self._count(cluster, 1, by)
                 continue

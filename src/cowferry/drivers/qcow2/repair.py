@@ -67,31 +67,19 @@ class Repair:
             )
         if self.fix == "leaks":
             return self._give_back_leaks()
-        rebuilt = None
-        if stored.why:
-            try:
-                rebuilt = Rebuilt(self.image, refs, stored)
-            except ImageError as error:
-                self.said.append(f"ERROR {error.desc}: {error.hint}")
-                return False
-            try:
-                rebuilt.write()
-            except OSError as error:
-                raise ImageError(
-                    f"'{self.image.filename}': new refcounts cannot be written: "
-                    f"{error.strerror or error}",
-                    "the image is as it was; make room, or convert the image",
-                ) from error
+        rebuilt = self._new_refcounts() if stored.why else None
+        if stored.why and rebuilt is None:
+            return False
         self._forget_strangers()
         self._edit()
         self._flags(right=False)
         if rebuilt is not None:
+            rebuilt.switch()
             self.said.append(
                 f"Repairing: the refcounts are counted anew, because {stored.why}; they take "
                 f"{rebuilt.clusters} clusters, and their table lies at file offset "
                 f"{rebuilt.table << refs.bits:#x}"
             )
-            rebuilt.switch()
             self.changed = True
         else:
             self._counts()
@@ -101,6 +89,24 @@ class Repair:
             self.image.reload()
         self._small_things()
         return self.changed
+
+    def _new_refcounts(self) -> Rebuilt | None:
+        """Write new refcounts that do not count yet; None, and nothing is written, if there is no
+        room for them. Raises `ImageError` if they cannot be written."""
+        try:
+            rebuilt = Rebuilt(self.image, self.refs, self.stored)
+        except ImageError as error:
+            self.said.append(f"ERROR {error.desc}: {error.hint}")
+            return None
+        try:
+            rebuilt.write()
+        except OSError as error:
+            raise ImageError(
+                f"'{self.image.filename}': new refcounts cannot be written: "
+                f"{error.strerror or error}",
+                "the image is as it was; make room, or convert the image",
+            ) from error
+        return rebuilt
 
     def _give_back_leaks(self) -> bool:
         """Lower counts. Flags are set only if nothing else is wrong."""
@@ -189,6 +195,9 @@ class Repair:
         damaged = bool(refs.bad_bitmaps or refs.bitmap_problem)
         if not damaged and not refs.incomplete_snapshots:
             return
+        if refs.lost:  # what the refcounts call free may belong to it
+            self.said.append("Bitmaps and snapshots are left as they are, for the same reason")
+            return
         try:
             image.reload()
             if image.overlap:
@@ -199,7 +208,8 @@ class Repair:
                 self.changed |= bool(done)
             self._snapshots()
         except (OSError, CowferryError) as error:
-            self.said.append(f"Bitmaps and snapshots are left as they are: {error}")
+            why = (error.strerror if isinstance(error, OSError) else error.desc) or error
+            self.said.append(f"Bitmaps and snapshots are left as they are: {why}")
 
     def _snapshots(self) -> None:
         """Write the snapshot table anew if entries lack fields, but none is damaged otherwise."""
