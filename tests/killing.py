@@ -111,7 +111,8 @@ class Talk:
     def answer(self) -> None:
         """Of what was sent: a return."""
         while True:
-            answer = self.client._message()
+            answer = self.client._message(None)
+            assert answer is not None
             if "event" not in answer:
                 assert "return" in answer, answer
                 return

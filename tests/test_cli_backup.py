@@ -383,7 +383,7 @@ def test_a_daemon_that_stops_ends_a_pull_backup(served: Served) -> None:
     served.good("backup", "--pull", "vm", "--bitmap", "b0", "--async")
     served.write(3 * BLOCK, b"3")
     with NbdClient(served.uri("pull-vm")):
-        served.good("stop")
+        served.good("stop", "--force")
         assert served.child.wait(PATIENCE) == 0
     assert not list(served.folder.glob(".cowferry*"))
     with serving(served.folder, served.oracles, served.capture) as again:

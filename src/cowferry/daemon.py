@@ -45,8 +45,8 @@ FLUSH_EVERY = 5.0  # seconds
 REFINE_EVERY = 60.0  # seconds
 COARSE = 64 << 20  # bytes that a bitmap file may say are dirty without need
 STOPPING = 60.0  # seconds that a cancelled job may take
-HUNG = 5.0  # seconds that a server may take to answer when the daemon ends
-END_SECONDS = 8.0  # that the daemon takes to end, whatever hangs
+HUNG = 4.0  # seconds that a server may take to answer when the daemon ends
+END_SECONDS = 6.0  # that the daemon takes to end, whatever hangs
 CLIENTS_SECONDS = 10.0  # that requests of clients who were sent away may take
 COMMAND_SECONDS = 60.0  # that a command waits for a server, or for guests
 ANSWER_SECONDS = 2.0  # that the end waits for commands that run
@@ -446,6 +446,37 @@ class Daemon:
     def quit(self) -> None:
         """Ask for the end; whoever runs the daemon calls `close`."""
         self.stopped.set()
+
+    def stop(self, force: bool, seconds: float) -> list[str]:
+        """Ask for the end, once no client is connected to an export any more; with `force` at once.
+        Return the ids of the jobs that will be cancelled.
+
+        Raises `DeviceInUse` if clients are still connected after `seconds`, because their I/O would
+        fail."""
+        until = time.monotonic() + seconds
+        while not force:
+            users = {e.id: e.clients() for e in list(self.exports.values()) if e.users}
+            if not users:
+                break
+            if time.monotonic() >= until:
+                named = "; ".join(f"'{id}': {', '.join(who)}" for id, who in users.items())
+                running = ", ".join(f"'{job.id}'" for job in self._active())
+                raise DeviceInUse(
+                    f"clients are connected, whose I/O would fail: {named}"
+                    + (f"; and jobs run, which would be cancelled: {running}" if running else ""),
+                    "shut the guests down first, or disconnect them; use drain to wait for them, "
+                    "or force",
+                )
+            if self.stopped.wait(LOOK / 5):
+                break
+        ids = [job.id for job in self._active()]
+        self.quit()
+        return ids
+
+    def _active(self) -> list[Job]:
+        """The jobs that are not over."""
+        over = (Status.CONCLUDED, Status.NULL)
+        return [job for job in self.jobs.all() if job.status not in over]
 
     def close(self) -> None:
         """End in order. Raises the first `OSError` met while flushing."""

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cowferry.block import names as image_names
-from cowferry.cli.client import Client, QmpError, connect
+from cowferry.cli.client import TIMEOUT, Client, QmpError, connect
 from cowferry.cli.options import (
     absolute,
     control,
@@ -19,6 +19,7 @@ from cowferry.cli.options import (
     json_lines,
     json_output,
     pair,
+    socket_path,
     speed,
 )
 from cowferry.cli.serve import disk_name
@@ -35,7 +36,7 @@ from cowferry.errors import CowferryError
 )  # fmt: skip
 @click.option(
     "--timeout", type=Seconds(), metavar="SECONDS",
-    help="For how long a guest may be frozen at most; then it is thawed, and this fails [10].",
+    help="How long the daemon may take; with --quiesce, how long a guest may be frozen [10].",
 )  # fmt: skip
 @click.option("--reuse-external", is_flag=True, help="FILE exists: an empty overlay.")
 @click.option(
@@ -43,10 +44,11 @@ from cowferry.errors import CowferryError
     help="FILE exists; open it here and hand it over, for a daemon that may not open it.",
 )  # fmt: skip
 @json_output
-@control
+@socket_path
+@click.pass_context
 def snapshot_command(
-    disks: tuple[str, ...], quiesce: tuple[str, ...], timeout: float | None, reuse_external: bool,
-    pass_fd: bool, as_json: bool, path: str | None,
+    ctx: click.Context, /, disks: tuple[str, ...], quiesce: tuple[str, ...],
+    timeout: float | None, reuse_external: bool, pass_fd: bool, as_json: bool, path: str | None,
 ) -> int:  # fmt: skip
     """Put a new image on top of every DISK, all at one point in time, while guests run.
 
@@ -61,8 +63,8 @@ def snapshot_command(
         cowferry snapshot vm=/images/mine.qcow2 --pass-fd
     """
     existing = reuse_external or pass_fd
-    if timeout is not None and not quiesce:
-        raise click.UsageError("--timeout is how long a guest may be frozen: it needs --quiesce")
+    if not quiesce:
+        ctx.meta[TIMEOUT], timeout = timeout, None
     chosen = [(disk, file and absolute(file)) for disk, file in map(pair, disks)]
     for disk, file in chosen:
         if existing and file is None:

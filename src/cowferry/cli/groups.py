@@ -11,6 +11,7 @@ import click
 from cowferry.cli.client import Client, connect
 from cowferry.cli.jobs import in_words
 from cowferry.cli.options import (
+    ON_READY,
     absolute,
     control,
     copy_mode,
@@ -107,7 +108,7 @@ def group_copy(
     \b
         cowferry group copy vda=/fast/vda.raw vdb=/fast/vdb.raw --id night --pivot
     """
-    at_ready = exclusive(pivot, finish, in_background) or "stay"
+    at_ready = exclusive(pivot, finish) or "stay"
     members = []
     for disk, dest in map(pair, disks):
         if dest is None:
@@ -137,7 +138,7 @@ def group_commit(
     \b
         cowferry group commit vda vdb
     """
-    at_ready = exclusive(pivot, finish, in_background) or "pivot"
+    at_ready = exclusive(pivot, finish) or ("stay" if in_background else "pivot")
     members = [{"device": d, "base": image(base)} for d, base in map(pair, disks)]
     return _start("commit", members, at_ready, in_background, as_json, path, **more)
 
@@ -150,7 +151,10 @@ def _start(
         id = id or free_id(client, f"{kind}-group")
         work = GroupWork(client, id)
         plain = [{k: v for k, v in m.items() if v is not None} for m in members]
-        client.call("x-group-start", id=id, type=kind, members=plain, **more)
+        client.call(
+            "x-group-start", id=id, type=kind, members=plain,
+            on_ready=ON_READY[at_ready] if at_ready is not None else None, **more,
+        )  # fmt: skip
         if in_background:
             return started(work, as_json)
         words = Words(

@@ -13,6 +13,7 @@ import click
 from cowferry.block import moves
 from cowferry.cli.client import QmpError, connect
 from cowferry.cli.options import (
+    ON_READY,
     absolute,
     control,
     copy_mode,
@@ -112,8 +113,8 @@ def commit_command(
         cowferry commit vm --base sn1      base <- sn1
 
     Without --top the image that the guest writes is committed, too; DISK then moves to the base
-    (--pivot) unless --finish is given. With --async such a job stays ready until it is told how to
-    end: cowferry job complete ID, or cowferry job cancel --soft ID.
+    (--pivot) unless --finish is given. With --async and neither of them such a job stays ready
+    until it is told how to end: cowferry job complete ID, or cowferry job cancel --soft ID.
 
     An IMAGE is a file, the name that a header records, or a node-name. A base that is smaller
     grows first. Ctrl-C cancels: DISK reads as before, but the base holds a
@@ -121,7 +122,7 @@ def commit_command(
     Never commit into an image that other disks stand on, too: the daemon refuses the disks that
     it knows, and cannot know those of others.
     """
-    at_ready = exclusive(pivot, finish, in_background) or "pivot"
+    at_ready = exclusive(pivot, finish) or ("stay" if in_background else "pivot")
     if unsafe and backing_file is None:
         raise click.UsageError("--unsafe goes with --backing-file")
     with connect(path) as client:
@@ -130,7 +131,7 @@ def commit_command(
             "block-commit",
             job_id=work.id, device=disk, top=image(top), base=image(base),
             backing_file=backing_file, speed=speed, on_error=on_error, x_carry_bitmaps=True,
-            x_unsafe=unsafe or None,
+            x_unsafe=unsafe or None, x_on_ready=ON_READY[at_ready],
         )  # fmt: skip
         if in_background:
             return started(work, as_json)
@@ -189,7 +190,8 @@ def copy_command(
     DEST, a file or a block device, gets all that DISK reads as. When it has caught up it is ready,
     and follows every write from then on: --pivot moves DISK over and leaves the old image as it
     was, --finish ends with DEST as a copy of that moment. With neither this command returns when
-    the copy is ready, and says how to go on; with --async, at once.
+    the copy is ready, and says how to go on; with --async, at once. The daemon remembers --pivot
+    and --finish: a terminal that is lost, or a verb that is killed, changes nothing.
 
     --chain copies a chain as a chain, into DEST and files of the old names beside it; --keep names
     the images that are to stay, and the others are merged into the next one above.
@@ -204,7 +206,7 @@ def copy_command(
     image that was interrupted by a crash or an error goes on when the same command is given again:
     what it lacks is kept in a bitmap of DISK, which DEST.copying beside it names.
     """
-    at_ready = exclusive(pivot, finish, in_background) or "stay"
+    at_ready = exclusive(pivot, finish) or "stay"
     dest = absolute(dest)
     if os.path.isdir(dest):
         raise CowferryError(f"'{dest}' is a folder", f"name the file: {dest}/{disk}.qcow2")
@@ -213,7 +215,10 @@ def copy_command(
         command, arguments = copy_arguments(**more)
         several = bool(arguments.get("keep"))
         try:
-            client.call(command, job_id=work.id, device=disk, target=dest, **arguments)
+            client.call(
+                command, job_id=work.id, device=disk, target=dest, x_on_ready=ON_READY[at_ready],
+                **arguments,
+            )  # fmt: skip
         except QmpError as error:
             if several and "--reuse-external" in error.hint:  # which is for one image
                 error.hint = "several images are only copied to new files: name another folder"

@@ -10,14 +10,33 @@ from typing import Any, Literal, TypeVar
 import click
 
 from cowferry.block import names
-from cowferry.cli.sizes import Size
+from cowferry.cli.client import TIMEOUT
+from cowferry.cli.sizes import Seconds, Size
 from cowferry.errors import CowferryError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-control = click.option(
+socket_path = click.option(
     "-c", "--connect", "path", metavar="PATH", help="QMP socket [$COWFERRY_QMP, run folder]."
 )
+
+
+def _keep_timeout(ctx: click.Context, parameter: click.Parameter, value: float | None) -> None:
+    if value is not None:
+        ctx.meta[TIMEOUT] = value
+
+
+answer_timeout = click.option(
+    "--timeout", type=Seconds(), metavar="SECONDS", expose_value=False, callback=_keep_timeout,
+    help="How long the daemon may take for an answer [as long as it answers others].",
+)  # fmt: skip
+
+
+def control(function: F) -> F:
+    """How a live verb reaches its daemon."""
+    return socket_path(answer_timeout(function))
+
+
 json_output = click.option("--json", "as_json", is_flag=True, help="The answer as JSON.")
 json_lines = click.option(
     "--json", "as_json", is_flag=True, help="Progress and result as JSON lines."
@@ -63,13 +82,15 @@ def ending(pivot: str, finish: str) -> Callable[[F], F]:
     return both
 
 
-def exclusive(pivot: bool, finish: bool, in_background: bool) -> Literal["pivot", "finish", None]:
-    """Which of the two was chosen, if any. Raises `UsageError` for more than one."""
-    if pivot + finish + in_background > 1:
-        raise click.UsageError(
-            "--pivot, --finish and --async exclude each other: the first two wait until it is ready"
-        )
+def exclusive(pivot: bool, finish: bool) -> Literal["pivot", "finish", None]:
+    """Which of the two was chosen, if any. Raises `UsageError` for both."""
+    if pivot and finish:
+        raise click.UsageError("--pivot and --finish exclude each other")
     return "pivot" if pivot else "finish" if finish else None
+
+
+#: What the daemon is told to do with a job that is ready, whether or not we are still there then.
+ON_READY = {"pivot": "complete", "finish": "cancel", "stay": None}
 
 
 def job_id(verb: str, disk: str) -> str:

@@ -306,25 +306,12 @@ def _until_over(
                 if at_ready == "stay":
                     show.ready(work, words.ready)
                     return 0
+                # The daemon knows how it is to end, and goes on to that by itself.
                 after = words.pivoted if at_ready == "pivot" else words.finished
-                _leave(work, at_ready)
             elif event["event"] == "BLOCK_JOB_PENDING" and event["data"]["id"] == work.id:
                 show.note(f"pending; then: cowferry job finalize {work.id}")
                 return 0
         _look(work, show)
-
-
-def _leave(work: Work, how: AtReady) -> None:
-    """It is ready: on to the end. One that has failed meanwhile tells so itself."""
-    try:
-        if how == "pivot":
-            work.complete()
-        else:
-            work.cancel(force=False)
-    except QmpError:
-        state = work.look()
-        if state is not None and state.status in ("ready", "standby"):
-            raise
 
 
 def _look(work: Work, show: Progress) -> None:

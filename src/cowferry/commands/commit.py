@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cowferry.commands import command
+from cowferry.commands.jobs import OnReady
 from cowferry.commands.stream import AlongTheChain
 from cowferry.operations import commit
 
@@ -16,6 +17,7 @@ class BlockCommit(AlongTheChain, kw_only=True):
     top_node: str | None = None
     top: str | None = None
     x_carry_bitmaps: bool = False
+    x_on_ready: OnReady = "stay"
 
 
 @command("block-commit")
@@ -24,5 +26,5 @@ def block_commit(daemon: Daemon, args: BlockCommit) -> None:
     daemon.graph.check_name(args.filter_node_name)  # there is no filter here to bear it
     commit.start(
         daemon, args.device, top=args.top, top_node=args.top_node, carry=args.x_carry_bitmaps,
-        **args.common(),
+        on_ready=args.x_on_ready, **args.common(),
     )  # fmt: skip

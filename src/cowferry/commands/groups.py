@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from cowferry.commands import Args, NoArgs, command, event
+from cowferry.commands.jobs import OnReady
 from cowferry.errors import CowferryError
 from cowferry.jobs.group import Group
 from cowferry.jobs.job import check_speed
@@ -33,6 +34,7 @@ class GroupStart(Args):
     speed: int = 0
     copy_mode: Literal["background", "write-blocking"] = "background"
     converge_by: float = 0
+    on_ready: OnReady = "stay"
 
 
 @command("x-group-start")
@@ -45,7 +47,10 @@ def group_start(daemon: Daemon, args: GroupStart) -> None:
     names = [m.device for m in args.members]
     if len(set(names)) < len(names):
         raise CowferryError(f"a disk is named twice: {', '.join(names)}")
-    group = Group(args.id, args.policy, emit=daemon.events.emit, gone=daemon.jobs.forget_group)
+    group = Group(
+        args.id, args.policy, on_ready=args.on_ready, emit=daemon.events.emit,
+        gone=daemon.jobs.forget_group,
+    )  # fmt: skip
     daemon.jobs.add_group(group)
     try:
         for m in args.members:

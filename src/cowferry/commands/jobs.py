@@ -23,6 +23,7 @@ class Device(Args):
     device: str
 
 
+OnReady = Literal["stay", "complete", "cancel"]
 OnError = Literal["report", "ignore", "enospc", "stop", "auto"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from cowferry.commands import command
-from cowferry.commands.jobs import JobOptions, OnError
+from cowferry.commands.jobs import JobOptions, OnError, OnReady
 from cowferry.errors import CowferryError
 from cowferry.operations import mirror
 
@@ -26,6 +26,7 @@ class _Mirror(JobOptions, kw_only=True):
     on_target_error: OnError = "report"
     copy_mode: CopyMode = "background"
     converge_by: float = 0
+    x_on_ready: OnReady = "stay"
 
     def common(self) -> dict[str, Any]:
         if self.buf_size is not None and self.buf_size < 0:
@@ -38,6 +39,7 @@ class _Mirror(JobOptions, kw_only=True):
             "on_target_error": self.on_target_error,
             "copy_mode": self.copy_mode,
             "converge_by": self.converge_by,
+            "on_ready": self.x_on_ready,
         }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cowferry.commands import COMMANDS, Args, NoArgs, command, event
-from cowferry.errors import CommandNotFound
+from cowferry.errors import CommandNotFound, CowferryError
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -76,6 +76,24 @@ def human_monitor_command(daemon: Daemon, args: HumanMonitor) -> str:
 def quit_daemon(daemon: Daemon, args: NoArgs) -> None:
     """Stop cleanly: jobs are cancelled, everything is flushed."""
     daemon.quit()
+
+
+class Stop(Args):
+    force: bool = False
+    drain: float = 1.0
+
+
+class Stopping(msgspec.Struct):
+    jobs: list[str]
+
+
+@command("x-stop", locked=False)
+def stop(daemon: Daemon, args: Stop) -> Stopping:
+    """Stop cleanly, unless clients are still connected after `drain` seconds. The ids of the jobs
+    that are cancelled."""
+    if not 0 <= args.drain < 1 << 31:
+        raise CowferryError("Parameter 'drain' expects a number of seconds")
+    return Stopping(daemon.stop(args.force, args.drain))
 
 
 @event("X_STOP_UNFINISHED")

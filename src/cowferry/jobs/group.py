@@ -30,12 +30,20 @@ class Group:
     all of them are there."""
 
     def __init__(
-        self, id: str, policy: str = "all", *, emit: Emit, gone: Callable[[Group], None]
+        self,
+        id: str,
+        policy: str = "all",
+        *,
+        on_ready: str = "stay",
+        emit: Emit,
+        gone: Callable[[Group], None],
     ) -> None:
+        """`on_ready` as of a job: what the group does once all its members are ready."""
         if policy not in POLICIES:
             raise CowferryError(f"Parameter 'policy' does not accept value '{policy}'")
         self.id = id
         self.policy = policy
+        self.on_ready = on_ready
         self._emit = emit
         self._gone = gone
         # Duty: guards everything below; taken before no lock of a job.
@@ -135,6 +143,11 @@ class Group:
             self.told_ready = self.told_ready or first
         if first:
             self._emit("JOB_GROUP_READY", {"id": self.id})
+            with suppress(CowferryError):  # a member has just ended, which the group will tell
+                if self.on_ready == "complete":
+                    self.complete()
+                elif self.on_ready == "cancel":
+                    self.cancel(force=False)
 
     def arrive(self, job: Job) -> None:
         """A member has done its work; returns once all have. Raises `Cancelled`."""

@@ -51,6 +51,7 @@ T = TypeVar("T")
 
 ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 SCRATCH = 1 << 20  # bytes read at once to see whose error it was
+ON_READY = ("stay", "complete", "cancel")
 POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 MOMENT_SECONDS = 1.0  # that a job has to stop by itself when the daemon ends
 GRACE = 5.0  # seconds after which a job that was called off gives up I/O that hangs
@@ -85,10 +86,15 @@ class Job(Ending):
         on_error: str = "report",
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
+        on_ready: str = "stay",
     ) -> None:
+        """`on_ready`: what it does once it is ready: stay so, complete, or end by a soft cancel."""
         if on_error not in POLICIES:
             raise CowferryError(f"Parameter 'on-error' does not accept value '{on_error}'")
+        if on_ready not in ON_READY:
+            raise CowferryError(f"Parameter 'on-ready' does not accept value '{on_ready}'")
         check_speed(speed)
+        self.on_ready = on_ready
         self.id = ""  # given by Jobs
         self.length = length  # bytes in all
         self.offset = 0  # bytes done
@@ -296,6 +302,8 @@ class Job(Ending):
                 "auto-dismiss": self.auto_dismiss,
                 **self.details(),
             }
+            if self.on_ready != "stay":
+                out["x-on-ready"] = self.on_ready
             if self.held_up:
                 out.setdefault("x-note", f"waits: {self.held_up}")
             if self.error is not None or self.cancelled:
@@ -438,6 +446,12 @@ class Job(Ending):
         self._event("BLOCK_JOB_READY")
         if self.group is not None:
             self.group.ready(self)
+            return
+        with suppress(CowferryError):  # a verb has ended it just now
+            if self.on_ready == "complete":
+                self.complete()
+            elif self.on_ready == "cancel":
+                self.cancel(force=False)
 
     def _finish(self) -> None:
         with self.changed:

@@ -41,6 +41,7 @@ def start(
     auto_dismiss: bool = True,
     carry: bool = False,
     unsafe: bool = False,
+    on_ready: str = "stay",
     group: Group | None = None,
 ) -> Job:
     """Put what the layers from `top` down hold into `base`. Raises `CowferryError`.
@@ -119,8 +120,16 @@ def start(
         held = Claim(daemon, layers[: layers.index(lower) + 1], root, "commit", job_id)
         return begin(
             daemon, disk, held,
-            lambda held: _active(daemon, disk, into, held, {**common, "carry": carry}), group,
+            lambda held: _active(
+                daemon, disk, into, held, {**common, "carry": carry, "on_ready": on_ready}
+            ),
+            group,
         )  # fmt: skip
+    if on_ready == "cancel":
+        raise CowferryError(
+            f"a commit of '{upper.filename}' ends when everything is in the base",
+            "only a commit of the image that the guest writes becomes ready, and can end otherwise",
+        )
     above = layers[layers.index(upper) - 1]
     if upper.size < min(lower.size, above.size):
         raise CowferryError(
