@@ -245,6 +245,9 @@ LINES: dict[str, str] = {
         {f}/alone.qcow2 --blockdev driver=bogus,node-name=x
         {f}/alone.qcow2 --pidfile {f}/nowhere/pid
         {f}/nowhere.qcow2 --pidfile {f}/user.txt
+        {f}/alone.qcow2 --pidfile {f}/user.txt
+        {f}/alone.qcow2 --pidfile {f}/folder
+        {f}/nowhere.qcow2 --pidfile {f}/new.pid
         {f}/plain.raw {f}/part.raw {f}/locked.raw
     """,
     "stop": """

@@ -25,7 +25,8 @@ from cowferry.block.closing import Closing
 from cowferry.block.scope import Scope
 from cowferry.cli.keyval import parse_option, split
 from cowferry.cli.limits import numbers, parse_limits
-from cowferry.cli.run import make_run_folder
+from cowferry.cli.pidfile import Pidfile
+from cowferry.cli.run import make_run_folder, run_folder
 from cowferry.errors import CowferryError
 from cowferry.wire.address import Address, from_qmp, parse_tcp, parse_uri
 
@@ -125,7 +126,7 @@ class Serving:
         self.chardevs: dict[str, dict[str, Any]] = {}
         self.servers: list[Any] = []
         self.limits: list[tuple[str, dict[str, Any]]] = []  # of disks that are not there yet
-        self.pidfile: str | None = None
+        self.pidfile: Pidfile | None = None
         self.up = threading.Event()  # everything is there that the options ask for, or it failed
 
     def run(self, ready: int | None) -> None:
@@ -167,15 +168,18 @@ class Serving:
     def _begin(self, daemon: Daemon) -> None:
         """Do what the options ask for."""
         if self.given["pidfile"]:
-            self._write_pidfile(self.given["pidfile"])
+            self.pidfile = Pidfile(self.given["pidfile"])
         self.limits = [parse_limits(parse_option(t, "disk")) for t in self.given["limit"]]
         for option, text in self.ordered:
             if option != "limit":
                 getattr(self, f"_{option}")(daemon, text)
-        if self.given["disks"]:
-            self._disks(daemon)
+        listed = self._disks(daemon) if self.given["disks"] else []
         for name in list(dict.fromkeys(disk for disk, _ in self.limits)):
             self._limit(daemon, name)
+        if self.pidfile is not None:
+            self.pidfile.write()
+        if self.given["disks"]:
+            self._tell(listed)
         for server in self.servers:
             server.ready.set()
 
@@ -196,9 +200,8 @@ class Serving:
             self._exit(1)
 
     def _forget_pidfile(self) -> None:
-        if self.pidfile:
-            with contextlib.suppress(OSError):
-                os.unlink(self.pidfile)
+        if self.pidfile is not None:
+            self.pidfile.drop()
 
     def _leave(self, daemon: Daemon) -> None:
         """The daemon has ended. What hangs in the kernel keeps its own image, and no other; a flush
@@ -220,7 +223,8 @@ class Serving:
 
     # cowferry's own way ------------------------------------------------------------------
 
-    def _disks(self, daemon: Daemon) -> None:
+    def _disks(self, daemon: Daemon) -> list[dict[str, Any]]:
+        """Open the disks and the sockets; what is to be told of each disk."""
         from cowferry.monitor import hmp, qmp
 
         folder = make_run_folder()
@@ -253,8 +257,12 @@ class Serving:
             daemon.add_export(disk, name, writable=not disk.read_only)
             uris = daemon.nbd.uris(name)
             listed.append({"name": name, "uri": uris[0], "uris": uris, "size": disk.size})
+        return listed
+
+    def _tell(self, listed: list[dict[str, Any]]) -> None:
+        """Print where the disks can be reached. Everything else is up by now."""
         if self.given["as_json"]:
-            click.echo(json.dumps({"disks": listed, "run": folder}))
+            click.echo(json.dumps({"disks": listed, "run": run_folder()}))
         else:
             for item in listed:
                 click.echo("\n".join(f"{item['name']}: {uri}" for uri in item["uris"]))
@@ -272,14 +280,6 @@ class Serving:
         for arguments in [a for disk, a in self.limits if disk == name]:
             daemon.execute("x-disk-limit", arguments)
         self.limits = [(disk, a) for disk, a in self.limits if disk != name]
-
-    def _write_pidfile(self, path: str) -> None:
-        try:
-            with open(path, "w") as f:
-                f.write(f"{os.getpid()}\n")
-        except OSError as error:
-            raise CowferryError(f"cannot write pidfile '{path}': {error.strerror}") from error
-        self.pidfile = path
 
     # qemu-storage-daemon's options, in the order given -----------------------------------
 
