@@ -77,6 +77,7 @@ CALLS: dict[str, list[Arguments]] = {
     "query-status": [],
     "human-monitor-command": [{"command-line": "info block", "cpu-index": "x"}],
     "quit": [],
+    "x-stop": [{"drain": -1}],
     "block_set_io_throttle": [
         {
             "device": "nosuch",

@@ -270,7 +270,7 @@ LINES: dict[str, str] = {
         vm two kept
         vm two --quiesce {run}/nowhere.sock
         vm={f}/new.qcow2 --quiesce {f}/user.txt
-        vm --timeout 5
+        vm --timeout 0
         vm={f}/nowhere.qcow2 --reuse-external
         vm={f}/nowhere.qcow2 --pass-fd
         vm={f}/small.qcow2 --reuse-external
