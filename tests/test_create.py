@@ -88,6 +88,8 @@ BAD: list[tuple[str, int, dict[str, str], str]] = [
     ("qcow2", SIZE, {"lazy_refcounts": "maybe"}, "expects 'on' or 'off'"),
     ("qcow2", 1 << 62, {"cluster_size": "512"}, "larger clusters"),
     ("qcow2", SIZE, {"backing_file": "x"}, "format"),
+    ("qcow2", SIZE, {"backing_fmt": "raw"}, "without backing file"),
+    ("qed", SIZE, {"backing_fmt": "raw"}, "without backing file"),
     ("qcow2", SIZE, {"data_file": "vm.image"}, "its own data file"),
     ("qcow2", 7 << 60, {"data_file": "data.raw"}, "bytes"),
     ("qcow2", SIZE, {"data_file": "no/such/folder"}, "No such file or directory"),
@@ -310,6 +312,36 @@ def test_a_record_that_cannot_be_removed_does_not_undo_the_new_image(
     with pytest.raises(ImageError, match="was made, but") as error:
         opening.create_image(str(path), "qcow2", 2 * SIZE, {})
     assert f"{path}.moved" in error.value.desc
+    node = opening.open_image(str(path), "qcow2", read_only=True)
+    assert contents(node) == bytes(2 * SIZE)
+    opening.close_chain(node)
+
+
+@pytest.mark.parametrize("size", [7 << 60, 4 * MiB])
+def test_a_file_in_place_that_may_not_be_so_large_is_kept(
+    tmp_path: Path, size: int, limit: None
+) -> None:
+    path = an_image(tmp_path / "vm.raw", "raw")
+    os.link(path, tmp_path / "other")
+    with unchanged(tmp_path), pytest.raises(ImageError, match="File too large"):
+        opening.create_image(str(path), "raw", size, {})
+
+
+def test_an_error_after_the_moment_says_that_the_image_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = an_image(tmp_path / "vm.qcow2")
+    plain = sysio.flush_directory
+
+    def flush_directory(folder: str) -> None:
+        if not any(name.endswith(".new") for name in os.listdir(folder)):
+            raise OSError(5, "Input/output error")
+        plain(folder)
+
+    monkeypatch.setattr(sysio, "flush_directory", flush_directory)
+    with pytest.raises(ImageError, match="was made, but a power cut may undo that"):
+        opening.create_image(str(path), "qcow2", 2 * SIZE, {})
+    monkeypatch.undo()
     node = opening.open_image(str(path), "qcow2", read_only=True)
     assert contents(node) == bytes(2 * SIZE)
     opening.close_chain(node)

@@ -52,6 +52,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("create -u -b b.raw -F foo x.qcow2 1M", ["format 'foo' is not known"]),
         ("create -b none -F raw x.qcow2", ["Could not open 'none': No such file"]),
         ("create -b b.raw -F qcow2 x.qcow2", ["'b.raw'", "not in qcow2 format", "-f raw"]),
+        ("create a.qcow2/ 1M", ["a.qcow2/: no name of a file", "nothing was changed"]),
+        ("create -F raw x.qcow2 1M", ["Backing format cannot be used without backing file"]),
+        ("create -b a:b.raw -F raw x.qcow2", ["is not a plain path", "is ./NAME"]),
         ("create x.vmdk 1M", ["'x.vmdk' would be", "VMDK", "cannot be made", "another name"]),
         ("create nbd://h/x 1M", ["is an export", "convert -n"]),
         ("convert a.qcow2 x.vdi", ["'x.vdi' would be", "VDI", "cannot be made"]),
@@ -87,6 +90,14 @@ def test_what_cannot_be_done_is_said_in_two_lines_at_most(
     said = [part for part in text.splitlines() if not part.startswith(("Usage:", "Try", "\n"))]
     assert len([part for part in said if part]) <= 2, text
     assert "Errno" not in text and ".new" not in text and "Traceback" not in text
+
+
+def test_an_empty_name_is_no_name(here: Path) -> None:
+    with unchanged(here):
+        assert "no name of a file" in cowferry("create", "", "1M", code=1)
+        for command in (["create", "x.qcow2", "1M"], ["convert", "b.raw", "x.raw"]):
+            text = cowferry(*command, "-b", "", "-F", "raw", code=1)
+            assert "got empty string" in text
 
 
 @pytest.mark.parametrize("command", ["convert", "compare"])

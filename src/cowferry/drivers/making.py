@@ -145,6 +145,12 @@ def new_image(
             if image.replaced:  # decided: what is left to do is tidied up
                 with contextlib.suppress(OSError):
                     _forget(targets, goal)
+                if isinstance(error, OSError):
+                    raise ImageError(
+                        f"'{path}' was made, but a power cut may undo that: "
+                        f"{error.strerror or error}",
+                        "look at the storage, and make it again",
+                    ) from error
             else:
                 for each in targets:
                     each.undo()
@@ -281,6 +287,8 @@ class _Target:
 
     def _open(self) -> int:
         """The file that is there, -1 without one. Raises `OSError`, `ImageError`."""
+        if not self.name or self.name.endswith("/"):
+            raise IsADirectoryError(errno.EISDIR, "no name of a file")
         if self.node is not None:
             return os.dup(self.node.fd)
         if not self.passed:
@@ -357,6 +365,10 @@ class _Target:
             if self.old >= 0:
                 _copy_attributes(self.old, self.fd)
             return
+        size = os.fstat(self.old).st_size
+        if not self.is_device and self.plan.needs > size:  # may it be so large?
+            sysio.ftruncate(self.old, self.plan.needs)
+            sysio.ftruncate(self.old, size)
         self._restore_map = partial.retire(self.image)
         keeper.fresh(self.image)
         self.lost = True

@@ -276,8 +276,8 @@ def backing_path(image: str, recorded: str) -> str:
     if PROTOCOL.match(recorded):
         raise ImageError(
             f"'{image}': its backing file '{recorded[:200]}' is not a plain path",
-            "json: and protocol names inside an image are never followed; "
-            "name the backing file with rebase -u -b FILE -F FORMAT",
+            "json: and protocol names inside an image are never followed; a file with a colon in "
+            "its name is ./NAME; name the backing file with rebase -u -b FILE -F FORMAT",
         )
     return os.path.join(os.path.dirname(image), recorded)
 

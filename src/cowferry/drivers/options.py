@@ -20,6 +20,14 @@ def check_known(options: Mapping[str, Any], known: Collection[str], kind: str) -
         )
 
 
+def check_backing(options: Mapping[str, Any]) -> None:
+    """Raise `CowferryError` for the format of a backing file that is not named."""
+    if options.get("backing_fmt") and not options.get("backing_file"):
+        raise CowferryError(
+            "Backing format cannot be used without backing file", "name the backing file, too"
+        )
+
+
 def number(options: Mapping[str, Any], key: str, default: int) -> int:
     """Return a number, which may have a suffix of `SUFFIXES`. Raises `CowferryError`."""
     value = str(options.get(key, default)).strip().lower().removesuffix("b")

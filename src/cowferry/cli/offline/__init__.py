@@ -102,6 +102,20 @@ def cached(mode: str | None, of: str = "") -> bool:
     return mode is None or not CACHES[mode]
 
 
+def check_backing(options: Mapping[str, Any]) -> None:
+    """Raise `CowferryError` unless a backing file and its format are given together, or neither."""
+    name, format = options.get("backing_file"), options.get("backing_fmt")
+    if name == "":
+        raise CowferryError("Expected backing file name, got empty string", "leave -b out")
+    if name and not format:
+        raise CowferryError(
+            "backing file specified without backing format", "add -F FORMAT (raw, qcow2, qed)"
+        )
+    if format and not name:
+        raise CowferryError("Backing format cannot be used without backing file", "leave it out")
+    check_format(format)
+
+
 def check_format(name: object) -> None:
     """Raise `CowferryError` if no backing file can have this format."""
     if name and str(name) not in BACKING:

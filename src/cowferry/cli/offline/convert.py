@@ -13,7 +13,7 @@ from cowferry.block.bitmap import Bitmap
 from cowferry.block.keeper import keep
 from cowferry.block.node import Node
 from cowferry.block.origin import Origin, of_node
-from cowferry.cli.offline import cached, check_format, closed, creation_options, image
+from cowferry.cli.offline import cached, check_backing, closed, creation_options, image
 from cowferry.cli.offline.conversion import Concatenated, Conversion
 from cowferry.cli.offline.interrupts import Interrupts
 from cowferry.cli.offline.progress import Report
@@ -140,13 +140,11 @@ def _checked(
     if coroutines is not None and not 1 <= coroutines <= 16:
         raise CowferryError("Invalid number of coroutines: -m takes a number between 1 and 16")
     given = creation_options(options)
-    if backing:
+    if backing is not None:
         given |= {"backing_file": backing}
-    if backing_format:
+    if backing_format is not None:
         given |= {"backing_fmt": backing_format}
-    if given.get("backing_file") and not given.get("backing_fmt"):
-        raise CowferryError("backing file specified without backing format", "add -F FORMAT")
-    check_format(given.get("backing_fmt"))
+    check_backing(given)
     if no_create and (others := given.keys() - {"backing_file", "backing_fmt"}):
         raise CowferryError(
             f"'{min(others)}' is an option for a new image, and with -n no image is made",

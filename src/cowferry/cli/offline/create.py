@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cowferry.block import identity
-from cowferry.cli.offline import check_format, creation_options, image
+from cowferry.cli.offline import check_backing, creation_options, image
 from cowferry.cli.offline.interrupts import Interrupts
 from cowferry.cli.sizes import Size, parse_size
 from cowferry.drivers import formats, opening
@@ -42,18 +42,14 @@ def create_command(
     given = creation_options(options)
     if "size" in given:
         size = parse_size(str(given.pop("size")))
-    if backing:
+    if backing is not None:
         given["backing_file"] = backing
-    if backing_format:
+    if backing_format is not None:
         given["backing_fmt"] = backing_format
+    check_backing(given)
     below = given.get("backing_file")
     apart: list[identity.Layer] = []
     if below:
-        if not given.get("backing_fmt"):
-            raise CowferryError(
-                "backing file specified without backing format", "add -F FORMAT (raw, qcow2, qed)"
-            )
-        check_format(given["backing_fmt"])
         opening.check_circle(filename, str(below), str(given["backing_fmt"]))
         if not unsafe:
             path = opening.backing_path(filename, below)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 from types import FrameType, TracebackType
-from typing import Any
 
 import click
 
@@ -19,10 +18,9 @@ class Report:
         self.total = max(total, 1)
         self.show = show
         self.done = 0
-        self._before: Any = None
 
     def __enter__(self) -> Report:
-        self._before = signal.signal(signal.SIGUSR1, self._asked)
+        signal.signal(signal.SIGUSR1, self._asked)
         self.at(0)
         return self
 

@@ -15,7 +15,7 @@ from typing import Any
 from cowferry.block import scope, sysio
 from cowferry.block.node import ZEROES, Extent, State
 from cowferry.drivers import driver, fdsets
-from cowferry.drivers.options import check_known, flag, number, word
+from cowferry.drivers.options import check_backing, check_known, flag, number, word
 from cowferry.drivers.plan import DataFile, Plan, is_device
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2.refcounts import CODES, swapped
@@ -88,6 +88,7 @@ def plan(path: str, size: int, options: Mapping[str, Any]) -> Plan:
 def _header(path: str, size: int, options: Mapping[str, Any]) -> headers.Header:
     """The header that the options ask for. Raises `CowferryError` naming the wrong one."""
     check_known(options, KNOWN, "qcow2")
+    check_backing(options)
     if flag(options, "encryption") or options.get("encrypt.format"):
         raise NotSupported("encrypted images are not supported", "leave the option out")
     if not 0 <= size <= 1 << 62:

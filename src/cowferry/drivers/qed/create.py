@@ -8,7 +8,7 @@ from typing import Any
 
 from cowferry.block import sysio
 from cowferry.drivers import fdsets
-from cowferry.drivers.options import check_known, number
+from cowferry.drivers.options import check_backing, check_known, number
 from cowferry.drivers.plan import Plan
 from cowferry.drivers.qed import header as headers
 from cowferry.errors import CowferryError
@@ -35,6 +35,7 @@ def _header(path: str, size: int, options: Mapping[str, Any]) -> tuple[headers.H
 
     Raises `CowferryError` naming the wrong option."""
     check_known(options, KNOWN, "QED")
+    check_backing(options)
     cluster = number(options, "cluster_size", 64 << 10)
     if cluster & (cluster - 1) or not headers.MIN_CLUSTER <= cluster <= headers.MAX_CLUSTER:
         raise CowferryError("QED cluster size must be a power of two between 4k and 64M")
