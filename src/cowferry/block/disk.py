@@ -163,7 +163,7 @@ class Disk:
         self.members: tuple[Member, ...] = ()
         self._was_in: Group | None = None  # the group that it left when its limits were taken away
         self._brake: Brake | None = None  # the last of them. Set by `brake`
-        self._turning = threading.Lock()  # guards the three above
+        self._turning = threading.Lock()  # guards the four above
         self.copy_on_read = copy_on_read and not root.read_only
         # What the image was opened with holds for the disk, whatever its root is later.
         self.ignores_discard = any(n.ignores_discard for n in _format(root))
@@ -197,11 +197,11 @@ class Disk:
                 groups = (group, *others) if group is not None else ()
                 first = [Member(g, self._was_in) for g in groups[:1]]
                 self.members = (*first, *(Member(g) for g in groups[1:]))
+                self._was_in = old[0].group if old else self._was_in
                 self._turn()
         if group is None:
             for member in old:
                 member.leave()
-            self._was_in = old[0].group if old else self._was_in
         elif old:
             old[0].move(group)
 
