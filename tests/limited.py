@@ -6,7 +6,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,14 @@ class Guest:
 
     def answers(self, count: int, length: int = 0) -> list[int]:
         return [self.answer(length) for _ in range(count)]
+
+    def rest(self) -> list[int]:
+        """The cookies of the answers that still come before the server hangs up."""
+        found: list[int] = []
+        with suppress(EOFError, ConnectionResetError):
+            while True:
+                found.append(self.answer())
+        return found
 
     def gone(self) -> bool:
         """Whether the server has hung up."""

@@ -17,7 +17,8 @@ A disk with limits, or a brake, has turnstiles in front of its gate. A request t
 admit at once waits in their queue, where it is no thread; a timer then hands it to the workers. It
 takes its place among the requests that are in work, so whoever sends more than that many is not
 read any further; his own connection stands, nobody else's. When the client is gone, or sent away,
-what waits is dropped: it was never answered. After an orderly goodbye it is served at once.
+requests that wait are dropped: they were never answered. After an orderly goodbye, and when the
+export ends, they are served at once.
 
 It knows no format. What it does with a disk is: enter, look at `leases`, `preadv` or `pwritev`,
 leave; sockets are touched only outside. It is written to be compiled later: typed state, one
