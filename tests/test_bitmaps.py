@@ -460,7 +460,7 @@ def test_a_name_is_text(house: House, name: str) -> None:
     house.open("vm")
     for persistent in (True, False):
         text = refusal(house, "block-dirty-bitmap-add", node="vm", name=name, persistent=persistent)
-        assert text.endswith("has a character that is none") and text.isprintable()
+        assert text.endswith("contains an invalid character") and text.isprintable()
 
 
 def test_an_error_tells_a_few_names_and_how_many_more_there_are(house: House) -> None:

@@ -233,6 +233,33 @@ def test_a_bitmap_that_lies_over_guest_data_loses_its_bits_and_the_guest_nothing
     assert verdict(path) == 0
 
 
+@pytest.mark.parametrize("how", ["table beyond the end", "too much"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_B1_a_bitmap_that_cannot_be_read_is_in_use_before_the_first_write(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, kept: bool
+) -> None:
+    """Another program may be able to read it, and would rely on it."""
+    path = Path(shutil.copy(three, tmp_path / "vm.qcow2"))
+    if how == "too much":  # of all bitmaps together, the third is one too many
+        monkeypatch.setattr(listing, "MAX_BYTES", 2 * 4096)
+        bad = 2
+    else:
+        break_it(path, how)
+        bad = 1
+    if kept:
+        disk = Disk(opening.open_image(str(path)), "vm")
+        disk.pwrite(memoryview(b"y" * 4096), 3 << 20)
+        disk.root.close()
+    else:
+        with image_at(path) as image:  # nobody keeps the bitmaps
+            image.pwrite(memoryview(b"y" * 4096), 3 << 20)
+    with image_at(path, read_only=True) as image:
+        flags = [e.flags & listing.IN_USE for e in listing.directory(image)]
+    assert flags[bad] and (all(flags) or kept)
+    image_now = Image(path)
+    assert image_now.get(entries(path)[bad] + 12, "I") & listing.IN_USE
+
+
 def test_of_a_directory_that_cannot_be_read_the_loss_is_told(
     three: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -213,7 +213,7 @@ class Add(_Change):
         if not name:
             raise CowferryError("Bitmap name cannot be empty")
         if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in name):
-            raise CowferryError(f"Bitmap name '{name}' has a character that is none")
+            raise CowferryError(f"Bitmap name '{name}' contains an invalid character")
         _wait(so_far, node_name)
         node = node_of(so_far.daemon, node_name, so_far)
         if node is None:

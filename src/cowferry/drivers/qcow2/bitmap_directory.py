@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 EXTENSION = struct.Struct(">IIQQ")  # how many, zero, bytes and place of the directory
 ENTRY = struct.Struct(">QIIBBHI")
+FLAGS_AT = 12  # bytes into an entry
 IN_USE, AUTO, EXTRA_COMPATIBLE = 1, 2, 4  # flags
 KNOWN_FLAGS = IN_USE | AUTO | EXTRA_COMPATIBLE
 DIRTY_TRACKING = 1  # the only type
@@ -76,7 +77,14 @@ class Entry:
     @property
     def tracks(self) -> bool:
         """Whether others rely on it to know of every write."""
-        return self.usable and self.flags & (AUTO | IN_USE) == AUTO
+        return self.understood and self.flags & (AUTO | IN_USE) == AUTO
+
+    def in_use(self) -> Entry:
+        """Return the entry of the bitmap while it is in use: others do not rely on it."""
+        raw = bytearray(self.raw)
+        if raw:
+            struct.pack_into(">I", raw, FLAGS_AT, self.flags | IN_USE)
+        return replace(self, flags=self.flags | IN_USE, raw=bytes(raw))
 
     def encode(self) -> bytes:
         """As it lies in the directory."""

@@ -212,7 +212,7 @@ def give_up(image: Qcow2) -> None:
     with image.flushing:
         if not image.unkept:
             return
-        entries = [replace(e, flags=e.flags | IN_USE) if e.tracks else e for e in directory(image)]
+        entries = [e.in_use() if e.tracks else e for e in directory(image)]
         _in_place(image, entries)
         image.unkept = False
     log.warning("'%s' is being written and nobody keeps its bitmaps: in use", image.filename)
@@ -362,7 +362,7 @@ def _stored(image: Qcow2, old: list[Entry], bitmaps: list[Bitmap]) -> list[Entry
     out = []
     for e, b in zip(old, bitmaps, strict=True):
         if e.raw and b.inconsistent:
-            out.append(e)
+            out.append(e.in_use() if e.understood else e)
             continue
         need = clusters_for(image.size, e.granularity_bits, image.header.cluster_bits)
         alike = 1 << e.granularity_bits == b.granularity and len(e.table) == need
@@ -379,7 +379,7 @@ def _entry(
     none, because the bitmap was damaged and the disk has no bytes."""
     if bitmap.inconsistent and old is not None:
         if not old.flaw:
-            return replace(old, flags=old.flags | IN_USE) if old.usable else old
+            return old.in_use() if old.understood else old
         return _emptied(image, fresh, old)
     name = bitmap.name.encode()
     if old is not None and not old.flaw:
