@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -310,6 +311,19 @@ def test_a_loop_device_over_a_layer_is_that_layer(layers: Path) -> None:
     assert everything(layers) == before
 
 
+def test_the_data_file_of_an_image_that_exists_is_no_layer_of_the_source(layers: Path) -> None:
+    options = f"data_file={layers / 'base.raw'}"
+    target = layers / "target.qcow2"
+    kept = (layers / "base.raw").read_bytes()
+    ran("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, str(target), str(SIZE))
+    (layers / "base.raw").write_bytes(kept)
+    with unchanged(layers):
+        for flags in ([], ["-U"]):
+            source = layers / "base.raw"
+            text = cowferry("convert", "-n", *flags, "-O", "qcow2", source, target, code=1)
+            assert f"'{source}' is the image of the source" in text, text
+
+
 def test_a_target_does_not_become_its_own_backing_file(layers: Path) -> None:
     with unchanged(layers):
         for below, format in (("mid.qcow2", "qcow2"), ("top.qcow2", "qcow2")):
@@ -558,3 +572,26 @@ def test_data_is_shared_where_the_file_system_can(tmp_path: Path) -> None:
             same(source, folder / f"t.{format}", format)
         os.sync()
         assert free - os.statvfs(folder).f_bfree * os.statvfs(folder).f_bsize < 16 * MiB
+
+
+def listens(path: Path) -> bool:
+    """Whether a server listens on a unix socket: it has the flag SO_ACCEPTCON."""
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(row[3] == "00010000" and row[-1] == str(path) for row in rows)
+
+
+def test_a_server_that_takes_one_client_is_asked_once(tmp_path: Path, source: Path) -> None:
+    """qemu-nbd without -t ends when its first client leaves."""
+    need("qemu-nbd")
+    target, path = tmp_path / "t.raw", tmp_path / "s"
+    with open(target, "wb") as f:
+        f.truncate(SIZE)
+    command = ["qemu-nbd", "-f", "raw", "-k", str(path), str(target)]
+    with subprocess.Popen(command) as server:
+        deadline = time.monotonic() + PATIENCE
+        while not listens(path):  # to connect would be to be its client
+            assert time.monotonic() < deadline and server.poll() is None
+            time.sleep(0.02)
+        cowferry("convert", "-n", "-O", "raw", source, uri(path))
+        assert server.wait(PATIENCE) == 0
+    same(source, target, "raw")

@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
@@ -282,6 +282,38 @@ def backing_path(image: str, recorded: str) -> str:
     return os.path.join(os.path.dirname(image), recorded)
 
 
+class Header(NamedTuple):
+    """What an image records: its external data file, by its path, and its backing file."""
+
+    data_file: str | None
+    spec: tuple[str, str | None] | None
+
+
+def _look(path: str, format: str | None) -> Header | None:
+    """Read a header, beside whatever has the image open; None if that cannot be done.
+
+    A server is not asked: some end when their first client leaves."""
+    if names.is_uri(path):
+        return None
+    try:
+        node = open_image(
+            path, format, read_only=True, backing=False, force_share=True, headers=True
+        )
+    except (CowferryError, OSError):
+        return None
+    data, spec = getattr(node, "data", None), node.backing_spec
+    node.close()
+    if not isinstance(data, Absent):
+        return Header(None, spec)
+    return Header(os.path.join(os.path.dirname(path), data.filename), spec)
+
+
+def data_file_of(path: str, format: str | None) -> str | None:
+    """The path of the external data file that an image records, if it can be told."""
+    header = _look(path, format)
+    return header.data_file if header is not None else None
+
+
 def check_circle(image: str, recorded: str, format: str | None) -> None:
     """Raise `ImageError` if `image`, with that backing file, would be a file of the chain below it.
 
@@ -309,18 +341,14 @@ def check_circle(image: str, recorded: str, format: str | None) -> None:
         if path in seen:
             return
         seen.add(path)
-        try:
-            node = open_image(
-                path, format, read_only=True, backing=False, force_share=True, headers=True
-            )
-        except (CowferryError, OSError):
+        header = _look(path, format)
+        if header is None:
             return
-        data, spec = getattr(node, "data", None), node.backing_spec
-        node.close()
-        if isinstance(data, Absent):
-            check(os.path.join(os.path.dirname(path), data.filename), path)
-        if spec is None:
+        if header.data_file is not None:
+            check(header.data_file, path)
+        if header.spec is None:
             return
+        spec = header.spec
         above, (recorded, format) = path, spec
 
 

@@ -178,7 +178,9 @@ def _existing(
     target: str, format: str, options: dict[str, Any], apart: list[identity.Layer]
 ) -> Iterator[Opened]:
     refusal = f"Could not convert into '{target}'"
-    identity.check_apart(refusal, target, identity.of_path(target), apart)
+    for name in (target, opening.data_file_of(target, format)):
+        if name is not None:
+            identity.check_apart(refusal, name, identity.of_path(name), apart)
     with image(target, format, read_only=False) as out:
         identity.check_apart(refusal, target, identity.of_node(out), apart)
         _check_backing(out, target, options)
