@@ -416,6 +416,8 @@ class Daemon:
             for disk in self.graph.all_disks():
                 if disk.root.unflushed:
                     self._chores.do(disk, partial(_flush, disk))
+                if disk.late:
+                    self._chores.do((disk, "late"), disk.do_late)
 
     def refine(self) -> None:
         """Bitmap files that say much more than the bitmaps do say the same again.

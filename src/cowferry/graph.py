@@ -25,6 +25,7 @@ from cowferry.block.held import refuse_floating
 from cowferry.block.limits import Group
 from cowferry.block.node import Node, chain
 from cowferry.block.reserved import filenames, references
+from cowferry.block.scope import CalledOff
 from cowferry.block.turn import Turn
 from cowferry.block.uses import Uses
 from cowferry.block.walk import children, filters, parents_first, parts
@@ -359,25 +360,50 @@ class Graph(Uses):
 
     def _close(self, gone: Gone) -> None:
         """Close what is in no table any more, without the caller's turn. The caller does not hold
-        `lock`. Raises the first error after all were tried."""
-        first: Exception | None = None
-        try:
-            with self.turn.apart():
-                for step in (*(d.retire for d in gone.disks), *(n.close for n in gone.nodes)):
-                    try:
-                        step()
-                    except (OSError, CowferryError) as error:
-                        first = first or error
-        finally:
-            with self.lock:
-                over = [p for n in gone.nodes for p in (n, *parts(n))]
-                self.closing = [n for n in self.closing if not any(n is o for o in over)]
-                self.files.discard(over)
-                for n in over:
-                    if self.reserved.names.get(n.name) == "closed":
-                        del self.reserved.names[n.name]
+        `lock`. Raises the first error after all were tried.
+
+        If requests on a disk do not finish in time, the rest is done in the background, and
+        `DeviceInUse` is raised: a descriptor that a request uses stays open."""
+        with self.turn.apart():
+            for disk in gone.disks:
+                try:
+                    disk.retire()
+                except CalledOff as error:
+                    threading.Thread(
+                        target=self._close_late, args=(gone,), name="close", daemon=True
+                    ).start()
+                    raise DeviceInUse(
+                        f"disk '{disk.name}' is let go of, but {error.strerror}",
+                        "its images are closed when these have finished",
+                    ) from error
+            first: Exception | None = None
+            for node in gone.nodes:
+                try:
+                    node.close()
+                except (OSError, CowferryError) as error:
+                    first = first or error
+        self._closed(gone)
         if first is not None:
             raise first
+
+    def _close_late(self, gone: Gone) -> None:
+        """`_close`, whenever the requests on its disks have finished."""
+        for disk in gone.disks:
+            while not disk.retired:
+                with contextlib.suppress(CalledOff):
+                    disk.retire()
+        with contextlib.suppress(OSError, CowferryError):
+            self._close(Gone(gone.nodes, []))
+
+    def _closed(self, gone: Gone) -> None:
+        """The nodes are closed: their names and files may be used again."""
+        with self.lock:
+            over = [p for n in gone.nodes for p in (n, *parts(n))]
+            self.closing = [n for n in self.closing if not any(n is o for o in over)]
+            self.files.discard(over)
+            for n in over:
+                if self.reserved.names.get(n.name) == "closed":
+                    del self.reserved.names[n.name]
 
     def _used(self, node: Node) -> bool:
         if any(d.root is node for d in self.disks.values()) or id(node) in self.claims:

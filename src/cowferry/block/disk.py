@@ -53,7 +53,7 @@ COPY_ON_READ_MAX = 1 << 20
 # at most while a tap may have to copy them.
 LEAST, MOST, MOST_TAPPED = 1 << 20, 64 << 20, 4 << 20
 MOMENT = 0.005  # seconds that such a section should take, because guests wait for it
-DRAIN_SECONDS = 30.0  # that a drain waits for requests in flight; then guests go on
+DRAIN_SECONDS = 20.0  # that a drain waits for requests in flight; then guests go on
 LOOK = 0.1  # seconds between looks whether somebody is called off
 
 

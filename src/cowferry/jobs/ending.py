@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 1.0  # between two tries to stop disks, for guests to go on
 NO_ANSWER = "storage or a server has not answered"
-SETTLE_SECONDS = 30.0  # that guests stand still while a result is made true
+SETTLE_SECONDS = 20.0  # that guests stand still while a result is made true
 
 
 class Cancelled(Exception):
