@@ -99,6 +99,19 @@ def test_a_larger_device_ends_in_zeroes(
     same(source, target, "raw")
 
 
+@pytest.mark.parametrize("sector", ["512", "4096"])
+def test_what_follows_the_last_bytes_on_a_device_becomes_zero_at_once(
+    tmp_path: Path, device: Callable[..., str], sector: str
+) -> None:
+    """The page of the device in which the data ends waits to be written, and the device is held
+    with O_EXCL: there the kernel punches no hole (EBUSY)."""
+    size = int(sector)
+    small = qcow2(tmp_path / "small.qcow2", f"write -P 5 0 {size}", size=size)
+    target = device(MiB, "-b", sector)
+    cowferry("convert", "-O", "raw", small, target)
+    assert Path(target).read_bytes() == b"\5" * size + bytes(MiB - size)
+
+
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 @pytest.mark.parametrize("how", ["off", "metadata", "falloc", "full"])
 def test_a_qcow2_image_on_a_device_shows_no_old_bytes(
@@ -529,6 +542,12 @@ def test_names_that_other_programs_take_for_options_or_protocols(tmp_path: Path)
         cowferry("convert", "-O", "raw", "--", name, out, cwd=tmp_path)
         assert out.read_bytes() == source.read_bytes()
         (tmp_path / name).unlink()
+
+
+def test_a_name_that_means_something_to_other_programs_is_explained(tmp_path: Path) -> None:
+    for name in ('json:{"driver": "raw"}', "nbd:localhost:10809"):
+        text = cowferry("convert", "-O", "raw", name, tmp_path / "out.raw", code=1)
+        assert "No such file" in text and "--image-opts" in text and "nbd://HOST" in text
 
 
 def test_several_sources_are_put_one_after_another(tmp_path: Path, source: Path) -> None:

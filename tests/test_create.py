@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -515,6 +516,72 @@ def test_blockdev_create_that_fails_changes_nothing(tmp_path: Path, way: str) ->
     node = opening.open_image(str(path), "qcow2", read_only=True)
     assert contents(node) == bytes(2 * SIZE) and not node.bitmaps
     opening.close_chain(node)
+
+
+FILE: Any = {"driver": "file", "filename": "new"}
+ODD: list[tuple[dict[str, Any], str]] = [
+    ({"file": FILE, "filename": "other"}, "exclude each other"),
+    ({"file": FILE | {"read-only": True}}, "'options.file.read-only' is unexpected"),
+    ({"file": FILE | {"driver": "nbd"}}, "does not accept value 'nbd'"),
+    ({"file": {"driver": "file"}}, "'options.file.filename' is missing"),
+    ({"file": 7}, "Invalid parameter type for 'options.file'"),
+    ({"file": FILE, "data-file": {"driver": "file"}}, "'options.data-file.filename' is missing"),
+    ({"file": FILE, "data-file": 7}, "Invalid parameter type for 'options.data-file'"),
+    ({"file": FILE, "data-file": "f"}, "'f' is a node"),
+    ({"file": FILE, "backing-file": 7, "backing-fmt": "raw"}, "type for 'options.backing-file'"),
+    ({"file": FILE, "encrypt": {"format": "luks"}}, "Invalid parameter type for 'options.encrypt'"),
+    ({"file": FILE, "cluster-size": None}, "Invalid parameter type for 'options.cluster-size'"),
+]
+
+
+@pytest.mark.parametrize("options, why", ODD, ids=[why for _, why in ODD])
+def test_blockdev_create_refuses_what_it_would_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = an_image(tmp_path / "vm.image")
+    with a_daemon() as daemon:
+        daemon.execute("blockdev-add", {"driver": "file", "node-name": "f", "filename": str(path)})
+        wanted = {"driver": "qcow2", "size": SIZE, **options}
+        with unchanged(tmp_path), pytest.raises(CowferryError, match=re.escape(why)):
+            daemon.execute("blockdev-create", {"job-id": "c", "options": wanted})
+        assert not daemon.execute("query-jobs", {})
+
+
+def test_blockdev_create_makes_the_data_file_that_is_described(tmp_path: Path) -> None:
+    def file(name: str) -> dict[str, Any]:
+        return {"driver": "file", "filename": str(tmp_path / name)}
+
+    where = {"file": file("vm.qcow2"), "data-file": file("vm.data")}
+    with a_daemon() as daemon:
+        told = Told(daemon)
+        options = {"driver": "qcow2", "size": SIZE, **where}
+        daemon.execute("blockdev-create", {"job-id": "c", "options": options})
+        told.wait("JOB_STATUS_CHANGE", status="concluded")
+        daemon.execute("blockdev-add", {"driver": "qcow2", "node-name": "q", **where})
+        daemon.graph.disk("q").pwrite(memoryview(b"x" * 512), 0)
+    assert sorted(os.listdir(tmp_path)) == ["vm.data", "vm.qcow2"]
+    assert (tmp_path / "vm.data").read_bytes()[:512] == b"x" * 512
+
+
+@pytest.mark.parametrize("files", [{"file": "base.raw"}, {"file": "n", "data-file": "base.raw"}])
+def test_blockdev_create_replaces_no_file_of_the_backing_chain(
+    tmp_path: Path, files: dict[str, str]
+) -> None:
+    (tmp_path / "base.raw").write_bytes(b"b" * SIZE)
+    opening.create_image(
+        str(tmp_path / "mid.qcow2"), "qcow2", SIZE,
+        {"backing_file": "base.raw", "backing_fmt": "raw"},
+    )  # fmt: skip
+    made = {k: {"driver": "file", "filename": str(tmp_path / v)} for k, v in files.items()}
+    backing = {"backing-file": "mid.qcow2", "backing-fmt": "qcow2"}
+    with a_daemon() as daemon, unchanged(tmp_path):
+        told = Told(daemon)
+        options = {"driver": "qcow2", "size": SIZE, **made, **backing}
+        daemon.execute("blockdev-create", {"job-id": "c", "options": options})
+        told.wait("JOB_STATUS_CHANGE", status="concluded")
+        (job,) = daemon.execute("query-jobs", {})
+        assert "cannot be its own backing file" in job["error"]
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])

@@ -41,8 +41,9 @@ FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_NOCOW = 0x80086601, 0x40086602, 0x00800000
 FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR, FS_XFLAG_EXTSIZE = 0x801C581F, 0x401C5820, 0x800
 FSXATTR = struct.Struct("5I8x")  # flags, extent size, extents, project, extent size for copies
 
-#: errnos by which a file system says that it has no such fallocate.
-UNABLE = (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS)
+#: errnos by which a file system or a device says that it cannot do such a fallocate. A device that
+#: another descriptor holds with O_EXCL answers EBUSY if a page of the range waits to be written.
+UNABLE = (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.EBUSY)
 
 
 class Recorder(Protocol):

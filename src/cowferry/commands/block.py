@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,7 +14,7 @@ from cowferry.commands import Args, NoArgs, command
 from cowferry.commands.throttle import shown
 from cowferry.drivers import MAX_DEPTH, actual_size, driver, opening
 from cowferry.drivers.file import File
-from cowferry.errors import CowferryError
+from cowferry.errors import CowferryError, NotSupported
 from cowferry.jobs.create import Create
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ class BlockdevCreate(Args):
 def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     """Make an image, as a job that is dismissed by hand.
 
-    The `file` option of a format may be a node or node-name whose file is to hold the image, or
-    (an extension) a plain `filename`."""
+    The image lies in the file of the node that `file` names, or in a new file. `file` describes the
+    new file by its driver and filename, or (an extension) `filename` names it. Likewise `data-file`
+    describes or (an extension) names an external data file, which is made, too."""
     options = dict(args.options)
     kind = options.pop("driver", None)
     if not isinstance(kind, str):
@@ -69,29 +71,12 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     size = options.pop("size", None)
     if not isinstance(size, int) or isinstance(size, bool):
         raise CowferryError("Parameter 'options.size' is missing")
-    path = options.pop("filename", None)
-    file = options.pop("file", None)
-    node: File | None = None
-    if isinstance(file, str):
-        found = daemon.graph.nodes.get(file)
-        if found is None:
-            raise CowferryError(f"Cannot find device='' nor node-name='{file}'")
-        if not isinstance(found, File) or found.read_only:
-            raise CowferryError(f"Node '{file}' is not a host file open for writing")
-        node, path = found, found.filename
-    elif isinstance(file, dict):
-        path = file.get("filename")
-    if not isinstance(path, str):
-        raise CowferryError("Parameter 'options.file' is missing")
-    renamed = {
-        "version": "compat", "backing-fmt": "backing_fmt", "backing-file": "backing_file",
-    }  # fmt: skip
-    plain = {renamed.get(k, k.replace("-", "_")): v for k, v in options.items()}
-    target = path
+    target, node = _where(daemon, options)
+    plain = _creation_options(daemon, options)
 
     def make() -> None:
         if plain.get("backing_file"):
-            opening.check_circle(target, str(plain["backing_file"]), plain.get("backing_fmt"))
+            _check_circles(target, plain)
         opening.create_image(target, kind, size, plain, node=node)
         if node is not None:
             node.refresh_size()
@@ -110,6 +95,71 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     except BaseException:
         released()
         raise
+
+
+def _where(daemon: Daemon, options: dict[str, Any]) -> tuple[str, File | None]:
+    """Take the path of the new image out of `options`, and the node of its file if there is one."""
+    path, file = options.pop("filename", None), options.pop("file", None)
+    if path is not None and file is not None:
+        raise CowferryError("Parameters 'options.file' and 'options.filename' exclude each other")
+    if isinstance(file, str):
+        found = daemon.graph.nodes.get(file)
+        if found is None:
+            raise CowferryError(f"Cannot find device='' nor node-name='{file}'")
+        if not isinstance(found, File) or found.read_only:
+            raise CowferryError(f"Node '{file}' is not a host file open for writing")
+        return found.filename, found
+    if file is not None:
+        path = _described(file, "options.file")
+    if not isinstance(path, str):
+        raise CowferryError("Parameter 'options.file' is missing")
+    return path, None
+
+
+def _described(file: Any, name: str) -> str:
+    """Return the path of a file that its driver and filename describe. Raises `CowferryError`."""
+    if not isinstance(file, dict):
+        raise CowferryError(f"Invalid parameter type for '{name}', expected: object or string")
+    if others := file.keys() - {"driver", "filename"}:
+        raise CowferryError(
+            f"Parameter '{name}.{min(others)}' is unexpected",
+            "a new file is described by its driver and filename; blockdev-add takes more options",
+        )
+    if file.get("driver", "file") not in ("file", "host_device"):
+        raise CowferryError(
+            f"Parameter '{name}.driver' does not accept value '{file['driver']}'",
+            "an image is made in a host file or a device",
+        )
+    if not isinstance(path := file.get("filename"), str):
+        raise CowferryError(f"Parameter '{name}.filename' is missing")
+    return path
+
+
+def _creation_options(daemon: Daemon, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a new image under their names in qemu-img. Raises `CowferryError`."""
+    out: dict[str, Any] = {}
+    for key, value in options.items():
+        if key == "data-file" and isinstance(value, dict):
+            value = _described(value, "options.data-file")
+        elif key == "data-file" and value in daemon.graph.nodes:
+            raise NotSupported(
+                f"'{value}' is a node, and an external data file is made with its image",
+                'describe the file: "data-file": {"driver": "file", "filename": ...}',
+            )
+        words = key in ("data-file", "backing-file", "backing-fmt")
+        if not isinstance(value, str if words else (str, int)):
+            raise CowferryError(f"Invalid parameter type for 'options.{key}'")
+        out["compat" if key == "version" else key.replace("-", "_")] = value
+    return out
+
+
+def _check_circles(target: str, options: dict[str, Any]) -> None:
+    """Raise `ImageError` if the backing file of a new image would lead to a file that is made."""
+    recorded, format = options["backing_file"], options.get("backing_fmt")
+    opening.check_circle(target, recorded, format)
+    if data := options.get("data_file"):
+        folder = os.path.dirname(target)
+        opening.check_circle(os.path.join(folder, data), os.path.join(folder, recorded), format)
 
 
 class BlockResize(Args):

@@ -149,6 +149,7 @@ class File(Node):
             needs=size,
             takes=size if how != "off" else 0,
             zero_on_device=how == "full",
+            never_on_device="nocow and extent_size_hint are for files" if nocow or hint else "",
             make=make,
         )
 

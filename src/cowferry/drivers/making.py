@@ -199,7 +199,7 @@ def _forget(targets: list[_Target], goal: bool) -> None:
 def _told(error: BaseException, targets: list[_Target]) -> BaseException:
     """The error in the words of the caller, who does not know the names of our files."""
     if isinstance(error, OSError):
-        image = targets[-1]
+        image = next((t for t in targets if error.filename == t.new), targets[-1])
         why, taken = error.strerror or str(error), sum(each.plan.takes for each in targets)
         hint = "nothing was changed"
         folder = os.path.dirname(image.place)

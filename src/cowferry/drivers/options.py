@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from cowferry.block import names
+from cowferry.drivers import OVERLAYS
 from cowferry.errors import CowferryError
 
+#: Formats of backing files; the last two are names that QEMU has recorded for raw ones.
+BACKING = {"raw", *OVERLAYS, "file", "host_device"}
 SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -21,10 +25,20 @@ def check_known(options: Mapping[str, Any], known: Collection[str], kind: str) -
 
 
 def check_backing(options: Mapping[str, Any]) -> None:
-    """Raise `CowferryError` for the format of a backing file that is not named."""
+    """Raise `CowferryError` for the format of a backing file that is not named or not known."""
     if options.get("backing_fmt") and not options.get("backing_file"):
         raise CowferryError(
             "Backing format cannot be used without backing file", "name the backing file, too"
+        )
+    if not names.is_uri(str(options.get("backing_file", ""))):  # else its driver may be nbd
+        check_format(options.get("backing_fmt"))
+
+
+def check_format(name: object) -> None:
+    """Raise `CowferryError` if no backing file can have this format."""
+    if name and str(name) not in BACKING:
+        raise CowferryError(
+            f"backing format '{name}' is not known", f"it can be {', '.join(sorted(BACKING))}"
         )
 
 

@@ -58,7 +58,7 @@ from cowferry.block.origin import Origin
 from cowferry.drivers import fdsets
 from cowferry.drivers.file import CREATION as file_options
 from cowferry.drivers.file import File
-from cowferry.drivers.options import check_known, number
+from cowferry.drivers.options import check_format, check_known, number
 from cowferry.drivers.plan import Plan, is_device
 from cowferry.drivers.raw import Raw
 from cowferry.errors import CowferryError, ImageError, NotSupported
@@ -646,6 +646,7 @@ def plan(path: str, size: int, options: Mapping[str, Any]) -> Plan:
     backing, format = options.get("backing_file"), options.get("backing_fmt")
     if backing and not format:
         raise CowferryError("backing file specified without backing format", "add -F FORMAT")
+    check_format(format)
     granule = _granule(options)
     if not backing:
         if set(options) & CREATION:

@@ -13,7 +13,8 @@ from typing import Any
 from cowferry.block import names, sysio
 from cowferry.block.node import Node, chain, files
 from cowferry.cli.keyval import parse_option
-from cowferry.drivers import OVERLAYS, formats, opening, partial
+from cowferry.drivers import formats, opening, partial
+from cowferry.drivers.options import check_format
 from cowferry.errors import CowferryError, ImageError, reason
 
 
@@ -40,7 +41,11 @@ def image(
         node = opening.open_node(options, headers=headers)
     else:
         if not (names.is_uri(name) or os.path.exists(name)):
-            raise ImageError(f"Could not open '{name}': No such file or directory")
+            hint = ""
+            if name.startswith(("json:", "nbd:")):
+                hint = "this is taken for a file's name; options are for --image-opts, and an "
+                hint += "export is nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH"
+            raise ImageError(f"Could not open '{name}': No such file or directory", hint)
         node = opening.open_image(
             name,
             format,
@@ -84,8 +89,6 @@ def closed(node: Node) -> Iterator[None]:
         ) from error
 
 
-#: Formats of backing files; the last two are names that QEMU has recorded for raw ones.
-BACKING = {"raw", *OVERLAYS, "file", "host_device"}
 CACHES = {"none": True, "off": True, "directsync": True}
 CACHES |= {"writeback": False, "writethrough": False, "unsafe": False}
 
@@ -114,14 +117,6 @@ def check_backing(options: Mapping[str, Any]) -> None:
     if format and not name:
         raise CowferryError("Backing format cannot be used without backing file", "leave it out")
     check_format(format)
-
-
-def check_format(name: object) -> None:
-    """Raise `CowferryError` if no backing file can have this format."""
-    if name and str(name) not in BACKING:
-        raise CowferryError(
-            f"backing format '{name}' is not known", f"it can be {', '.join(sorted(BACKING))}"
-        )
 
 
 def forget(node: Node | None) -> None:

@@ -41,6 +41,10 @@ def create_command(
     kind = format or formats.of_new(filename) or "raw"
     given = creation_options(options)
     if "size" in given:
+        if size is not None:
+            raise CowferryError(
+                "The image size must be specified only once", "leave out SIZE, or -o size"
+            )
         size = parse_size(str(given.pop("size")))
     if backing is not None:
         given["backing_file"] = backing
@@ -51,8 +55,8 @@ def create_command(
     apart: list[identity.Layer] = []
     if below:
         opening.check_circle(filename, str(below), str(given["backing_fmt"]))
+        path = opening.backing_path(filename, str(below))
         if not unsafe:
-            path = opening.backing_path(filename, below)
             with image(path, given["backing_fmt"], force_share=True) as node:
                 size = node.size if size is None else size
                 apart = [f._replace(role="a file below it") for f in identity.layers(node, "")]

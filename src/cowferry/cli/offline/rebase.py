@@ -9,11 +9,12 @@ import click
 
 from cowferry.block import scope
 from cowferry.block.node import Node, State, read
-from cowferry.cli.offline import cached, check_format, forget, image
+from cowferry.cli.offline import cached, forget, image
 from cowferry.cli.offline.interrupts import Interrupts
 from cowferry.cli.offline.progress import Report
 from cowferry.cli.offline.runs import Windows, may_differ
 from cowferry.drivers import formats, opening, partial
+from cowferry.drivers.options import check_format
 from cowferry.errors import CowferryError, ImageError, NotSupported, reason
 
 STEP = 1 << 20  # bytes compared at once

@@ -24,7 +24,7 @@ from cowferry.errors import CowferryError, NotSupported
 KNOWN = {
     "compat", "cluster_size", "refcount_bits", "lazy_refcounts", "preallocation",
     "backing_file", "backing_fmt", "extended_l2", "compression_type", "data_file",
-    "data_file_raw", "encryption", "encrypt.format", "size",
+    "data_file_raw", "encryption", "encrypt.format",
 }  # fmt: skip
 STEP = 1 << 30  # bytes of the disk that are preallocated between two flushes
 
@@ -127,6 +127,8 @@ def _header(path: str, size: int, options: Mapping[str, Any]) -> headers.Header:
     if compression == "zstd":
         h.incompatible |= headers.COMPRESSION
         h.compression_type = 1
+    if options.get("data_file") == "":
+        raise CowferryError("'data_file' is empty", "name the external data file, or leave it out")
     if options.get("data_file"):
         h.incompatible |= headers.DATA_FILE
         h.data_file = str(options["data_file"])

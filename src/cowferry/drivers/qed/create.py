@@ -13,7 +13,7 @@ from cowferry.drivers.plan import Plan
 from cowferry.drivers.qed import header as headers
 from cowferry.errors import CowferryError
 
-KNOWN = {"cluster_size", "table_size", "backing_file", "backing_fmt", "size"}
+KNOWN = {"cluster_size", "table_size", "backing_file", "backing_fmt"}
 
 
 def plan(path: str, size: int, options: Mapping[str, Any]) -> Plan:
