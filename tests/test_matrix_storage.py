@@ -123,8 +123,8 @@ def split(cell: str) -> tuple[str, str, str]:
 
 def must_fail(name: str, kind: str, where: str) -> bool:
     """Whether the operation cannot succeed on storage as scarce as that."""
-    if name == "convert" and where.startswith("rlimit"):
-        return False  # a new file may become as large as the source is
+    if name in ("convert", "rebase") and where.startswith("rlimit"):
+        return False  # what grows may become as large as the source or the base is
     return OPERATIONS[name].needs_room and kind in ("qcow2", "qed") and where.endswith("-full")
 
 
