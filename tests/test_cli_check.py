@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,9 @@ def test_a_repair_says_what_it_did_and_what_it_left(image: Image) -> None:
     assert "errors were found" in said and "repaired:" in said
     again = json.loads(
         subprocess.run(
-            ["cowferry", "check", "--output=json", image.path], capture_output=True, text=True
+            [sys.executable, "-m", "cowferry", "check", "--output=json", image.path],
+            capture_output=True,
+            text=True,
         ).stdout
     )
     assert again["corruptions"] == 1 and "repairs" not in again

@@ -416,7 +416,7 @@ def test_a_device_or_a_file_too_large_is_refused_with_one_line(tmp_path: Path) -
     with open(path, "r+b") as f:
         f.truncate(5 << 40)
     assert "too large to be checked" in cowferry("check", path, code=1)
-    with pytest.raises(ImageError, match="is a device"):
+    with pytest.raises(ImageError, match="neither a regular file nor a block device"):
         opening.create_image("/dev/null", "qed", SIZE, {})
 
 

@@ -64,6 +64,11 @@ class Silent(CowferryError):
     """The daemon does not answer."""
 
 
+def _splitter() -> qmp.Splitter:
+    """A splitter of answers, which may be longer and deeper than commands."""
+    return qmp.Splitter(qmp.MAX_ANSWER, qmp.MAX_ANSWER_DEPTH)
+
+
 class Client:
     """A negotiated connection. Not thread-safe.
 
@@ -76,7 +81,7 @@ class Client:
         self.timeout = timeout
         self.events: deque[dict[str, Any]] = deque()
         self._numbers = itertools.count(1)
-        self._splitter = qmp.Splitter()
+        self._splitter = _splitter()
         self._texts: deque[bytes | qmp.ParseError] = deque()
         self.sock = self._connected(timeout or GREETING_SECONDS)
         try:
@@ -188,7 +193,7 @@ class Client:
         """Raise `Silent` unless the daemon greets another client."""
         before, self.sock = self.sock, self._connected(GREETING_SECONDS)
         texts, self._texts = self._texts, deque()
-        splitter, self._splitter = self._splitter, qmp.Splitter()
+        splitter, self._splitter = self._splitter, _splitter()
         try:
             if self._message(time.monotonic() + GREETING_SECONDS) is None:
                 raise self._silent(GREETING_SECONDS)
