@@ -65,9 +65,9 @@ def new_id() -> bytes:
 
 
 def when(id: bytes) -> str:
-    """The local time at which an id was drawn, for a person."""
-    seconds = int.from_bytes(id[:6], "big") / 1000
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    """The local time at which an id was drawn, for a person; two backups may be of one second."""
+    seconds, milliseconds = divmod(int.from_bytes(id[:6], "big"), 1000)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{milliseconds:03}"
 
 
 def unpacked(data: bytes, written: bool = False) -> Stamp | None:
