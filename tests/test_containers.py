@@ -43,6 +43,8 @@ WRITTEN = {
     "cloop": (b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", b""),
     "dmg": (b"", b"koly" + bytes(508)),
     "old VHD": (b"", b"conectix" + bytes(503)),
+    "SESparse": (b"\xbe\xba\xfe\xca\0\0\0\0\1\0\0\0\2\0\0\0", b""),
+    "qcow2 of a version to come": (b"QFI\xfb\0\0\0\4", b""),
     "luks": (b"LUKS\xba\xbe\0\1", b""),
     "luks2": (b"LUKS\xba\xbe\0\2", b""),
     "simg": (b"\x3a\xff\x26\xed\1\0\0\0", b""),
@@ -149,6 +151,17 @@ def test_every_command_that_takes_a_name_refuses_a_container(tmp_path: Path, com
         with pytest.raises(CowferryError, match="VMDK"):
             daemon.execute(command, COMMANDS[command](str(path)))
         assert path.read_bytes() == before and not daemon.jobs.all()
+
+
+@pytest.mark.parametrize("what", ["vmdk", "vpc -o subformat=fixed", "qcow2"])
+def test_an_image_that_exists_is_not_written_raw_without_O(tmp_path: Path, what: str) -> None:
+    target = made(tmp_path, what, "target.qcow2" if what == "qcow2" else "target.img")
+    source = tmp_path / "source.raw"
+    source.write_bytes(b"x" * 65536)
+    before = target.read_bytes()
+    done = CliRunner().invoke(convert_command, ["-n", str(source), str(target)])
+    assert isinstance(done.exception, CowferryError)
+    assert target.read_bytes() == before
 
 
 def test_the_command_line_refuses_a_container(tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ def test_what_follows_the_last_bytes_on_a_device_becomes_zero_at_once(
     assert Path(target).read_bytes() == b"\5" * size + bytes(MiB - size)
 
 
+@pytest.mark.parametrize("how", ["off", "falloc", "full"])
+def test_a_larger_device_ends_in_zeroes_also_with_preallocation(
+    source: Path, device: Callable[..., str], how: str
+) -> None:
+    target = device(2 * SIZE)
+    cowferry("convert", "-O", "raw", "-o", f"preallocation={how}", source, target)
+    same(source, target, "raw")
+
+
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 @pytest.mark.parametrize("how", ["off", "metadata", "falloc", "full"])
 def test_a_qcow2_image_on_a_device_shows_no_old_bytes(

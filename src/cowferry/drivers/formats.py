@@ -55,18 +55,23 @@ OURS = (
 )
 
 VMDK_TEXT = b"# Disk DescriptorFile"
+VMDK_SPARSE = b"\xbe\xba\xfe\xca\0\0\0\0"  # an extent of a snapshot (SESparse)
 VHD = b"conectix"
 PARALLELS, PARALLELS_2 = b"WithoutFreeSpace", b"WithouFreSpacExt"
 
 #: Containers for which there is no driver.
 FOREIGN = (
-    Container("VMDK", "vmdk", (".vmdk",), ((0, b"KDMV"), (0, b"COWD"), (0, VMDK_TEXT))),
+    Container(
+        "VMDK", "vmdk", (".vmdk",),
+        ((0, b"KDMV"), (0, b"COWD"), (0, VMDK_TEXT), (0, VMDK_SPARSE)),
+    ),
     Container("VDI", "vdi", (".vdi",), ((64, b"\x7f\x10\xda\xbe"),)),
     Container("VHD", "vpc", (".vhd", ".vpc", ".avhd"), tuple((at, VHD) for at in (0, -512, -511))),
     Container("VHDX", "vhdx", (".vhdx", ".avhdx"), ((0, b"vhdxfile"),)),
     Container("LUKS", "luks", (".luks",), ((0, b"LUKS\xba\xbe"),)),
     Container("Parallels", "parallels", (".hds", ".hdd"), ((0, PARALLELS), (0, PARALLELS_2))),
     Container("qcow version 1", "qcow", (), ((0, b"QFI\xfb\0\0\0\1"),)),
+    Container("newer qcow2", "qcow2", (), ((0, b"QFI\xfb"),)),  # those that we know come before
     Container("Bochs", "bochs", (".bochs", ".redolog"), ((0, b"Bochs Virtual HD Image"),)),
     Container("cloop", "cloop", (".cloop",), ((0, b"#!/bin/sh\n#V2.0 Format\n"),)),
     Container("DMG", "dmg", (".dmg",), ((-512, b"koly"),)),

@@ -60,11 +60,11 @@ SIDECARS = (keeper.SUFFIX, partial.FILLING)  # files beside an image that are pa
 class New:
     """A new image while it is being made. It has its name once `new_image` ends.
 
-    `path` is where it lies until then, and `options` open it there. `blank`: it reads as zeroes,
-    but for what a backing file shows. `stays`: it is on a device, where it stays as it is if the
-    caller fails."""
+    `path` is where it lies until then, and `options` open it there. `blank`: so many bytes at its
+    beginning read as zeroes, but for what a backing file shows. `stays`: it is on a device, where
+    it stays as it is if the caller fails."""
 
-    def __init__(self, format: str, target: _Target, data: _Target | None, blank: bool) -> None:
+    def __init__(self, format: str, target: _Target, data: _Target | None, blank: int) -> None:
         self.format = format
         self.path = target.new
         self.data_path = data.new if data is not None else None
@@ -139,7 +139,7 @@ def new_image(
                 each.plan.make(each.new, targets[0].new if each is not targets[0] else None)
             data = targets[0] if plan.data is not None else None
             on_device = any(each.is_device for each in targets)
-            yield New(format, image, data, plan.zero_on_device or not on_device)
+            yield New(format, image, data, plan.size if plan.zero_on_device or not on_device else 0)
             _finish(targets, goal)
         except BaseException as error:
             if image.replaced:  # decided: what is left to do is tidied up

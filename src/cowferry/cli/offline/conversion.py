@@ -37,17 +37,17 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Conversion:
     """One source, one target that nobody else uses. Used by one thread.
 
-    `blank`: the target reads as zeroes, but for its backing file. `sparse`: bytes; a run of as many
-    zero bytes becomes a hole; 0: all is written; None: as it is best. `done` is how far the target
-    has been written, in bytes."""
+    `blank`: so many bytes at the beginning of the target read as zeroes, but for its backing file.
+    `sparse`: bytes; a run of as many zero bytes becomes a hole; 0: all is written; None: as it is
+    best. `done` is how far the target has been written, in bytes."""
 
     def __init__(
-        self, source: Node, target: Node, *, blank: bool, sparse: int | None, compress: bool,
+        self, source: Node, target: Node, *, blank: int, sparse: int | None, compress: bool,
         drop_source: bool = False, drop_target: bool = False,
     ) -> None:  # fmt: skip
         self.source = source
         self.target = target
-        self.blank = blank and target.backing is None
+        self.blank = blank if target.backing is None else 0
         self.sparse = SPARSE if sparse is None else sparse
         self.compress = compress
         self.dropped = [source] * drop_source + [target] * drop_target
@@ -93,7 +93,8 @@ class Conversion:
         windows = Windows(0, self.source.size, self.source, self.target)
         for start, length in windows:
             for span in spans(self.source, start, length, self.granule, self.base):
-                step = STEP if span.kind is Kind.COPY or not self.blank else span.length
+                quick = span.kind is not Kind.COPY and span.offset + span.length <= self.blank
+                step = span.length if quick else STEP
                 if span.kind is Kind.COPY:
                     windows.busy()
                 for at in range(0, span.length, step):
@@ -101,7 +102,7 @@ class Conversion:
 
     def _span(self, span: Span) -> None:
         if span.kind is Kind.KEEP:
-            if not self.blank:
+            if span.offset + span.length > self.blank:
                 here = span.offset, span.length
                 for at, n in differing(self.base, self.target, *here, PAGE, holes=False):
                     scope.check()
@@ -113,9 +114,11 @@ class Conversion:
 
     def _zero(self, offset: int, length: int) -> None:
         """Zeroes where the target shows something else."""
-        if self.blank:
+        end = offset + length
+        offset = max(offset, self.blank)
+        if offset >= end:
             return
-        for at, n in _not_zero(self.target, offset, length):
+        for at, n in _not_zero(self.target, offset, end - offset):
             for start in range(at, at + n, STEP):  # a device that has to write them takes its time
                 scope.check()
                 n_now = min(STEP, at + n - start)

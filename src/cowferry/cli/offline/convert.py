@@ -68,8 +68,7 @@ def convert_command(
 
     Exit code: 0 done, 1 failed, 130 interrupted."""
     if target_format is None:
-        formats.of_new(target)  # which may say what we cannot write
-        target_format = "raw"
+        target_format = _default_format(target, no_create)
     given = _checked(
         target_format, options, backing, backing_format, no_create, target_is_zero, compress,
         bitmaps, skip_broken_bitmaps, coroutines, len(sources),
@@ -101,7 +100,12 @@ def convert_command(
         out, blank, stays = stack.enter_context(opened)
         _check_target(out, target, source, compress, copies)
         work = Conversion(
-            source, out, blank=blank or target_is_zero, sparse=least, compress=compress, **drop
+            source,
+            out,
+            blank=out.size if target_is_zero else blank,
+            sparse=least,
+            compress=compress,
+            **drop,
         )
         try:
             with Report(source.size, show_progress and not quiet) as report:
@@ -116,6 +120,22 @@ def convert_command(
                 error.hint = _partly(target, work.done)
             raise
     return 0
+
+
+def _default_format(target: str, exists: bool) -> str:
+    """The format of a target for which no -O is given: raw, as with qemu-img.
+
+    Raises `CowferryError` for a name that says a format that cannot be written, and for an image
+    that exists and is not raw, because writing raw bytes would destroy it."""
+    if not exists:
+        formats.of_new(target)
+    elif (found := formats.format_of(target)) != "raw":
+        raise CowferryError(
+            f"'{target}' is, by its name, a {found} image, and without -O it would be written as "
+            "raw",
+            f"say -O {found}, or -O raw; nothing was written",
+        )
+    return "raw"
 
 
 def _partly(target: str, done: int) -> str:
@@ -170,7 +190,7 @@ def _sparse(text: str | None) -> int | None:
     return size
 
 
-Opened = tuple[Node, bool, bool]  # the target, whether it reads as zeroes, whether it stays
+Opened = tuple[Node, int, bool]  # the target, see `New.blank`, whether it stays
 
 
 @contextmanager
@@ -184,7 +204,7 @@ def _existing(
     with image(target, format, read_only=False) as out:
         identity.check_apart(refusal, target, identity.of_node(out), apart)
         _check_backing(out, target, options)
-        yield out, False, True
+        yield out, 0, True
 
 
 def _check_backing(out: Node, target: str, options: dict[str, Any]) -> None:
