@@ -221,6 +221,10 @@ def test_a_protocol_can_be_chosen() -> None:
         (["--tcp", "localhost:65536"], "port 65536 is higher than 65535"),
         (["--tcp", "::1:10809"], "put an IPv6 address in brackets"),
         (["--tcp", "[::1]"], "--tcp expects HOST:PORT or [IPV6]:PORT"),
+        (["--tcp", ""], "--tcp expects HOST:PORT"),
+        (["--socket", ""], "is not a socket"),
+        (["--pidfile", ""], "cannot write pidfile ''"),
+        (["--chardev", ""], "'id' is missing"),
         (["--tcp", "x" * 64 + ":1"], "is no host name"),
         (["--nbd-server", "addr.type=inet,addr.host=h,addr.port=70000"], "higher than 65535"),
         (["--nbd-server", "addr.type=inet,addr.host=[x],addr.port=1"], "'x' is no IPv6 address"),
@@ -240,7 +244,7 @@ def test_a_wrong_address_ends_serve_with_one_line(
 ) -> None:
     base = tmp_path / "base.raw"
     base.write_bytes(bytes(SIZE))
-    if arguments[0] in ("--tcp", "--chardev"):
+    if arguments[0] in ("--tcp", "--chardev", "--socket", "--pidfile"):
         arguments = [*arguments, str(base)]
     with program(tmp_path / "run", *arguments) as (child, _):
         assert child.wait(PATIENCE) == 1

@@ -186,6 +186,13 @@ def test_qmp_sends_typed_arguments_and_shows_errors(scene: Scene) -> None:
     assert json.loads(out)["error"] == {
         "class": "GenericError", "desc": "Parameter 'x' is unexpected"
     }  # fmt: skip
+    whole = '{"execute": "query-named-block-nodes", "arguments": {"flat": true}}'
+    assert (
+        scene.run("qmp", whole)[:2] == scene.run("qmp", "query-named-block-nodes", "flat=true")[:2]
+    )
+    for message, more in (('{"execute": 1}', ()), ('{"id": 1}', ()), (whole, ("x=1",))):
+        status, _, err = scene.run("qmp", message, *more)
+        assert status == 1 and "a message" in err
     assert scene.run("qmp", "query-jobs", "x")[::2] == (1, "cowferry: 'x' is not KEY=VALUE\n")
 
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import cowferry.daemon
 import nbd_servers
 from chains import contents, differs, make_base, overlay
 from cowferry.block import chores
 from cowferry.cli.client import Client
+from cowferry.cli.serve import serve_command
 from cowferry.drivers import opening
 from cowferry.drivers.nbd_client import NbdClient
 from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound, NotSupported
@@ -398,6 +400,25 @@ def test_bad_arguments_end_with_one_line_and_leave_nothing(tmp_path: Path) -> No
             said = child.stderr.read()
             assert text in said and "Traceback" not in said
         assert not run.exists() or not list(run.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--tcp", ":0"], "--tcp is for FILEs"),
+        (["--socket", "s"], "--socket is for FILEs"),
+        (["-r"], "--read-only is for FILEs"),
+        (["-f", "raw"], "--format is for FILEs"),
+        (["--json"], "--json is for FILEs"),
+        (
+            ["--nbd-server", "addr.type=unix,addr.path=s", "--socket", "t", "f"],
+            "exclude each other",
+        ),
+    ],
+)
+def test_serve_refuses_options_that_would_mean_nothing(arguments: list[str], text: str) -> None:
+    done = CliRunner().invoke(serve_command, [*arguments, "--blockdev", "driver=file"])
+    assert done.exit_code == 2 and text in done.output
 
 
 def swap(command: list[str], folder: Path, image: Path) -> tuple[bytearray, list[dict[str, Any]]]:

@@ -15,6 +15,7 @@ import click
 
 from cowferry.block import names
 from cowferry.cli.client import ALIVE_SECONDS, TIMEOUT, Client, HungUp, QmpError, connect
+from cowferry.cli.keyval import parse_option
 from cowferry.cli.options import control, json_output
 from cowferry.cli.sizes import Seconds, human
 from cowferry.errors import CowferryError
@@ -83,6 +84,17 @@ def _typed(value: str) -> Any:
         return value
 
 
+def _message(text: str, more: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """Return the command and the arguments of a message of QMP. Raises `CowferryError`."""
+    message = parse_option(text)
+    command, given = message.get("execute"), message.get("arguments", {})
+    if more or message.keys() - {"execute", "arguments"}:
+        raise CowferryError('a message has the members "execute" and "arguments", and stands alone')
+    if not isinstance(command, str) or not isinstance(given, dict):
+        raise CowferryError('a message is {"execute": "COMMAND", "arguments": {...}}')
+    return command, given
+
+
 @click.command("qmp")
 @click.argument("command")
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]... | JSON")
@@ -90,10 +102,13 @@ def _typed(value: str) -> Any:
 def qmp_command(command: str, arguments: tuple[str, ...], path: str | None) -> int:
     """Send one QMP COMMAND and print what it returns.
 
-    Values are JSON where they can be (numbers, true, {...}) and strings otherwise; dots nest.
+    Values are JSON where they can be (numbers, true, {...}) and strings otherwise; dots nest. The
+    arguments, or the whole message with "execute" and "arguments", may be one JSON object.
     """
     given: dict[str, Any] = {}
-    if len(arguments) == 1 and arguments[0].startswith("{"):
+    if command.startswith("{"):
+        command, given = _message(command, arguments)
+    elif len(arguments) == 1 and arguments[0].startswith("{"):
         try:
             given = json.loads(arguments[0])
         except (ValueError, RecursionError) as error:

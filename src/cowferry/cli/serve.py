@@ -111,10 +111,22 @@ def serve_command(ctx: click.Context, /, **given: Any) -> None:
     ordered = ctx.meta["cowferry.ordered"]
     if not given["disks"] and not ordered:
         raise click.UsageError("nothing to serve: give a FILE, or --blockdev and --export")
+    useless = [option for option, name in OF_FILES.items() if given[name] not in (None, False)]
+    if useless and not given["disks"]:
+        raise click.UsageError(f"{useless[0]} is for FILEs, and there is none")
+    if given["socket_path"] is not None and given["nbd_server"]:
+        raise click.UsageError("--socket and --nbd-server exclude each other")
     ready = detach() if given["daemonize"] else None
     level = logging.INFO if given["verbose"] else logging.ERROR
     logging.basicConfig(stream=sys.stderr, level=level, format="cowferry: %(message)s")
     Serving(given, ordered).run(ready)
+
+
+#: Options that mean nothing without a FILE, and the names of their values.
+OF_FILES = {
+    "--format": "image_format", "--copy-on-read": "copy_on_read", "--read-only": "read_only",
+    "--socket": "socket_path", "--tcp": "tcp", "--json": "as_json",
+}  # fmt: skip
 
 
 class Serving:
@@ -167,7 +179,7 @@ class Serving:
 
     def _begin(self, daemon: Daemon) -> None:
         """Do what the options ask for."""
-        if self.given["pidfile"]:
+        if self.given["pidfile"] is not None:
             self.pidfile = Pidfile(self.given["pidfile"])
         self.limits = [parse_limits(parse_option(t, "disk")) for t in self.given["limit"]]
         for option, text in self.ordered:
@@ -234,10 +246,12 @@ class Serving:
         human = self._held(hmp.server(daemon))
         human.listen_unix(os.path.join(folder, "hmp.sock"))
         if daemon.nbd is None:
-            path = self.given["socket_path"] or os.path.join(folder, "nbd.sock")
+            path = self.given["socket_path"]
+            if path is None:
+                path = os.path.join(folder, "nbd.sock")
             daemon.start_nbd({"type": "unix", "path": os.path.abspath(path)})
         assert daemon.nbd is not None
-        if self.given["tcp"]:
+        if self.given["tcp"] is not None:
             daemon.nbd.listen(parse_tcp(self.given["tcp"], "--tcp", "127.0.0.1"))
         from cowferry.drivers import opening
 
@@ -311,11 +325,12 @@ class Serving:
 
     def _chardev(self, daemon: Daemon, text: str) -> None:
         if not text.startswith("{"):  # old habits: a bare `server` is on, `nowait` is wait=off
-            first, *rest = split(text)
-            rest = [
-                p if "=" in p else f"{p[2:]}=off" if p.startswith("no") else f"{p}=on" for p in rest
+            parts = split(text)
+            parts[1:] = [
+                p if "=" in p else f"{p[2:]}=off" if p.startswith("no") else f"{p}=on"
+                for p in parts[1:]
             ]
-            text = ",".join(p.replace(",", ",,") for p in (first, *rest))
+            text = ",".join(p.replace(",", ",,") for p in parts)
         options = parse_option(text, "backend")
         kind, ident = options.get("backend"), options.get("id")
         if not isinstance(ident, str):
