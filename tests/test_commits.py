@@ -157,7 +157,7 @@ def test_no_commit_into_or_over_an_image_that_is_exported_by_itself(
     world.execute("block-export-add", type="nbd", id="e", node_name=node.name, name="seen")
     before = Path(world.path(exported)).read_bytes()
     arguments = {"top": world.path(top)} if top else {}
-    with pytest.raises(DeviceInUse, match=f"'{node.name}'.* is exported by itself"):
+    with pytest.raises(DeviceInUse, match=f"Image '.*{exported}' is exported by itself"):
         world.commit(**arguments)
     assert not world.daemon.jobs.all() and not world.daemon.graph.claims
     assert Path(world.path(exported)).read_bytes() == before

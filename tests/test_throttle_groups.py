@@ -313,7 +313,7 @@ def test_a_limit_is_an_error_where_no_guests_request_comes(house: House) -> None
     assert below is not None
     one = {**NO_LIMITS, "iops": 1}
     assert refused(house, "block_set_io_throttle", {"device": below.name, **one}) == (
-        f"Node '{below.name}' lies below '{house.disk.root.name}': no guest's request comes to it"
+        f"Image '{below.filename}' lies below '{house.disk.name}': no guest's request comes to it"
     )
     plain = house.folder / "plain.raw"
     plain.write_bytes(bytes(SIZE))

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from cowferry.block import closing, names
 from cowferry.block.disk import Disk
-from cowferry.block.held import refuse_floating
 from cowferry.block.limits import Group
 from cowferry.block.node import Node, chain
 from cowferry.block.reserved import filenames, references
 from cowferry.block.scope import CalledOff
 from cowferry.block.turn import Turn
-from cowferry.block.uses import Uses
+from cowferry.block.uses import GENERATED, Uses
 from cowferry.block.walk import children, filters, parents_first, parts
 from cowferry.drivers import driver, opening, partial
 from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound
@@ -241,7 +240,7 @@ class Graph(Uses):
                 continue
             node = self.nodes.get(child) if isinstance(child, str) else None
             if node is not None and self.floats(node):
-                raise refuse_floating(node, f"its use as {key}")
+                raise self.refuse_floating(node, f"its use as {key}")
             if node is None:
                 continue
             if key != "backing":
@@ -259,7 +258,7 @@ class Graph(Uses):
                 for role, held in children(other):
                     if held is node and role != "backing" and (mine or not other.read_only):
                         raise CowferryError(
-                            f"Node '{child}' is in use by '{other.name}' as '{role}'",
+                            f"Node '{child}' is in use by '{self.short(other)}' as '{role}'",
                             "two nodes over one file would damage it",
                         )
             if self.written(node) and not (may_float and key == "backing"):
@@ -297,7 +296,7 @@ class Graph(Uses):
 
     def _generated(self) -> str:
         self._number += 1
-        return f"#block{self._number}"
+        return f"{GENERATED}{self._number}"
 
     def node(self, name: str) -> Node:
         """The node of that name. Raises `CowferryError`."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from cowferry.block.node import Node
 from cowferry.errors import DeviceInUse
 
+BY_JOB = "block device is in use by block job: "  # QEMU's words; the type of the job follows
+
 
 class Held(NamedTuple):
     """A node that is not to be changed by anybody else: why, and the job's id if it is a job.
@@ -24,21 +26,27 @@ class Held(NamedTuple):
     kept: bool = False
     shared: bool = False
 
+    @property
+    def user(self) -> str:
+        """The job or the command that holds the node, in words."""
+        what = self.why.removeprefix(BY_JOB)
+        return f"{what} job '{self.holder}'" if self.holder else what
 
-def refuse_held(held: Held, wanted: str) -> DeviceInUse:
-    """The refusal of what is `wanted` of a node that is held."""
+
+def refuse_held(held: Held, whose: str, wanted: str) -> DeviceInUse:
+    """The refusal of what is `wanted` of a node that is held, and that is called `whose`."""
     job = f" '{held.holder}'" if held.holder else ""
     return DeviceInUse(
-        f"Node '{held.node.name}' is busy: {held.why}{job}, which excludes {wanted}",
+        f"{whose} is busy: {held.why}{job}, which excludes {wanted}",
         f"wait for job{job}, or cancel it" if job else "wait for it",
     )
 
 
-def refuse_floating(node: Node, wanted: str) -> DeviceInUse:
-    """The refusal of what is `wanted` of an overlay over a node that is being written."""
-    below = node.backing.name if node.backing is not None else ""
+def refuse_floating(whose: str, below: str, wanted: str) -> DeviceInUse:
+    """The refusal of what is `wanted` of an overlay, called `whose`, over a node that is being
+    written."""
     return DeviceInUse(
-        f"Node '{node.name}' is busy: '{below}' below it is in use by a writable export, so it "
-        f"shows no moment, which excludes {wanted}",
+        f"{whose} is busy: '{below}' below it is in use by a writable export, so it shows no "
+        f"moment, which excludes {wanted}",
         "blockdev-backup with sync=none keeps the moment at which it starts; use it after that",
     )

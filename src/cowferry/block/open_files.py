@@ -42,14 +42,14 @@ class OpenFiles:
         for node in nodes:
             self._index.discard(self._places.pop(id(node), ()), node)
 
-    def check_sole(self, node: Node, files: list[Node], wanted: str, user: User) -> None:
-        """Raise `DeviceInUse` if another node lies over bytes of `node`, whose `files` are given,
-        under another name: it would see what is about to be written there."""
+    def check_sole(self, whose: str, files: list[Node], wanted: str, user: User) -> None:
+        """Raise `DeviceInUse` if another node lies over bytes of the `files` of a node, which is
+        called `whose`, under another name: it would see what is about to be written there."""
         for file in files:
             for mine, theirs, other in self._index.find(self._places.get(id(file), ())):
                 if not any(other is f for f in files) and not other.shares:
                     raise DeviceInUse(
-                        f"Node '{node.name}' is busy, which excludes {wanted}: "
+                        f"{whose} is busy, which excludes {wanted}: "
                         f"{_met(file, mine, other, theirs, user)}",
                         "nothing was changed; what is written there would change under it",
                     )

@@ -18,6 +18,7 @@ from cowferry.block.turn import Turn
 from cowferry.block.walk import children, parents_first, parts
 from cowferry.errors import CowferryError, DeviceInUse
 
+GENERATED = "#block"  # how the names begin that nobody gave
 COMMAND_SECONDS = 10.0  # that a command waits for another one that works on the same nodes
 
 
@@ -69,6 +70,18 @@ class Uses:
         """Whether it shows what the node that it lies over was like at one moment."""
         with self.lock:
             return any(held.kept for held in self.holders(node))
+
+    def called(self, node: Node) -> str:
+        """What a person calls a node: by the name that somebody gave it, or as a disk or a file."""
+        if node.name and not node.name.startswith(GENERATED):
+            return f"Node '{node.name}'"
+        with self.lock:
+            disk = next((d.name for d in self.disks.values() if d.root is node), None)
+        return f"Image '{node.filename}'" if disk is None else f"Disk '{disk}'"
+
+    def short(self, node: Node) -> str:
+        """As `called`, without the quotes and what kind of a thing it is."""
+        return self.called(node).partition("'")[2][:-1]
 
     def holders(self, node: Node) -> list[Held]:
         """Who holds it: one, or several that share it."""
@@ -160,9 +173,9 @@ class Uses:
         with self.lock:
             for held in self.holders(node):
                 if not (sharing and held.shared):
-                    raise refuse_held(held, wanted)
+                    raise refuse_held(held, self.called(node), wanted)
             if not afloat and self.floats(node):
-                raise refuse_floating(node, wanted)
+                raise self.refuse_floating(node, wanted)
             for disk in self.all_disks():
                 reason = self.locks.get(id(disk))
                 if reason is not None and any(n is node for n in chain(disk.root)):
@@ -179,15 +192,21 @@ class Uses:
                     if child is node:
                         what = "backing hd" if role == "backing" else role
                         raise CowferryError(
-                            f"Node '{node.name}' is busy: node is used as {what} of '{other.name}'"
+                            f"{self.called(node)} is busy: node is used as {what} of "
+                            f"'{self.short(other)}'"
                         )
+
+    def refuse_floating(self, node: Node, wanted: str) -> DeviceInUse:
+        """The refusal of what is `wanted` of an overlay over a node that is being written."""
+        below = self.short(node.backing) if node.backing is not None else ""
+        return refuse_floating(self.called(node), below, wanted)
 
     def check_sole(self, node: Node, wanted: str) -> None:
         """Raise `DeviceInUse` if another open node lies over bytes of `node` under another name: it
         would see what is about to be written there."""
         with self.lock:
             files = [n for n in (node, *parts(node)) if n.file is None]
-            self.files.check_sole(node, files, wanted, self._user)
+            self.files.check_sole(self.called(node), files, wanted, self._user)
 
     def check_unused(self, path: str) -> None:
         """Raise `DeviceInUse` if the file or device at `path` is open, by whatever name."""
@@ -199,7 +218,13 @@ class Uses:
         disks = [f"'{disk.name}'" for disk in self.disks_above(node) if disk.name in self.disks]
         if disks:
             return f"in use by disk {' and '.join(disks)}"
-        return f"in use by node '{node.name}'" if node.name else "in use by the same chain"
+        above = [over for over in self.nodes.values() if node in parents_first([over])]
+        for held in (held for over in above for held in self.holders(over)):
+            return f"in use by {held.user}"
+        for over in above:
+            if not over.name.startswith(GENERATED):
+                return f"in use by node '{over.name}'"
+        return "in use by another node" if node.name else "in use by the same chain"
 
     def check_idle(self, node: Node) -> None:
         """Raise `CowferryError` if any node, disk or export lies over `node`."""
@@ -226,12 +251,12 @@ class Uses:
                 # What a job fills has no gate of ours around it; and no second writer comes in
                 # while one works on the disk.
                 if not held.served and (writable or not held.kept):
-                    raise refuse_held(held, "an export")
+                    raise refuse_held(held, self.called(disk.root), "an export")
                 if writable and any(self.users.get(id(disk), [])):
-                    raise refuse_held(held, "a second export for writing")
+                    raise refuse_held(held, self.called(disk.root), "a second export for writing")
             floating = next((n for n in chain(disk.root) if self.floats(n)), None)
             if floating is not None:
-                raise refuse_floating(floating, "an export")
+                raise self.refuse_floating(floating, "an export")
             if writable:
                 keeper.check_bypass(disk.root)
             for other in self.nodes.values():
@@ -240,14 +265,14 @@ class Uses:
                         continue
                     if writable:
                         raise CowferryError(
-                            f"Conflicts with use by '{other.name}' as '{role}', which does not "
-                            f"allow 'write' on '{child.name}'",
+                            f"Conflicts with use by '{self.short(other)}' as '{role}', which does "
+                            f"not allow 'write' on '{self.short(child)}'",
                             "export it read-only, or export the node above it",
                         )
                     if role != "backing" and child.file is not None and not other.read_only:
                         raise CowferryError(
-                            f"Conflicts with use by '{other.name}' as '{role}', which writes "
-                            f"'{child.name}'",
+                            f"Conflicts with use by '{self.short(other)}' as '{role}', which "
+                            f"writes '{self.short(child)}'",
                             "export the node above it",
                         )
             self.users.setdefault(id(disk), []).append(writable)

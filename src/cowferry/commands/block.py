@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from cowferry.block.held import BY_JOB
 from cowferry.block.node import Node, chain, files
 from cowferry.commands import Args, NoArgs, command
 from cowferry.commands.throttle import shown
@@ -81,7 +82,7 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
         if node is not None:
             node.refresh_size()
 
-    why = "block device is in use by block job: create"
+    why = f"{BY_JOB}create"
     if node is not None:
         daemon.graph.check_idle(node)
         daemon.graph.claim([node], why, args.job_id)

@@ -224,10 +224,11 @@ def check_reached(graph: Graph, disk: Disk) -> None:
         over = graph.stranger(disk.root, [])
     if over is not None:
         raise CowferryError(
-            f"Node '{disk.root.name}' lies below '{over.name}': no guest's request comes to it",
-            f"limit '{over.name}'",
+            f"{graph.called(disk.root)} lies below '{graph.short(over)}': no guest's request comes "
+            "to it",
+            f"limit '{graph.short(over)}'",
         )
     raise CowferryError(
-        f"Node '{disk.root.name}' is not exported: no guest's request comes to it",
+        f"{graph.called(disk.root)} is not exported: no guest's request comes to it",
         "export it first (block-export-add), or put a throttle node over it",
     )

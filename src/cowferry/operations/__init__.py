@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from cowferry.block import names
 from cowferry.block.disk import Disk
+from cowferry.block.held import BY_JOB
 from cowferry.block.moves import Move
 from cowferry.block.node import Node, chain
 from cowferry.errors import CowferryError, DeviceInUse
@@ -89,7 +90,9 @@ def root_disk(daemon: Daemon, device: str) -> Disk:
     if over is not None:
         free(daemon, device, "another operation")
         daemon.graph.check_free(disk.root, "another operation")  # a job's own target, perhaps
-        raise CowferryError("Need a root block node", f"'{device}' lies below '{over.name}'")
+        raise CowferryError(
+            "Need a root block node", f"'{device}' lies below '{daemon.graph.short(over)}'"
+        )
     return disk
 
 
@@ -120,7 +123,7 @@ class Claim:
         self.nodes: list[Node] = []
         self.root = root
         self.job_type = job_type
-        self.why = f"block device is in use by block job: {job_type}" if job_id else job_type
+        self.why = f"{BY_JOB}{job_type}" if job_id else job_type
         self.holder = job_id
         self.brief = brief
         if job_id:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cowferry.block import lineage, names, spill
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
+from cowferry.block.held import BY_JOB
 from cowferry.block.lineage import Stamp
 from cowferry.block.node import Extent, Node, State, clear
 from cowferry.block.spill import UNIT
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 SYNC = ("top", "full", "none", "incremental", "bitmap")
 BY_BITMAP = ("incremental", "bitmap")
 MAX_WORKERS = (1 << 31) - 1
-WHY = "block device is in use by block job: backup"
+WHY = f"{BY_JOB}backup"
 SAME = "Source and target cannot be the same"
 
 
@@ -428,24 +429,26 @@ def _check_target(daemon: Daemon, node: Node, name: str) -> None:
     over = graph.stranger(node, [])
     if over is not None:
         raise DeviceInUse(
-            f"Node '{node.name}' is busy: node is used as backing hd of '{over.name}'",
+            f"{graph.called(node)} is busy: node is used as backing hd of '{graph.short(over)}'",
             "back up into a node that nobody else uses",
         )
     if graph.exported(node) or any(d.root is node for d in graph.disks.values()):
         raise DeviceInUse(
-            f"Node '{node.name}' is in use: it is a disk of its own, or exported",
+            f"{graph.called(node)} is in use: it is a disk of its own, or exported",
             "back up into a node that nobody else uses",
         )
 
 
 def check_source(daemon: Daemon, disk: Disk, device: str, target: Node | None) -> None:
     """Raise unless all who may write the disk come by its gate."""
-    root = disk.root
-    ours = [n for n in daemon.graph.every_node() if n.backing is root]  # an overlay only reads it
-    over = daemon.graph.stranger(root, ours if target is None else [*ours, target])
+    root, graph = disk.root, daemon.graph
+    ours = [n for n in graph.every_node() if n.backing is root]  # an overlay only reads it
+    over = graph.stranger(root, ours if target is None else [*ours, target])
     if over is not None and not root.read_only:
-        daemon.graph.check_free(root, "backup")
-        raise CowferryError("Need a root block node", f"'{device}' lies below '{over.name}'")
+        graph.check_free(root, "backup")
+        raise CowferryError(
+            "Need a root block node", f"'{device}' lies below '{graph.short(over)}'"
+        )
     free(daemon, device, "backup", beside="backup")
 
 

@@ -95,13 +95,13 @@ def start(
         stranger = graph.stranger(node, layers)
         if stranger is not None:
             raise DeviceInUse(
-                f"Node '{node.name}' ('{node.filename}') is busy: it is used as backing of "
-                f"'{stranger.name}', too",
+                f"{graph.called(node)} is busy: it is used as backing of "
+                f"'{graph.short(stranger)}', too",
                 "committing would change what that one reads",
             )
         if node is not root and graph.exported(node):
             raise DeviceInUse(
-                f"Node '{node.name}' ('{node.filename}') is exported by itself",
+                f"{graph.called(node)} is exported by itself",
                 "its client would see the commit's traces; withdraw that export first",
             )
     graph.check_sole(lower, "commit")

@@ -100,7 +100,7 @@ def into_node(
     users = graph.stranger(node, [])
     if users is not None:
         raise DeviceInUse(
-            f"Node '{node.name}' is busy: node is used as backing hd of '{users.name}'",
+            f"{graph.called(node)} is busy: node is used as backing hd of '{graph.short(users)}'",
             "mirror into a node that nobody else uses",
         )
     targets.check_target(daemon, SAME, disk, node)
@@ -108,7 +108,7 @@ def into_node(
         raise CowferryError(f"Block node is read-only: '{target}'", "open the target for writing")
     if graph.exported(node) or any(d.root is node for d in graph.disks.values()):
         raise DeviceInUse(
-            f"Node '{node.name}' is in use: it is a disk of its own, or exported",
+            f"{graph.called(node)} is in use: it is a disk of its own, or exported",
             "mirror into a node that nobody else uses",
         )
     free(daemon, device, "mirror")

@@ -111,8 +111,9 @@ def _plan(daemon: Daemon, given: Mapping[str, Any], taken: list[Node]) -> tuple[
                 for role, child in children(other):
                     if child is node and role != "backing" and not other.read_only:
                         raise CowferryError(
-                            f"'{name}' is in use by '{other.name}' as '{role}', which writes",
-                            f"reopen '{other.name}' instead",
+                            f"'{name}' is in use by '{graph.short(other)}' as '{role}', which "
+                            "writes",
+                            f"reopen '{graph.short(other)}' instead",
                         )
         steps.append((lambda: node.reopen(read_only), lambda: node.reopen(was)))
     return node, steps
