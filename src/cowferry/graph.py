@@ -53,6 +53,7 @@ class Graph(Uses):
         self.closed = False
         self.explicit: set[str] = set()  # added by blockdev-add, gone by blockdev-del only
         self.inherited: set[str] = set()  # of those, roots that took the place of an added one
+        self.forsaken: dict[str, str] = {}  # overlays left by a commit -> the file of their base
         self.groups: dict[str, Group] = {}  # of limits, by name
         self._number = 100
 
@@ -64,9 +65,9 @@ class Graph(Uses):
             raise CowferryError("'node-name' must be specified for the root node")
         return self._open(options, self._owned, may_float=True)
 
-    def adopt(self, options: Mapping[str, Any], explicit: bool = False) -> Node:
+    def adopt(self, options: Mapping[str, Any]) -> Node:
         """Open a node for an operation; it goes when nobody uses it. Raises `CowferryError`."""
-        return self._open(options, self._owned if explicit else lambda node: node)
+        return self._open(options, lambda node: node)
 
     def _owned(self, node: Node) -> Node:
         self.explicit.add(node.name)
@@ -304,12 +305,22 @@ class Graph(Uses):
             found = self.nodes.get(name)
             if found is None:
                 raise CowferryError(f"Failed to find node with node-name='{name}'")
+            self.check_kept(found)
             return found
+
+    def check_kept(self, node: Node) -> None:
+        """Raise `CowferryError` if a node is an overlay that `forsake` has left."""
+        below = self.forsaken.get(node.name)
+        if below is not None:
+            raise CowferryError(
+                f"Node '{node.name}' cannot be used: '{below}', over which it lay, has changed",
+                f"what it holds was committed there; blockdev-del '{node.name}' closes it",
+            )
 
     def delete_node(self, name: str) -> None:
         """blockdev-del. Raises `CowferryError` while anybody uses the node."""
         with self.lock:
-            node = self.node(name)
+            node = self.nodes[name] if name in self.forsaken else self.node(name)
             self.check_free(node, "blockdev-del", afloat=True)
             self.check_top(node)
             for disk in self.disks.values():
@@ -346,6 +357,7 @@ class Graph(Uses):
                 for n in (node, *(c for c in parts(node) if c.name not in self.explicit)):
                     self.nodes.pop(n.name, None)
                     self.inherited.discard(n.name)
+                    self.forsaken.pop(n.name, None)
                     self.reserved.names[n.name] = "closed"
                     disk = self.bare.pop(n.name, None)
                     if disk is not None:
@@ -480,6 +492,7 @@ class Graph(Uses):
 
         Raises `ImageError` for a bare file that is no disk by itself."""
         with self.lock:
+            self.check_kept(node)
             node = self._through_filters(node)
             for disk in (*self.disks.values(), *self.bare.values()):
                 if disk.root is node:
@@ -591,6 +604,18 @@ class Graph(Uses):
                 all_gone.disks.extend(gone.disks)
                 node = below
         self._close(all_gone)
+
+    def forsake(self, old: Node, base: Node) -> None:
+        """Cut off the overlays from `old` down to `base` that are still open, because blockdev-add
+        opened them: a commit has changed `base`, so they do not show any more what they did. Each
+        can only be closed now."""
+        with self.lock:
+            for node in list(chain(old)):
+                if self.nodes.get(node.name) is node:
+                    self.forsaken[node.name] = base.filename
+                if node.backing is base:
+                    node.backing = None
+                    return
 
     def close(self, seconds: float = math.inf) -> list[str]:
         """Flush and close everything; nothing is opened any more.

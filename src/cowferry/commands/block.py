@@ -208,8 +208,11 @@ def image_info(node: Node, with_backing: bool = True) -> dict[str, Any]:
     return out
 
 
-def device_info(node: Node, disk: Disk | None = None, levels: int = MAX_DEPTH) -> dict[str, Any]:
-    """QMP: BlockDeviceInfo of a node, with so many levels of backing images."""
+def device_info(
+    node: Node, disk: Disk | None = None, levels: int = MAX_DEPTH, lay: str | None = None
+) -> dict[str, Any]:
+    """QMP: BlockDeviceInfo of a node, with so many levels of backing images. `lay` is the file over
+    which it lay until a commit cut it off (`Graph.forsake`)."""
     nodes = list(chain(node))
     bottom = next(files(node))
     direct, no_flush = getattr(bottom, "direct", False), getattr(bottom, "no_flush", False)
@@ -231,6 +234,8 @@ def device_info(node: Node, disk: Disk | None = None, levels: int = MAX_DEPTH) -
     }  # fmt: skip
     if node.backing is not None:
         out["backing_file"] = node.backing.filename
+    elif lay is not None:
+        out["backing_file"] = lay
     if disk is not None and disk.limits is not None:
         group = disk.limits.group
         out |= shown(group.limits) | {"group": group.name}
@@ -255,7 +260,8 @@ def query_named_block_nodes(daemon: Daemon, args: QueryNodes) -> list[dict[str, 
     with daemon.graph.lock:
         nodes = list(daemon.graph.nodes.values())
         disks = {id(disk.root): disk for disk in daemon.graph.all_disks()}
-    return [device_info(node, disks.get(id(node)), levels) for node in nodes]
+        lay = dict(daemon.graph.forsaken)
+    return [device_info(n, disks.get(id(n)), levels, lay.get(n.name)) for n in nodes]
 
 
 @command("query-block", locked=False)

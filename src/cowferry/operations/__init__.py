@@ -68,6 +68,7 @@ def find(daemon: Daemon, name: str) -> Node:
         found = daemon.graph.nodes.get(name)
     if found is None:
         raise CowferryError(f"Cannot find device='{name}' nor node-name='{name}'")
+    daemon.graph.check_kept(found)
     return found
 
 

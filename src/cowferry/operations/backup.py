@@ -557,7 +557,7 @@ def _open(
     options = opening.image_options(path, format)
     if node_name is not None:
         options["node-name"] = node_name
-    return daemon.graph.adopt(options, explicit=node_name is not None)
+    return daemon.graph.adopt(options)
 
 
 # Of several disks, into new files -----------------------------------------------------------

@@ -22,6 +22,7 @@ from cowferry.operations.change import check_name
 if TYPE_CHECKING:
     from cowferry.block.disk import Disk
     from cowferry.daemon import Daemon
+    from cowferry.graph import Graph
     from cowferry.jobs.group import Group
 
 
@@ -146,8 +147,7 @@ def start(
 
     def make(held: Claim) -> Job:
         def detached(old: Node, base_now: Node) -> None:
-            held.release()
-            graph.detached(old, base_now)
+            _part(graph, held, old, base_now)
 
         return Commit(
             lambda: graph.disks_above(lower),
@@ -173,16 +173,21 @@ def _active(daemon: Daemon, disk: Disk, into: Into, held: Claim, common: dict[st
     graph = daemon.graph
     old = into.top
 
-    def detached() -> None:
-        held.release()
-        graph.detached(old, into.base)
-
     return ActiveCommit(
         disk,
         into,
         move=lambda: [move_of(disk, old, into.base)],
         switched=lambda: graph.reroot(disk, into.base),
-        detached=detached,
+        detached=lambda: _part(graph, held, old, into.base),
         released=held.end,
         **common,
     )
+
+
+def _part(graph: Graph, held: Claim, old: Node, base: Node) -> None:
+    """The layers from `old` down to `base` are in `base`: close them, or cut them off."""
+    held.release()
+    try:
+        graph.detached(old, base)
+    finally:
+        graph.forsake(old, base)

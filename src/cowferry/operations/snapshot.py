@@ -113,7 +113,7 @@ class Snapshot(Part):
             with self.graph.making(path):
                 if mode == "absolute-paths":
                     self._make(path, format)
-                overlay = self.graph.adopt(options, explicit=node_name is not None)
+                overlay = self.graph.adopt(options)
         except BaseException:
             self.abort()
             raise

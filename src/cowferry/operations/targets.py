@@ -65,7 +65,7 @@ def opened(
             options["size"] = size  # it may be larger
     else:
         options["backing"] = backing.name if backing is not None else None
-    return daemon.graph.adopt(options, explicit=node_name is not None)
+    return daemon.graph.adopt(options)
 
 
 def existing(
@@ -86,7 +86,7 @@ def existing(
             options = opening.image_options(path, format)
             if node_name is not None:
                 options["node-name"] = node_name
-            return daemon.graph.adopt(options, explicit=node_name is not None)
+            return daemon.graph.adopt(options)
         below = below if spec is not None else None  # whoever lends it has the header name it
     return opened(daemon, path, format, below, size, node_name)
 
