@@ -665,7 +665,7 @@ REFUSED = [
     Refused("copy free run", "run' is a folder"),
     Refused("copy free none/x.raw", "none/x.raw: No such file or directory"),
     Refused("copy free free/base.raw", "base.raw' is a backing file of disk 'free'"),
-    Refused("copy free busy/disk.qcow2 --reuse-external", "lock"),
+    Refused("copy free busy/disk.qcow2 --reuse-external", "in use by disk 'busy'"),
     Refused("copy free small.qcow2 --reuse-external", "different sizes"),
     Refused("copy free x.qcow2 --granularity 3000", "expects a power of 2"),
     Refused("copy free x.qcow2 --granularity 128M", "expects a value in range"),

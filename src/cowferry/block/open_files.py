@@ -54,9 +54,10 @@ class OpenFiles:
                         "nothing was changed; what is written there would change under it",
                     )
 
-    def check_unused(self, path: str, user: User) -> None:
-        """Raise `DeviceInUse` if a node lies over bytes of the file or device at `path`."""
-        for mine, theirs, other in self._index.find(identity.of_path(path)):
+    def check_unused(self, path: str, places: list[Place], user: User) -> None:
+        """Raise `DeviceInUse` if a node lies over bytes of the file or device at `path`, which are
+        in `places`."""
+        for mine, theirs, other in self._index.find(places):
             over = identity.Layer(other.filename, user(other), other.places())
             raise DeviceInUse(
                 f"{identity.connection(path, mine, over, theirs)}", "nothing was changed"

@@ -11,6 +11,7 @@ import time
 from cowferry.block import keeper
 from cowferry.block.disk import Disk
 from cowferry.block.held import Held, refuse_floating, refuse_held
+from cowferry.block.identity import Place
 from cowferry.block.node import Node, chain
 from cowferry.block.open_files import OpenFiles
 from cowferry.block.reserved import Reserved
@@ -208,10 +209,11 @@ class Uses:
             files = [n for n in (node, *parts(node)) if n.file is None]
             self.files.check_sole(self.called(node), files, wanted, self._user)
 
-    def check_unused(self, path: str) -> None:
-        """Raise `DeviceInUse` if the file or device at `path` is open, by whatever name."""
+    def check_unused(self, path: str, places: list[Place]) -> None:
+        """Raise `DeviceInUse` if the file or device at `path` is open, by whatever name. Its bytes
+        are in `places`."""
         with self.lock:
-            self.files.check_unused(path, self._user)
+            self.files.check_unused(path, places, self._user)
 
     def _user(self, node: Node) -> str:
         """Who has a node open, in words."""

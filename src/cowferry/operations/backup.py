@@ -513,6 +513,7 @@ def into_file(
     held = Hold(daemon, disk, job_id, bitmap)
     try:
         with daemon.graph.making(target):
+            targets.check_unused(daemon, target)
             if mode != "existing":
                 targets.create(daemon, target, format, source.size, source, below, made, goal=False)
             if mode == "existing" and sync == "top":
@@ -638,6 +639,7 @@ def into_new(
     held = Hold(daemon, disk, job_id, found)
     try:
         with daemon.graph.making(target):
+            targets.check_unused(daemon, target)
             if base is not None:
                 under = opened_before(daemon, base, wanted.base_format)
                 nodes.append(under)

@@ -250,6 +250,7 @@ def into_file(
     held = Claim(daemon, [root], root, "mirror", job_name(daemon, device, job_id))
     try:
         with graph.making(target):
+            targets.check_unused(daemon, target)
             if mode == "existing":
                 node = targets.existing(daemon, target, format, below, disk.size, node_name)
             else:
@@ -334,7 +335,7 @@ def copy(
         with contextlib.ExitStack() as making:
             for path in (*beside, target):
                 making.enter_context(graph.making(path))
-            graph.check_unused(target)
+            targets.check_unused(daemon, target)
             if resumable:
                 with daemon.apart():
                     half = unfinished.find(disk, target)

@@ -111,6 +111,7 @@ class Snapshot(Part):
         self._claim(self.old)
         try:
             with self.graph.making(path):
+                targets.check_unused(self.daemon, path)
                 if mode == "absolute-paths":
                     self._make(path, format)
                 overlay = self.graph.adopt(options)

@@ -153,6 +153,14 @@ def check_path(refusal: str, disk: Disk, path: str, hint: str = "") -> None:
     identity.check_apart(refusal, path, places, layers(disk), hint)
 
 
+def check_unused(daemon: Daemon, path: str) -> None:
+    """Raise `DeviceInUse` if what is at `path` is open here, by whatever name: what is written
+    there would change under whoever has it. The caller gives its turn away meanwhile."""
+    with daemon.graph.turn.apart():
+        places = identity.of_path(fdsets.path_of(path))
+    daemon.graph.check_unused(path, places)
+
+
 def check_node(refusal: str, disk: Disk, node: Node) -> None:
     """Raise `CowferryError` if a write to an open node would change a byte that the disk reads."""
     identity.check_apart(refusal, node.filename, identity.of_node(node), layers(disk))
