@@ -4,7 +4,7 @@ Every line is run by us and by the peer in turn, a few rounds, on the same files
 client (fio's nbd engine); the median of each side makes the ratio. Machines differ and are noisy;
 a ratio of two things measured within seconds of each other says something all the same.
 
-    make bench                         all of it, about fifteen minutes
+    make bench                         all of it, about twenty minutes
     tools/bench.py --only nbd --rounds 5
     tools/bench.py --check             exit code 1 if a ratio is below the project's aim
 """
@@ -37,6 +37,7 @@ from bench_common import (
     run,
 )
 from bench_copies import bench_copies, bench_slow_target
+from bench_first_writes import bench_first_writes
 from rich.console import Console
 from rich.table import Table
 
@@ -164,6 +165,7 @@ def first_byte(path: Path) -> None:
 
 SECTIONS = {
     "nbd": bench_nbd,
+    "first": bench_first_writes,
     "stream": bench_stream,
     "copies": bench_copies,
     "slow": bench_slow_target,
