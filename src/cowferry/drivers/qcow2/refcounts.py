@@ -227,11 +227,13 @@ class Refcounts:
 
     def _grows(self) -> bool:
         """Whether there is room at the end, without asking the file system."""
-        return not self.image.on_device or (self.end + 1) << self.cluster_bits <= self._device()
+        need = (self.end + 1) << self.cluster_bits
+        return not self.image.on_device or need <= self._device(need)
 
-    def _device(self) -> int:
-        """The bytes that the device has by now. It may have grown."""
-        return self.image.file.refresh_size()
+    def _device(self, need: int) -> int:
+        """The bytes that the device has. If they are fewer than `need`, it may have grown."""
+        file = self.image.file
+        return file.size if file.size >= need else file.refresh_size()
 
     def _find(self, count: int) -> None:
         """Look through refcount blocks until `free` has `count` clusters in a row, or all is seen.
@@ -308,7 +310,8 @@ class Refcounts:
         while True:  # each round needs at least what the one before did, so it ends
             first = start + rooms + len(blocks)
             if self.image.on_device:
-                fit = (self._device() >> self.cluster_bits) - first
+                need_to = (first + count) << self.cluster_bits
+                fit = (self._device(need_to) >> self.cluster_bits) - first
                 if fit < 1 or (table and fit < count):
                     name = self.image.file.filename
                     raise OSError(errno.ENOSPC, f"{name}: the device is full")
