@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cowferry.cli import main
+from cowferry.cli.signals import ENDING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from cowferry.block import moves
 from cowferry.block.disk import Disk
 from cowferry.block.node import chain
 from cowferry.cli import main
+from cowferry.cli.signals import ENDING
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.drivers.nbd_client import NbdClient
@@ -69,7 +70,7 @@ def cowferry(*arguments: object) -> str:
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
     """Undo what the command line does to this process's signals."""
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.getsignal(number) for number in numbers]
     try:
         yield

@@ -350,12 +350,17 @@ def test_a_daemon_survives_signals_that_mean_nothing_to_it(tmp_path: Path, numbe
         assert child.poll() is None
 
 
-def test_SIGHUP_ends_a_daemon_cleanly_unless_it_was_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["HUP", "ALRM", "PWR"])
+def test_signals_that_would_kill_end_a_daemon_cleanly(tmp_path: Path, number: str) -> None:
     make_base(tmp_path, SIZE)
     with program(tmp_path / "run", f"{tmp_path}/base.raw") as (child, line):
         line()
-        child.send_signal(signal.SIGHUP)
+        child.send_signal(signal.Signals[f"SIG{number}"])
         assert child.wait(PATIENCE) == 0
+
+
+def test_SIGHUP_that_is_ignored_from_the_beginning_does_not_end_a_daemon(tmp_path: Path) -> None:
+    make_base(tmp_path, SIZE)
     command = [sys.executable, "-m", "cowferry", "serve", f"{tmp_path}/base.raw"]
     run = environment(tmp_path / "run")
     with subprocess.Popen(["nohup", *command], stdout=subprocess.PIPE, env=run, text=True) as child:

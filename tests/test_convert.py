@@ -439,7 +439,8 @@ def converting(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGALRM, 142)],
 )
 def test_a_signal_leaves_what_was_there_and_no_other_file(
     tmp_path: Path, slow: str, number: int, code: int
@@ -465,6 +466,18 @@ def test_an_interrupt_says_how_far_an_image_is_that_was_there(tmp_path: Path, sl
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert b"interrupted" in errors and b"is partly written" in errors
+
+
+def test_a_signal_that_is_ignored_from_the_beginning_stays_ignored(tmp_path: Path) -> None:
+    (tmp_path / "s.raw").write_bytes(random.Random(7).randbytes(MiB))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        target = tmp_path / "t.qcow2"
+        given = ["convert", "-O", "qcow2", tmp_path / "s.raw", target]
+        signalled(1, [signal.SIGHUP], *given, code=0)
+        signalled(1, [signal.SIGHUP], "resize", "-q", target, "2M", code=0)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("after", [1, 3, 7, 15])

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
+from cowferry.cli.signals import heard
 from cowferry.errors import CowferryError
 from cowferry.wire import qmp
 
@@ -90,8 +91,9 @@ def group(ctx: click.Context) -> None:
     ($COWFERRY_RUN), or to the QMP socket given by -c or $COWFERRY_QMP.
     """
     if ctx.invoked_subcommand in OFFLINE:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _ended)
+        for number in heard():
+            if number != signal.SIGINT:
+                signal.signal(number, _ended)
 
 
 def _ended(number: int, frame: FrameType | None) -> None:

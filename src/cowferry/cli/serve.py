@@ -27,6 +27,7 @@ from cowferry.cli.keyval import parse_option, split
 from cowferry.cli.limits import numbers, parse_limits
 from cowferry.cli.pidfile import Pidfile
 from cowferry.cli.run import make_run_folder, run_folder
+from cowferry.cli.signals import heard
 from cowferry.errors import CowferryError
 from cowferry.wire.address import Address, from_qmp, parse_tcp, parse_uri
 
@@ -148,9 +149,7 @@ class Serving:
         sys.setswitchinterval(SWITCH)
         daemon = Daemon()
         starting = Scope()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # nohup: the end of the terminal is not to be the end of the daemon
+        for number in heard():
             # In a thread of its own: the main one may hold the event's lock just now.
             signal.signal(number, lambda *_: self._ask_to_quit(daemon, starting))
         try:

@@ -14,9 +14,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from cowferry.block.scope import Scope
+from cowferry.cli.signals import heard
 from cowferry.errors import CowferryError
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
@@ -30,7 +29,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._came) for n in SIGNALS}
+            self._before = {n: signal.signal(n, self._came) for n in heard()}
         self._scope.__enter__()
         return self
 
