@@ -417,6 +417,7 @@ CALLS: dict[str, list[Arguments]] = {
     "x-group-complete": [{"id": "nosuch"}],
     "x-group-cancel": [{"id": "nosuch"}],
     "x-query-groups": [],
+    "x-query-failed-jobs": [],
     "add-fd": [{}, {"fdset-id": -1}],
     "remove-fd": [{"fdset-id": 77}],
     "query-fdsets": [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 import click
@@ -14,15 +15,25 @@ from cowferry.cli.waiting import JobWork, Words, follow, notes_of
 from cowferry.errors import CowferryError
 
 
-def groups(client: Client) -> list[dict[str, Any]]:
-    """Every group of jobs; none with a daemon that has no groups."""
+def extra(client: Client, query: str) -> list[dict[str, Any]]:
+    """What a query of our own answers; nothing with a daemon that has no such query."""
     try:
-        found: list[dict[str, Any]] = client.call("x-query-groups")
+        found: list[dict[str, Any]] = client.call(query)
     except QmpError as error:
         if error.error_class == "CommandNotFound":
             return []
         raise
     return found
+
+
+def groups(client: Client) -> list[dict[str, Any]]:
+    """Every group of jobs."""
+    return extra(client, "x-query-groups")
+
+
+def failures(client: Client) -> list[dict[str, Any]]:
+    """The last jobs that failed, and have not been dismissed or tried again."""
+    return extra(client, "x-query-failed-jobs")
 
 
 def job(client: Client, id: str) -> dict[str, Any]:
@@ -31,6 +42,9 @@ def job(client: Client, id: str) -> dict[str, Any]:
     for entry in entries:
         if entry["id"] == id:
             return entry
+    for failed in failures(client):
+        if failed["device"] == id:
+            raise CowferryError(f"Job '{id}' has failed: {failed['error']}", "see cowferry jobs")
     known = ", ".join(e["id"] for e in entries) or "none"
     raise CowferryError(f"Job '{id}' not found", f"there are: {known}")
 
@@ -39,18 +53,36 @@ def job(client: Client, id: str) -> dict[str, Any]:
 @json_output
 @control
 def jobs_command(as_json: bool, path: str | None) -> int:
-    """List the jobs of the daemon: how far each is, and what there is to know or to do."""
+    """List the jobs of the daemon: how far each is, and what there is to know or to do.
+
+    Jobs that failed are listed below them, until they are run again or dismissed. In JSON they have
+    the status "concluded", an "error" and the time of their end.
+    """
     with connect(path) as client:
         entries = client.call("query-block-jobs")
+        failed = failures(client)
         member_of = {m["device"]: g["id"] for g in groups(client) for m in g["members"]}
     if as_json:
-        click.echo(json.dumps(entries, indent=4))
+        click.echo(json.dumps(entries + failed, indent=4))
         return 0
     if not entries:
         click.echo("No active jobs")
     for entry in entries:
         click.echo("\n".join(in_words(entry, member_of.get(entry["device"]))))
+    for entry in failed:
+        click.echo("\n".join(failure_in_words(entry)))
     return 0
+
+
+def failure_in_words(entry: dict[str, Any]) -> list[str]:
+    """A job that failed, in two lines."""
+    id, at = entry["device"], datetime.fromtimestamp(entry["x-ended"])
+    share = 100 * entry["offset"] / max(entry["len"], 1)
+    return [
+        f"{id}  {entry['type']}  failed  at {share:.1f}% of {human(entry['len'])}, on "
+        f"{at:%Y-%m-%d %H:%M:%S}: {entry['error']}",
+        f"    run it again, or forget it: cowferry job dismiss {id}",
+    ]
 
 
 def in_words(entry: dict[str, Any], group: str | None = None) -> list[str]:
@@ -101,7 +133,18 @@ def _verb(name: str, command: str, text: str) -> None:
 _verb("pause", "job-pause", "Pause a job at its next chunk.")
 _verb("resume", "job-resume", "Let a paused job go on, with the chunk that failed if one did.")
 _verb("finalize", "job-finalize", "Make a pending job's result true.")
-_verb("dismiss", "job-dismiss", "Forget a concluded job.")
+
+
+@job_command.command("dismiss")
+@click.argument("id")
+@control
+def dismiss_job(id: str, path: str | None) -> int:
+    """Forget a job that has concluded or failed."""
+    with connect(path) as client:
+        if id not in (entry["device"] for entry in failures(client)):
+            job(client, id)
+        client.call("job-dismiss", id=id)
+    return 0
 
 
 @job_command.command("complete", short_help="Let a ready job finish: its disk moves.")

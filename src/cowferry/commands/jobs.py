@@ -74,6 +74,13 @@ def query_block_jobs(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
     return [j.query_block() for j in daemon.jobs.all() if j.is_block_job]
 
 
+@command("x-query-failed-jobs", locked=False)
+def query_failed_jobs(daemon: Daemon, args: NoArgs) -> list[dict[str, Any]]:
+    """The last jobs that failed, if they dismissed themselves: as in query-block-jobs, with the
+    error, and the time of the end as `x-ended`. job-dismiss forgets one."""
+    return daemon.jobs.failed()
+
+
 @command("job-pause")
 def job_pause(daemon: Daemon, args: JobId) -> None:
     """Pause a job at its next chunk."""
@@ -106,8 +113,9 @@ def job_finalize(daemon: Daemon, args: JobId) -> None:
 
 @command("job-dismiss")
 def job_dismiss(daemon: Daemon, args: JobId) -> None:
-    """Forget a concluded job."""
-    job(daemon, args.id).dismiss()
+    """Forget a concluded job, or one of x-query-failed-jobs."""
+    if daemon.jobs.get(args.id) is not None or not daemon.jobs.forget_failure(args.id):
+        job(daemon, args.id).dismiss()
 
 
 @command("block-job-pause")

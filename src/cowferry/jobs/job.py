@@ -57,6 +57,7 @@ MOMENT_SECONDS = 1.0  # that a job has to stop by itself when the daemon ends
 GRACE = 5.0  # seconds after which a job that was called off gives up I/O that hangs
 CLEAN_SECONDS = 60.0  # that what is left to do at the end of a job may wait
 SOON_SECONDS = 2.0  # the same of a job that was given up: for each thing it waits for
+MAX_FAILURES = 32  # jobs that failed and are listed
 Emit = Callable[[str, dict[str, Any]], None]
 
 
@@ -572,11 +573,12 @@ class Jobs:
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
-        self.lock = threading.Lock()  # guards the four below
+        self.lock = threading.Lock()  # guards the five below
         self.reserved: set[str] = set()  # ids of jobs that are being prepared
         self.jobs: dict[str, Job] = {}
         self.ending: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
         self.groups: dict[str, Group] = {}
+        self.failures: dict[str, dict[str, Any]] = {}  # by id: the last jobs that failed, as told
 
     def start(self, job: Job, job_id: str, reserved: bool = False) -> Job:
         """Give the job its id and let it run, unless it is to start with its group. Raises
@@ -596,6 +598,7 @@ class Jobs:
             self._check_id(job_id)
             job.id = job_id
             self.jobs[job_id] = job
+            self.failures.pop(job_id, None)  # it was tried again
         job.create(self.emit, self._forget)
 
     def check_id(self, job_id: str) -> None:
@@ -631,9 +634,27 @@ class Jobs:
             self.groups.pop(group.id, None)
 
     def _forget(self, job: Job) -> None:
+        failed = job.is_block_job and job.auto_dismiss and job.error is not None
+        told = {**job.query_block(), "x-ended": int(time.time())} if failed else None
         with self.lock:
             self.jobs.pop(job.id, None)
             self.ending[job.id] = job
+            if told is not None:
+                self.failures[job.id] = told
+                while len(self.failures) > MAX_FAILURES:
+                    del self.failures[next(iter(self.failures))]
+
+    def failed(self) -> list[dict[str, Any]]:
+        """The last jobs that failed and that no client had to dismiss, oldest first: their entries
+        of `query_block`, with the time of their end as `x-ended`, in seconds since 1970. A new job
+        of the same id takes its entry away."""
+        with self.lock:
+            return list(self.failures.values())
+
+    def forget_failure(self, job_id: str) -> bool:
+        """Take an entry out of `failed`. Return False if there is none."""
+        with self.lock:
+            return self.failures.pop(job_id, None) is not None
 
     def spoken_of(self, job_id: str) -> Job | None:
         """The job that an event which leaves now speaks of. It may be gone already."""
