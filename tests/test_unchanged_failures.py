@@ -270,6 +270,81 @@ def test_unchanged_after_a_job_has_found_no_room(command: str, format: str, site
         unchanged(site, witness, job["error"])
 
 
+# In place ------------------------------------------------------------------------------------
+
+#: What changes an image in {t}, or needs room beside it, where not one byte is left. {t}/far.qcow2
+#: over {t}/mid.qcow2 over {h}/base.raw is served, {t}/idle.qcow2 has the same content, and
+#: {t}/bad.qcow2 no refcounts. After "..." stand files that may change, but read as before.
+IN_PLACE = """
+    resize {t}/idle.qcow2 64G
+    rebase -b "" {t}/idle.qcow2 ... idle.qcow2
+    rebase -b {h}/two.raw -F raw {t}/idle.qcow2 ... idle.qcow2
+    check -r all {t}/bad.qcow2
+    bitmap --add {t}/idle.qcow2 b0
+    convert -n -O qcow2 {h}/source.qcow2 {t}/old.qcow2 ... old.qcow2
+    convert -n -O qed {h}/source.qcow2 {t}/old.qed ... old.qed
+    resize --live far 64G
+    snapshot far={h}/new.qcow2
+    snapshot vm={h}/new.qcow2 far={h}/new2.qcow2
+    snapshot far
+    copy far {h}/new.qcow2 --pivot
+    group copy vm={h}/new.qcow2 far={h}/new2.qcow2 --pivot
+    change far {h}/same.qcow2 --no-notify
+    stream far ... far.qcow2
+    commit far --pivot
+    commit far --base base.raw --top mid.qcow2 ... base.raw
+    backup --pull far --scratch {t} --async
+"""
+
+
+@pytest.mark.parametrize("case", rows(IN_PLACE))
+def test_unchanged_in_place_where_storage_is_full(case: str, site: Site) -> None:
+    h, t = site.here, site.there
+    line, _, changes = case.partition("...")
+    small = {"cluster_size": "4096"}
+    for name, below in (
+        ("mid", h / "base.raw"),
+        ("far", t / "mid.qcow2"),
+        ("idle", h / "base.raw"),
+    ):
+        options = {"backing_file": str(below), "backing_fmt": below.suffix[1:], **small}
+        opening.create_image(str(t / f"{name}.qcow2"), "qcow2", SIZE, options)
+        with opened(t / f"{name}.qcow2") as node:
+            if name != "mid":
+                node.pwrite(memoryview(b"f" * 20_000), 4000)
+    opening.create_image(str(t / "bad.qcow2"), "qcow2", SIZE, small)
+    with opened(t / "bad.qcow2") as node:
+        node.pwrite(memoryview(b"b" * 20_000), 4000)
+    with open(t / "bad.qcow2", "r+b") as f:
+        f.seek(4096)  # the refcount table
+        f.write(bytes(4096))
+    qemu("qemu-img", "convert", "-O", "qcow2", t / "far.qcow2", h / "same.qcow2")
+    site.daemon.add_export(site.daemon.open_disk("far", str(t / "far.qcow2")), "far")
+    far, idle = contents(site.daemon.graph.disk("far")), flat(t / "idle.qcow2")
+    site.storage.room = 0
+    site.storage.squeeze()
+    witness = site.witness()
+    text = fails(site.line(line))
+    unchanged(site, witness, text, *changes.split())
+    assert not differs(contents(site.daemon.graph.disk("far")), far)
+    assert site.daemon.graph.disk("far").root.filename == str(t / "far.qcow2")
+    site.storage.relieve()
+    site.daemon.graph.disk("far").pwrite(memoryview(b"g" * 512), 0)
+    site.daemon.graph.disk("far").flush()
+    assert flat(t / "idle.qcow2") == idle
+    for name in ("idle", "old"):
+        qemu("qemu-img", "check", t / f"{name}.qcow2")
+
+
+def flat(path: Path) -> bytes:
+    """What qemu-img reads in an image."""
+    qemu("qemu-img", "convert", "-O", "raw", path, path.parent / "flat.raw")
+    try:
+        return (path.parent / "flat.raw").read_bytes()
+    finally:
+        (path.parent / "flat.raw").unlink()
+
+
 # Cancelled -----------------------------------------------------------------------------------
 
 #: A slow job, and how it is called off. After "..." stand files that may change.
@@ -292,6 +367,8 @@ CANCELLED = """
     group copy vm={h}/new.qcow2 two={h}/new2.qcow2; group cancel copy-group
     stream vm --speed 64k --async; job cancel stream-vm ... vm.qcow2
     commit vm --speed 64k --async; job cancel commit-vm ... base.raw base.raw.committing
+    group stream vm --speed 64k --async; group cancel stream-group ... vm.qcow2
+    group commit vm --speed 64k --async; group cancel commit-group ... base.raw base.raw.committing
 """
 
 
@@ -338,6 +415,7 @@ DEAD = """
     copy two {far} --finish
     backup vm {far}
     backup vm={t}/new.qcow2 two={far}
+    change two {far} --no-notify
     group copy vm={t}/new.qcow2 two={far} --pivot
 """
 
@@ -347,6 +425,23 @@ def test_unchanged_after_a_server_has_died(case: str, site: Site, server: Forget
     witness = site.witness()
     text = fails(site.line(case, far=uri(server.path)))
     unchanged(site, witness, text)
+
+
+@pytest.mark.parametrize("command", ["blockdev-mirror", "blockdev-backup"])
+def test_unchanged_after_the_server_of_a_node_has_died(
+    command: str, site: Site, server: Forgetful
+) -> None:
+    address = {"type": "unix", "path": str(server.path)}
+    node = {"driver": "nbd", "node-name": "far", "server": address}
+    site.daemon.execute("blockdev-add", node)
+    witness = site.witness()
+    given = {"job-id": "j", "device": "vm", "target": "far", "sync": "full", "auto-dismiss": False}
+    site.daemon.execute(command, given)
+    site.told.wait("JOB_STATUS_CHANGE", id="j", status="concluded")
+    (job,) = site.daemon.execute("query-jobs", {})
+    site.daemon.execute("job-dismiss", {"id": "j"})
+    unchanged(site, witness, job["error"])
+    site.daemon.execute("blockdev-del", {"node-name": "far"})
 
 
 # Ctrl-C --------------------------------------------------------------------------------------
@@ -385,19 +480,23 @@ LIVE = """
     copy vm {t}/new.qcow2 --speed 64k --pivot --json
     backup vm {t}/new.qcow2 --speed 64k --json
     group copy vm={t}/new.qcow2 two={t}/new2.qcow2 --speed 64k --pivot --json
+    change two {h}/source.qcow2 --no-notify --speed 64k --json
+    stream vm --speed 64k --json ... vm.qcow2
+    commit vm --speed 64k --json ... base.raw base.raw.committing
 """
 
 
 @pytest.mark.parametrize("case", rows(LIVE))
 def test_unchanged_after_ctrl_c_in_a_live_verb(case: str, site: Site) -> None:
     witness = site.witness()
-    with running(*site.line(case)) as child:
+    line, _, changes = case.partition("...")
+    with running(*site.line(line)) as child:
         assert child.stdout is not None
         child.stdout.readline()  # the first progress
         child.send_signal(signal.SIGINT)
         _, text = child.communicate(timeout=PATIENCE)
         assert child.returncode == 130
-    unchanged(site, witness, text or "interrupted")
+    unchanged(site, witness, text or "interrupted", *changes.split())
 
 
 @contextlib.contextmanager
