@@ -25,6 +25,7 @@ from cowferry.drivers.nbd_client import NbdClient
 from cowferry.errors import CowferryError
 from daemons import PATIENCE, environment, program
 from fio import fio, need_fio
+from loops import loop
 from orders import until
 from test_cli_changes import Ran
 from test_cli_changes import cowferry as typed
@@ -277,6 +278,16 @@ def test_what_is_refused_says_what_to_do(served: Served) -> None:
     served.write(0, b"x")
     assert served.bits() == [0]
     served.clean()
+
+
+def test_a_device_that_is_too_small_is_not_said_to_be_removed(served: Served) -> None:
+    served.write(0, b"x", length=1 << 20)
+    little = served.folder / "little"
+    little.write_bytes(bytes(512 << 10))
+    with loop(little) as device:
+        err = served.bad("backup", "vm", device, "--format", "qcow2")
+    assert "is full" in err and f"'{device}' may hold a part of it" in err
+    assert "removed" not in err
 
 
 def test_B3_an_interrupted_backup_leaves_nothing_and_every_bit(served: Served) -> None:

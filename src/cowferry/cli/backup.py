@@ -11,6 +11,7 @@ import click
 
 from cowferry.cli.client import Client, QmpError, connect
 from cowferry.cli.groups import free_id
+from cowferry.cli.moving import may_be_made
 from cowferry.cli.options import (
     absolute,
     control,
@@ -173,7 +174,11 @@ def _push(
     if in_background:
         return started(work, as_json)
     several = len(pairs) > 1
+    kept = [f"'{one['target']}'" for one in wanted if not may_be_made(one["target"])]
     gone = "what was made of the destinations is removed" if several else "a DEST made is removed"
+    if kept:
+        part = f"{' and '.join(kept)} may hold a part of it"
+        gone = part if len(kept) == len(wanted) else f"{gone}; {part}"
     bits = "; the bitmap keeps every bit" if more["bitmap"] else ""
     if more["bitmap"] and more["bitmap_mode"] == "always":
         gone, bits = "what was copied stays: the next increment goes over it", ""
