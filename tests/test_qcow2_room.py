@@ -13,6 +13,7 @@ import resource
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,82 @@ def test_a_full_device_serves_what_fits_into_its_free_clusters(device: Device) -
         image.pwrite(memoryview(b"x" * CLUSTER), 15 * MIB)
     image.close()
     judge(path, oracle)
+
+
+def full_device(device: Device) -> tuple[Qcow2, bytearray, int]:
+    """An image on a device that is full, its oracle, and how many clusters of it are written."""
+    path = device(6 * MIB)
+    make(path, 8 * MIB)
+    image, oracle = opened(path), bytearray(8 * MIB)
+    for number in range(8 * MIB // CLUSTER):
+        try:
+            put(image, oracle, number * CLUSTER, bytes([number + 1]) * CLUSTER)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            return image, oracle, number
+    raise AssertionError("the device is larger than the image")
+
+
+def test_a_write_waits_for_room_that_a_flush_is_about_to_free(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, oracle, used = full_device(device)
+    refused, failed = threading.Event(), list[OSError]()
+    whole, extend = image._barrier, image.refcounts._extend
+
+    def refusing(*given: Any, **more: Any) -> Any:
+        try:
+            return extend(*given, **more)
+        except OSError:
+            refused.set()
+            raise
+
+    def write() -> None:
+        try:
+            put(image, oracle, used * CLUSTER, b"w" * CLUSTER)
+        except OSError as error:
+            failed.append(error)
+
+    writer = threading.Thread(target=write)
+
+    def barrier() -> None:
+        if not writer.ident:
+            writer.start()
+            assert refused.wait(30)
+        whole()
+
+    image.discard(0, CLUSTER)
+    oracle[:CLUSTER] = bytes(CLUSTER)
+    monkeypatch.setattr(image.refcounts, "_extend", refusing)
+    monkeypatch.setattr(image, "_barrier", barrier)
+    image.flush()
+    writer.join(30)
+    image.close()
+    assert not failed
+    judge(image.filename, oracle)
+
+
+def test_a_write_is_tried_again_if_another_took_the_room_that_was_freed(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, oracle, used = full_device(device)
+    image.discard(0, CLUSTER)
+    oracle[:CLUSTER] = bytes(CLUSTER)
+    flush, others = image.flush, iter(range(5))
+
+    def meanwhile() -> None:
+        flush()
+        for number in others:
+            put(image, oracle, number * CLUSTER, b"o" * CLUSTER)
+            image.discard((number + 1) * CLUSTER, CLUSTER)
+            oracle[(number + 1) * CLUSTER : (number + 2) * CLUSTER] = bytes(CLUSTER)
+            return
+
+    monkeypatch.setattr(image, "flush", meanwhile)
+    put(image, oracle, used * CLUSTER, b"w" * CLUSTER)
+    assert next(others, None) is None
+    image.close()
+    judge(image.filename, oracle)
 
 
 def test_a_device_that_grew_has_room(device: Device, tmp_path: Path) -> None:

@@ -13,13 +13,20 @@ step's writes survives, nothing points to bytes that are not there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import struct
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from cowferry.drivers.qcow2.refcounts import OFFSET, swapped
 
 if TYPE_CHECKING:
     from cowferry.drivers.qcow2.image import Qcow2
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+TRIES = 16  # of a change for which there is no room, while others make and take room
+
+T = TypeVar("T")
 
 
 def write_tables(image: Qcow2) -> None:
@@ -85,5 +92,27 @@ def write_tables(image: Qcow2) -> None:
         raise
     with image.meta:
         refs.writing, table_map.writing = set(), set()
-        free = refs.settle(gone)
+        free = refs.settle_pending(gone)
     image._punch(free)
+
+
+def with_room(image: Qcow2, work: Callable[[], T]) -> T:
+    """Do `work`; if there is no room for it, again, once what was let go of is free.
+
+    Other requests may take that room first, and let go of more. So this is repeated. The work
+    changes nothing if it fails for want of room."""
+    refs = image.refcounts
+    for _ in range(TRIES):
+        freed = refs.freed
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            with image.meta:
+                waits = bool(refs.pending or refs.leaving)
+                if not waits and refs.freed == freed:
+                    raise
+        if waits:
+            image.flush()
+    return work()

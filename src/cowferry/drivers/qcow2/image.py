@@ -42,7 +42,6 @@ from cowferry.errors import CowferryError, ImageError
 MAX_DIRTY = 32 << 20  # bytes of L2 tables that may wait for a flush
 MAX_PENDING = 32 << 20  # bytes that were let go of and may wait for a flush; or an eighth of all
 PUNCH = 16 << 20  # bytes given back to the file system at once
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
 
@@ -248,16 +247,8 @@ class Qcow2(Node):
             self.flush()
 
     def _with_room(self, work: Callable[[], T]) -> T:
-        """Do `work`; if there is no room for it, again, once what was let go of is free.
-
-        The work changes nothing if it fails for want of room."""
-        try:
-            return work()
-        except OSError as error:
-            if error.errno not in FULL or not self.refcounts.pending:
-                raise
-        self.flush()
-        return work()
+        """See `flush.with_room`."""
+        return flush.with_room(self, work)
 
     def _write_whole(self, cluster: int, buf: memoryview) -> int:
         """Write whole clusters that need a new place, as many as lie in a row. 0: none does."""

@@ -85,6 +85,8 @@ class Refcounts:
         self.moved = False  # the table itself has another place than on disk
         self.pending: list[tuple[int, int]] = []  # (cluster, count) to let go of, see `settle`
         self.pending_clusters = 0
+        self.leaving = False  # a flush is about to free what was pending
+        self.freed = 0  # how often a flush has freed some
         self.packed = 0  # byte behind the last piece that was packed; its cluster is in use
         self.free = FreeRuns()
         self._roomy: set[int] = set()  # blocks that have their room in the file system
@@ -444,12 +446,22 @@ class Refcounts:
             self.pending.append((first, count))
 
     def take_pending(self) -> list[tuple[int, int]]:
-        """Return what was released and not settled, which the caller now sees to."""
+        """Return what was released and not settled. The caller ends with `settle_pending`, or with
+        `put_back_pending`."""
         gone, self.pending, self.pending_clusters = self.pending, [], 0
+        self.leaving = bool(gone)
         return gone
+
+    def settle_pending(self, gone: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """End `take_pending`: the change that let go of them is durable. See `settle`."""
+        self.leaving = False
+        free = self.settle(gone)
+        self.freed += bool(free)
+        return free
 
     def put_back_pending(self, gone: list[tuple[int, int]]) -> None:
         """Undo `take_pending`: the change that let go of them is not durable."""
+        self.leaving = False
         self.pending = gone + self.pending
         self.pending_clusters += sum(count for _, count in gone)
 
