@@ -121,6 +121,34 @@ def test_a_command_that_takes_long_is_no_daemon_that_does_not_answer(
     assert "far" in str(refused.value) or "mute.sock" in str(refused.value)
 
 
+def test_a_command_that_waits_hears_that_the_daemon_has_ended(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket is gone before the command is answered; and it is killed with a request unread."""
+    monkeypatch.setattr(client, "ALIVE_SECONDS", 0.1)
+    with served.client() as waiting, served.client() as late:
+        served.child.send_signal(signal.SIGSTOP)
+        waiting.sock.sendall(b'{"execute": "query-status", "id": 0}')
+        (served.run / "qmp.sock").unlink()
+        served.child.kill()
+        for q in (waiting, late):
+            with pytest.raises(client.HungUp, match="has ended before it answered"):
+                q.call("query-status")
+
+
+def test_a_command_is_answered_by_a_daemon_that_takes_nobody_any_more(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while it ends: the client looks for it, does not find it, and waits on."""
+    monkeypatch.setattr(client, "ALIVE_SECONDS", 0.1)
+    with served.client() as q:
+        os.rename(served.run / "qmp.sock", served.run / "away")
+        with served.frozen():
+            threading.Timer(1.0, served.child.send_signal, (signal.SIGCONT,)).start()
+            assert q.call("query-status")["running"]
+        os.rename(served.run / "away", served.run / "qmp.sock")
+
+
 def test_a_second_daemon_is_refused_while_the_first_is_stopped(served: Served) -> None:
     """Also once so many wait for the first that it takes nobody any more."""
     with served.frozen(), ExitStack() as waiting:

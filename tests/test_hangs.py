@@ -329,11 +329,37 @@ def test_the_end_waits_for_no_frozen_server(
                 reading.result(PATIENCE)
     assert "disk 'near'" not in unfinished
     assert not os.path.exists(tmp_path / "nbd.sock")
-    near = open_image(str(tmp_path / "near.qcow2"))  # nobody holds its lock
-    view = memoryview(bytearray(512))
-    near.pread(view, 0)
-    near.close()
-    assert view == b"n" * 512
+    assert open_bytes(tmp_path / "near.qcow2", 512) == b"n" * 512
+
+
+def test_however_many_images_hang_the_end_has_time_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve disks on a server that is frozen are closed before the one that is not."""
+    need("nbdkit")
+    monkeypatch.setattr(daemons, "END_SECONDS", 2.0)
+    monkeypatch.setattr(daemons, "CLOSE_SECONDS", 1.5)
+    create_image(str(tmp_path / "near.qcow2"), "qcow2", SIZE, {})
+    with nbdkit(tmp_path / "nk", "memory", str(SIZE)) as server, a_daemon() as daemon:
+        far = [f"far{n}" for n in range(12)]
+        for name in ("near", *far):
+            uri = f"nbd+unix:///{name}?socket={tmp_path / 'nk'}"
+            path = str(tmp_path / "near.qcow2") if name == "near" else uri
+            daemon.open_disk(name, path).pwrite(memoryview(b"n" * 512), 0)
+        server.send_signal(signal.SIGSTOP)
+        try:
+            assert set(ends(daemon)) <= {f"disk '{name}'" for name in far}
+        finally:
+            server.send_signal(signal.SIGCONT)
+        assert open_bytes(tmp_path / "near.qcow2", 512) == b"n" * 512
+
+
+def open_bytes(path: Path, length: int) -> bytes:
+    """The first bytes of an image, whose lock nobody holds."""
+    node, view = open_image(str(path)), memoryview(bytearray(length))
+    node.pread(view, 0)
+    node.close()
+    return bytes(view)
 
 
 def test_a_frozen_file_system_holds_up_one_command_and_not_the_end(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ REFINE_EVERY = 60.0  # seconds
 COARSE = 64 << 20  # bytes that a bitmap file may say are dirty without need
 STOPPING = 60.0  # seconds that a cancelled job may take
 HUNG = 4.0  # seconds that a server may take to answer when the daemon ends
-END_SECONDS = 6.0  # that the daemon takes to end, whatever hangs
+END_SECONDS = 7.0  # that the daemon takes to end, whatever hangs
+CLOSE_SECONDS = 2.5  # of those, kept for flushing and closing images
 CLIENTS_SECONDS = 10.0  # that requests of clients who were sent away may take
 COMMAND_SECONDS = 60.0  # that a command waits for a server, or for guests
 ANSWER_SECONDS = 2.0  # that the end waits for commands that run
@@ -489,8 +490,8 @@ class Daemon:
             return
         until = time.monotonic() + END_SECONDS
 
-        def left() -> float:
-            return max(until - time.monotonic(), 0.1)
+        def left(reserved: float = CLOSE_SECONDS) -> float:
+            return max(until - reserved - time.monotonic(), 0.1)
 
         with self._idle:
             self._closing.set()
@@ -514,7 +515,7 @@ class Daemon:
             if not self._chores.end(left()):
                 late.append("a flush")
             try:
-                late += self.graph.close(left())
+                late += self.graph.close(left(reserved=0))
             finally:
                 self.unfinished = late
                 if late:

@@ -21,6 +21,7 @@ from cowferry.wire import qmp
 
 GREETING_SECONDS = 10.0  # that a daemon may take to greet a client
 ALIVE_SECONDS = 5.0  # without an answer, after which the client looks whether the daemon lives
+ENDING_SECONDS = 15.0  # that an answer may take of a daemon that takes no clients any more
 MOMENT = 0.05  # seconds
 TIMEOUT = "cowferry.timeout"  # where the command line keeps what --timeout says
 
@@ -58,6 +59,10 @@ def in_options(hint: str) -> str:
 
 class HungUp(CowferryError):
     """The daemon has closed the connection."""
+
+
+class Gone(CowferryError):
+    """Nothing listens at the daemon's socket."""
 
 
 class Silent(CowferryError):
@@ -113,7 +118,7 @@ class Client:
                     time.sleep(MOMENT)
         except OSError as error:
             sock.close()
-            raise CowferryError(
+            raise Gone(
                 f"no daemon answers at '{self.path}': {error.strerror}",
                 "start one with: cowferry serve NAME=FILE; or name its QMP socket with -c",
             ) from error
@@ -178,6 +183,7 @@ class Client:
 
     def _answer(self, begin: float) -> dict[str, Any]:
         """The next message, for a question that was asked at `begin`. Raises `Silent`."""
+        ending = float("inf")  # when a daemon that ends has no more time
         while True:
             if self.timeout is not None:
                 answer = self._message(begin + self.timeout)
@@ -187,10 +193,22 @@ class Client:
             answer = self._message(time.monotonic() + ALIVE_SECONDS)
             if answer is not None:
                 return answer
-            self._check_alive()
+            try:
+                self._check_alive()
+            except (Gone, HungUp):  # it may yet answer those that it has taken
+                ending = min(ending, time.monotonic() + ENDING_SECONDS)
+                if time.monotonic() >= ending:
+                    raise self._hung_up() from None
+
+    def _hung_up(self) -> HungUp:
+        return HungUp(
+            f"the daemon at '{self.path}' has ended before it answered",
+            "it was stopped, or has died: its log says more; cowferry serve opens its disks again "
+            "where they were",
+        )
 
     def _check_alive(self) -> None:
-        """Raise `Silent` unless the daemon greets another client."""
+        """Raise `Silent` unless the daemon greets another client; `Gone` if it takes none."""
         before, self.sock = self.sock, self._connected(GREETING_SECONDS)
         texts, self._texts = self._texts, deque()
         splitter, self._splitter = self._splitter, _splitter()
@@ -210,6 +228,8 @@ class Client:
             self.sock.sendall(data)
         except TimeoutError:
             raise self._silent(self.timeout or GREETING_SECONDS) from None
+        except ConnectionError:
+            raise self._hung_up() from None
         finally:
             self.sock.settimeout(None)
 
@@ -232,9 +252,12 @@ class Client:
                 left = max(until - time.monotonic(), 0)
                 if not select.select([self.sock], [], [], left)[0]:
                     return None
-            data = self.sock.recv(65536)
+            try:
+                data = self.sock.recv(65536)
+            except ConnectionError:  # it has died with something of ours unread
+                data = b""
             if not data:
-                raise HungUp("the daemon has hung up", "look at its log; is it still there?")
+                raise self._hung_up()
             self._texts.extend(self._splitter.feed(data))
         text = self._texts.popleft()
         if isinstance(text, qmp.ParseError):
