@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import struct
 import subprocess
@@ -41,6 +42,27 @@ def answers(path: Path) -> bool:
         except OSError:
             return False
     return True
+
+
+def freeze(process: subprocess.Popen[Any]) -> None:
+    """Stop a process (SIGSTOP). On return none of its threads answers any more."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")
+    until(lambda: all(_stopped(task / "stat") for task in tasks.iterdir()))
+
+
+def _stopped(stat: Path) -> bool:
+    return stat.read_text().rpartition(")")[2].split()[0] == "T"
+
+
+@contextmanager
+def frozen(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """A process is stopped inside."""
+    try:
+        freeze(process)
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
 
 
 @contextmanager

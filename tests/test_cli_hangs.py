@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,7 @@ from cowferry.drivers.nbd_client import NbdClient
 from cowferry.drivers.opening import create_image, open_image
 from daemons import PATIENCE, environment, program
 from frozen_fs import frozen_fs
-from nbd_servers import until
-from test_frozen_target import stopped
+from nbd_servers import freeze, frozen, until
 
 SIZE = 4 << 20
 
@@ -51,16 +50,9 @@ class Served:
     def client(self) -> Client:
         return Client(str(self.run / "qmp.sock"))
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """The daemon is stopped inside (SIGSTOP)."""
-        self.child.send_signal(signal.SIGSTOP)
-        try:
-            tasks = Path(f"/proc/{self.child.pid}/task")
-            until(lambda: all(stopped(t / "stat") for t in tasks.iterdir()))
-            yield
-        finally:
-            self.child.send_signal(signal.SIGCONT)
+    def frozen(self) -> AbstractContextManager[None]:
+        """The daemon is stopped inside."""
+        return frozen(self.child)
 
 
 @pytest.fixture
@@ -127,7 +119,7 @@ def test_a_command_that_waits_hears_that_the_daemon_has_ended(
     """Its socket is gone before the command is answered; and it is killed with a request unread."""
     monkeypatch.setattr(client, "ALIVE_SECONDS", 0.1)
     with served.client() as waiting, served.client() as late:
-        served.child.send_signal(signal.SIGSTOP)
+        freeze(served.child)
         waiting.sock.sendall(b'{"execute": "query-status", "id": 0}')
         (served.run / "qmp.sock").unlink()
         served.child.kill()

@@ -3,6 +3,7 @@ up; and until the decision is durable every ending can be given up."""
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import threading
@@ -23,7 +24,7 @@ from cowferry.errors import CowferryError
 from cowferry.jobs import follow
 from cowferry.jobs import job as jobs
 from daemons import PATIENCE, Told, a_daemon
-from nbd_servers import nbdkit, until
+from nbd_servers import freeze, nbdkit, until
 from tests_support import need
 
 SIZE = 8 << 20
@@ -48,9 +49,7 @@ class Rig:
 
     def freeze(self) -> None:
         """Stop the server. On return none of its threads answers any more."""
-        self.server.send_signal(signal.SIGSTOP)
-        tasks = Path(f"/proc/{self.server.pid}/task")
-        until(lambda: all(stopped(t / "stat") for t in tasks.iterdir()))
+        freeze(self.server)
 
     def thaw(self) -> None:
         self.server.send_signal(signal.SIGCONT)
@@ -82,11 +81,6 @@ class Rig:
         """The guest reads what it has written."""
         got = self.pool.submit(lambda: bytes(self.guest.pread(SIZE, 0))).result(SOON)
         assert got == bytes(self.oracle)
-
-
-def stopped(stat: Path) -> bool:
-    """Whether a thread is stopped, by its file in /proc."""
-    return stat.read_text().rpartition(")")[2].split()[0] == "T"
 
 
 @pytest.fixture
@@ -181,6 +175,27 @@ def test_every_ending_can_be_given_up_while_the_target_is_frozen(
     assert rig.daemon.graph.disk("vm").root.filename.endswith("vm.qcow2")
     assert not rig.daemon.graph.disk("vm").taps
     assert not list(Path(rig.daemon.graph.disk("vm").root.filename).parent.glob("*.moved"))
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_a_write_is_answered_when_the_job_that_it_waits_for_ends(rig: Rig, error: bool) -> None:
+    """The job itself does not wait for the target, and ends at once. So does the guest's wait."""
+    ready(rig, "write-blocking")
+    job = rig.daemon.jobs.jobs["m"]
+    rig.freeze()
+    guest = rig.writing(0)
+    rig.hangs("m")
+    begin = time.monotonic()
+    if error:  # as if another write had met an error that ends the job
+        job.on_target_error = "report"  # type: ignore[attr-defined]
+        job._tap_error = OSError(errno.EIO, "a test")  # type: ignore[attr-defined]
+    else:
+        cancel(rig)
+    assert rig.ended("m") == ("failed" if error else "cancelled")
+    guest.result(SOON)
+    assert time.monotonic() - begin < SOON  # and not only when the target may take no longer
+    rig.check()
+    assert not rig.daemon.graph.disk("vm").taps
 
 
 def test_a_write_that_the_target_does_not_take_is_answered_after_a_while(

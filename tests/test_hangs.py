@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 import time
@@ -25,7 +24,7 @@ from cowferry.errors import CowferryError, DeviceInUse
 from cowferry.exports import nbd as nbd_exports
 from daemons import PATIENCE, Told, a_daemon
 from frozen_fs import frozen_fs
-from nbd_servers import nbdkit, until
+from nbd_servers import frozen, nbdkit, until
 from tests_support import need
 
 SIZE = 1 << 20
@@ -316,15 +315,12 @@ def test_the_end_waits_for_no_frozen_server(
         with NbdClient(nbd.uri("far"), timeout=PATIENCE) as guest, ThreadPoolExecutor(1) as pool:
             copy = {"device": "far", "target": str(tmp_path / "copy.raw"), "job-id": "j"}
             daemon.execute("x-disk-copy", {**copy, "speed": 1 << 16})
-            server.send_signal(signal.SIGSTOP)
-            try:
+            with frozen(server):
                 reading = pool.submit(guest.pread, 4096, 0)
                 daemon.jobs.jobs["j"].set_speed(0)
                 node = next(n for n in daemon.graph.every_node() if isinstance(n, Nbd))
                 until(lambda: len(node._since) > 1)
                 unfinished = ends(daemon)
-            finally:
-                server.send_signal(signal.SIGCONT)
             with contextlib.suppress(OSError):
                 reading.result(PATIENCE)
     assert "disk 'near'" not in unfinished
@@ -346,11 +342,8 @@ def test_however_many_images_hang_the_end_has_time_for_the_others(
             uri = f"nbd+unix:///{name}?socket={tmp_path / 'nk'}"
             path = str(tmp_path / "near.qcow2") if name == "near" else uri
             daemon.open_disk(name, path).pwrite(memoryview(b"n" * 512), 0)
-        server.send_signal(signal.SIGSTOP)
-        try:
+        with frozen(server):
             assert set(ends(daemon)) <= {f"disk '{name}'" for name in far}
-        finally:
-            server.send_signal(signal.SIGCONT)
         assert open_bytes(tmp_path / "near.qcow2", 512) == b"n" * 512
 
 

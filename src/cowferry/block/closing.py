@@ -3,7 +3,8 @@
 Nodes that hang together (a chain, and all chains that share a node with it) are closed in an order
 in which every format is flushed before the file that holds it. Each such set has a thread of its
 own, so one that hangs keeps no other from being closed. As long as nothing hangs, one set is closed
-after another. However many hang, there is time left for those that do not.
+after another. In the second half of the time none waits for another any more, so that those which
+do not hang are closed, however many hang.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from cowferry.block.walk import children
 from cowferry.errors import CowferryError
 
 MOMENT = 1.0  # seconds that the next set waits at most for the one before
-SHARE = 0.25  # of the time that is left is what one set may keep the next one waiting
 WAIT_SECONDS = 30.0  # for requests in flight, and for a server, if nobody is in a hurry
 
 
@@ -66,13 +66,13 @@ def close_all(nodes: list[Node], disks: list[Disk], seconds: float) -> list[str]
 
     Return what has not been closed within `seconds`, in words. Raise the first error after all were
     tried."""
-    until = time.monotonic() + seconds
+    until, alone = time.monotonic() + seconds, time.monotonic() + seconds / 2
     threads: list[Closing] = []
     for group in together(nodes):
         over = [d for d in disks if any(d.root is n for n in group)]
         threads.append(Closing(group, over, seconds))
         threads[-1].start()
-        threads[-1].join(max(min(MOMENT, SHARE * (until - time.monotonic())), 0))
+        threads[-1].join(max(min(MOMENT, alone - time.monotonic()), 0))
     for thread in threads:
         thread.join(None if seconds == math.inf else max(until - time.monotonic(), 0))
     late = [str(thread) for thread in threads if thread.is_alive()]

@@ -619,7 +619,8 @@ class Mirror(Follower):
     def clean(self) -> None:
         try:
             if self._attached:
-                self._behind = True  # no guest waits for the target any more
+                self._behind = True  # no guest waits for the target any more, and none goes on
+                self.scope.call_off("the job is over")
                 self.disk.in_drain(self._detach, DETACH_SECONDS)
             if self._lent:
                 self.target.backing = None
