@@ -36,11 +36,12 @@ def image(seed: Path, tmp_path: Path) -> Image:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--bogus"], ["-r", "some"], ["--output", "xml"], [], ["a", "b"]],
+    [["--bogus"], ["-r", "some"], ["-r"], ["a", "-r"], ["--output", "xml"], [], ["a", "b"]],
     ids=" ".join,
 )
 def test_a_usage_error_does_not_say_that_an_image_is_corrupt(arguments: list[str]) -> None:
-    assert "Usage:" in cowferry("check", *arguments, code=1)
+    said = cowferry("check", *arguments, code=1)
+    assert "Usage:" in said or "requires an argument" in said
 
 
 def test_the_cache_mode_is_a_known_one(image: Image) -> None:

@@ -1,4 +1,4 @@
-"""Raw images that end inside a sector: the disk has whole sectors, as QEMU has it."""
+"""Images that end inside a sector: the disk has whole sectors, as QEMU has it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from cowferry.cli.offline.resize import resize_command
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
 from daemons import Told, a_daemon
+from damage import verdict
+from offline import cowferry
 from tests_support import need
 
 ODD = 1_000_003
@@ -189,3 +191,32 @@ def test_an_image_that_is_filled_has_whole_sectors(tmp_path: Path) -> None:
     disk = Disk(opening.open_image(str(path)), "vm")
     assert not differs(contents(disk), oracle)
     opening.close_chain(disk.root)
+
+
+def test_a_qcow2_header_with_an_odd_size_has_the_whole_sectors_before_it(tmp_path: Path) -> None:
+    """As for QEMU. Every file of our own making has whole sectors."""
+    need("qemu-img", "qemu-io")
+    path = tmp_path / "vm.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
+    data = bytearray(path.read_bytes())
+    data[24:32] = ((1 << 20) - 1).to_bytes(8, "big")
+    path.write_bytes(data)
+    info = json.loads(cowferry("info", "--output=json", path))
+    size = info["virtual-size"]
+    assert size == (1 << 20) - 512
+    disk = Disk(opening.open_image(str(path)), "vm")
+    disk.pwrite(memoryview(b"e" * 512), size - 512)
+    with pytest.raises(OSError):
+        disk.pwrite(memoryview(b"e" * 511), size)
+    disk.root.close()
+    cowferry("convert", "-O", "raw", path, tmp_path / "ours.raw")
+    subprocess.run(["qemu-img", "convert", "-O", "raw", path, tmp_path / "theirs.raw"], check=True)
+    ours = (tmp_path / "ours.raw").read_bytes()
+    assert ours == (tmp_path / "theirs.raw").read_bytes() and ours.endswith(b"e" * 512)
+    cowferry("create", "-q", "-f", "qcow2", "-b", path, "-F", "qcow2", tmp_path / "top.qcow2")
+    cowferry("convert", "-O", "qcow2", path, tmp_path / "copy.qcow2")
+    cowferry("compare", "-s", path, tmp_path / "top.qcow2")
+    cowferry("resize", path, "2M")
+    assert cowferry("check", path) and verdict(path) == 0
+    subprocess.run(["qemu-img", "convert", "-O", "raw", path, tmp_path / "theirs.raw"], check=True)
+    assert (tmp_path / "theirs.raw").read_bytes() == ours + bytes((1 << 20) + 512)

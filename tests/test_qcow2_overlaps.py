@@ -287,3 +287,34 @@ def test_an_L2_table_beyond_the_end_of_the_file_is_an_error_and_not_a_hole(path:
     assert refused.value.errno == errno.EIO
     close(image)
     assert snapshot_bytes(path) == TAKEN
+
+
+@pytest.mark.parametrize("entry", [0, COPIED], ids=["no place", "flag only"])
+@pytest.mark.parametrize("bitmap", [1, 0xFFFFFFFF, 1 << 32 | 1])
+def test_subclusters_without_a_place_are_an_error_and_not_the_header(
+    tmp_path: Path, entry: int, bitmap: int
+) -> None:
+    path = tmp_path / "vm.qcow2"
+    for command in (
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", str(path), "1M"],
+        ["qemu-io", "-f", "qcow2", "-c", "write -P 5 0 128k", str(path)],
+    ):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    data = bytearray(path.read_bytes())
+    at = (u64(bytes(data), u64(bytes(data), 40)) & OFFSET) + 16
+    struct.pack_into(">QQ", data, at, entry, bitmap)
+    path.write_bytes(data)
+    theirs = subprocess.run(["qemu-io", "-r", "-c", "read 64k 512", str(path)], capture_output=True)
+    assert b"Input/output error" in theirs.stdout + theirs.stderr
+    before = path.read_bytes()
+    node = opened(path, read_only=True)
+    with pytest.raises(OSError, match="subclusters"):
+        node.pread(memoryview(bytearray(512)), CLUSTER)
+    node.close()
+    assert path.read_bytes() == before
+    node = opened(path)
+    with pytest.raises(OSError, match="subclusters"):
+        node.pwrite(memoryview(b"x" * 512), CLUSTER)
+    close(node)
+    after = path.read_bytes()
+    assert after[112:].rstrip(b"\0") == before[112:].rstrip(b"\0") and marked_corrupt(path)

@@ -268,6 +268,103 @@ def test_refcounts_of_every_width_are_counted_anew_and_corrected(
     still_works(path)
 
 
+def test_counts_beyond_the_end_are_corrected_with_the_others(plain: tuple[Image, bytes]) -> None:
+    """Else they would be leaks when the file grows over them."""
+    image, _ = plain
+    end = -(-image.path.stat().st_size // image.cluster)
+    for cluster in range(end + 3, end + 9):
+        image.set_refcount(cluster, 5)
+    image.set_refcount(image.host(0) >> image.bits, 7)
+    assert check(image.path, "all").exit_code == 0
+    still_works(image.path)
+
+
+def test_a_file_that_ends_inside_a_word_is_repaired_once(tmp_path: Path) -> None:
+    """The new refcount table lies over its old end."""
+    need("qemu-img", "qemu-io")
+    path = tmp_path / "vm.qcow2"
+    oracle = make(path, "cluster_size=512", 256 << 10, snapshot=False)
+    image = Image(path)
+    end = -(-path.stat().st_size // 512) * 512
+    for extra in range(1, 9):
+        os.truncate(path, end + extra)
+        image.put(image.table, 1 << 40)
+        fix = check(path, "all")
+        assert fix.exit_code == 0 == verdict(path)
+        assert sum("counted anew" in text for text in fix.repairs) == 1, extra
+        assert by_qemu(path) == oracle
+        image = Image(path)
+        end = path.stat().st_size
+
+
+def test_entries_of_an_external_data_file_have_their_own_offset(
+    seeds: dict[str, tuple[Path, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU answers EIO, and its check does not see it."""
+    monkeypatch.chdir(tmp_path)  # the image names its data file as it is given
+    seed, oracle = seeds["external"]
+    image = Image(Path(shutil.copy(seed, tmp_path / "vm.qcow2")))
+    shutil.copy(seed.parent / "ext.data", tmp_path)
+    step = image.cluster
+    first, zero = (
+        next(a for a in range(0, image.size, step) if image.get(image.l2(a)) & ZERO == flag)
+        for flag in (0, ZERO)
+    )
+    image.put(image.l2(first), first + 8 * step | COPIED)
+    image.put(image.l2(zero), zero + 8 * step | COPIED | ZERO)
+    found = check(image.path)
+    assert found.corruptions == 2 and f"guest offset {first} lies at another" in found.messages[0]
+    with pytest.raises(AssertionError, match=r"does not match|Input/output error"):
+        by_qemu(image.path)
+    data = (tmp_path / "ext.data").read_bytes()
+    with pytest.raises(OSError, match="another offset"):
+        wrong_bytes(image.path, oracle, set())
+    node = opening.open_image(str(image.path), "qcow2")
+    with pytest.raises(OSError, match="another offset"):
+        node.pwrite(memoryview(b"x" * 512), zero)
+    with pytest.raises(CowferryError, match="marked corrupt"):
+        node.close()
+        opening.open_image(str(image.path), "qcow2")
+    assert (tmp_path / "ext.data").read_bytes() == data
+    mended = check(image.path, "all")  # the zero cluster needs no place
+    assert mended.corruptions == 1 and check(image.path).corruptions == 1
+    assert not wrong_bytes(image.path, oracle, {first // step})
+
+
+def test_a_shared_table_is_written_once_its_refcount_says_so(tmp_path: Path) -> None:
+    """Two entries of the active L1 table name one L2 table."""
+    need("qemu-img", "qemu-io")
+    make(tmp_path / "vm.qcow2", "cluster_size=4k", 4 << 20, snapshot=False)
+    image, half = Image(tmp_path / "vm.qcow2"), 2 << 20
+    image.put(image.l1 + 8, image.get(image.l1))
+    node = opening.open_image(str(image.path), "qcow2")
+    with pytest.raises(OSError, match="overlaps"):
+        node.pwrite(memoryview(b"x" * 512), 0)
+    node.close()
+    assert check(image.path, "all").exit_code == 0 == verdict(image.path)
+    want = bytearray(by_qemu(image.path))
+    assert want[:half] == want[half:]
+    disk = Disk(opening.open_image(str(image.path), "qcow2"))
+    for offset in (0, half, half + (256 << 10)):
+        disk.pwrite(memoryview(b"x" * 4096), offset)
+        want[offset : offset + 4096] = b"x" * 4096
+    disk.root.close()
+    assert by_qemu(image.path) == want
+    assert not check(image.path).leaks
+
+
+@pytest.mark.parametrize("offset", [0x1200, 1 << 63])
+def test_without_snapshots_the_header_names_no_table(tmp_path: Path, offset: int) -> None:
+    """QEMU opens no image whose header names an odd place for it."""
+    need("qemu-img", "qemu-io")
+    oracle = make(tmp_path / "vm.qcow2", snapshot=False)
+    image = Image(tmp_path / "vm.qcow2")
+    image.put(64, offset)
+    assert verdict(image.path) == 1 and check(image.path).exit_code == 2
+    assert check(image.path, "all").exit_code == 0 == verdict(image.path)
+    assert by_qemu(image.path) == oracle
+
+
 def test_what_is_taken_for_a_table_by_mistake_is_not_corrected(plain: tuple[Image, bytes]) -> None:
     """An L1 entry leads to data, and the table that it had can still be found by a person."""
     image, oracle = plain

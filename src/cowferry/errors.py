@@ -24,8 +24,14 @@ class CowferryError(Exception):
 
 
 def one_line(text: str) -> str:
-    """What a name out of an image or off a socket may hold moves no cursor and ends no line."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Return text in which nothing moves a cursor or ends a line, whatever a name out of an image
+    or off a socket holds. Bytes that are no UTF-8 are shown as `\\xNN`."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(c: str) -> str:
+    byte = ord(c) - 0xDC00  # as file names are decoded
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(c)[1:-1]
 
 
 def reason(error: OSError, name: str = "") -> str:

@@ -6,8 +6,10 @@ named in `COMMANDS`, under a variable of the same name (dashes as underscores).
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -59,8 +61,9 @@ COMMANDS = {
     "monitor": ("live", "Talk to the human monitor."),
 }
 OFFLINE = {name for name, (module, _) in COMMANDS.items() if module.startswith("offline.")}
-#: Commands whose exit codes are qemu-img's.
-AS_QEMU_IMG = OFFLINE - {"bitmap", "current"}
+#: What a wrong command line ends these commands with; all others with 2. It is no result of theirs:
+#: 2 says that check has found corruption, and 1 that compare has found a difference.
+WRONG_USAGE = dict.fromkeys(OFFLINE - {"bitmap", "current"}, 1) | {"compare": os.EX_USAGE}
 
 
 class Lazy(click.Group):
@@ -76,6 +79,14 @@ class Lazy(click.Group):
         found: click.Command = getattr(module, f"{name}_command")
         return found
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was named. See `WRONG_USAGE`."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            error.show()
+            sys.exit(WRONG_USAGE.get(ctx.invoked_subcommand or "", error.exit_code))
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
@@ -89,6 +100,9 @@ def group(ctx: click.Context) -> None:
 
     COMMAND --help says what each takes. Live commands talk to the daemon of the run folder
     ($COWFERRY_RUN), or to the QMP socket given by -c or $COWFERRY_QMP.
+
+    A command that fails ends with 1. A wrong command line ends it with 2, or with 1 if it is one of
+    qemu-img's; but compare with 64. The help of check and compare tells their further exit codes.
     """
     if ctx.invoked_subcommand in OFFLINE:
         for number in heard():
@@ -99,13 +113,6 @@ def group(ctx: click.Context) -> None:
 def _ended(number: int, frame: FrameType | None) -> None:
     """Leave by the way of an error, on which what was begun is undone."""
     sys.exit(128 + number)
-
-
-def status_of(error: click.ClickException) -> int:
-    """The exit code for a mistake on the command line: 2, or 1 for the commands of qemu-img. There
-    2 says that `check` has found corruption, or that `compare` could not open an image."""
-    ctx = error.ctx if isinstance(error, click.UsageError) else None
-    return 1 if ctx is not None and ctx.info_name in AS_QEMU_IMG else error.exit_code
 
 
 def complain(error: CowferryError) -> None:
@@ -125,8 +132,16 @@ def interrupted() -> NoReturn:
     os._exit(130)
 
 
+def show_every_name() -> None:
+    """Have names of files that are no UTF-8 printed as the bytes that they are, in every locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+
+
 def main(argv: list[str] | None = None) -> Any:
     """The entry point: never a traceback for a mistake of the user's."""
+    show_every_name()
     sys.setrecursionlimit(max(sys.getrecursionlimit(), qmp.RECURSION))
     if threading.current_thread() is threading.main_thread():
         # Their default action is the end of the process. Commands that show progress set SIGUSR1.
@@ -138,7 +153,7 @@ def main(argv: list[str] | None = None) -> Any:
         interrupted()
     except click.ClickException as error:
         error.show()
-        sys.exit(status_of(error))
+        sys.exit(error.exit_code)
     except CowferryError as error:
         complain(error)
         sys.exit(1)

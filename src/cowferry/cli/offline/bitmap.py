@@ -246,6 +246,8 @@ def _opened(
     else:
         options = _options(filename, format, read_only, force_share)
         name = os.path.basename(filename)
+        if not name.isprintable():  # bytes that are no UTF-8, say: no disk has such a name
+            name = "the image"
     daemon = Daemon()
     try:
 

@@ -13,23 +13,7 @@ from cowferry.cli.offline.interrupts import Interrupts
 from cowferry.errors import one_line
 
 
-class NotDone(click.UsageError):
-    """A usage error that does not end as if the image were corrupt."""
-
-    exit_code = 1
-
-
-class Check(click.Command):
-    """A command whose usage errors are `NotDone`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.UsageError as error:
-            raise NotDone(error.format_message(), error.ctx) from None
-
-
-@click.command("check", cls=Check)
+@click.command("check")
 @click.option("-f", "--format", "format", help="Format [by the name].")
 @click.option(
     "-r", "--repair", type=click.Choice(["leaks", "all"]), help="Mend what can be mended."
@@ -52,7 +36,7 @@ def check_command(
     \b
     Exit code:
         0   no errors were found, or all were repaired
-        1   the check could not be done
+        1   the check could not be done, or the command line is wrong
         2   the image is corrupt, or a part of it still is
         3   it has leaked clusters, which waste room and do no harm
         63  the format has no check

@@ -41,8 +41,17 @@ def compare_command(
     With -s they differ, too, if their sizes differ, or if at some offset one has data, zeroes or
     nothing, and the other does not.
 
-    Exit code: 0 identical, 1 different or a wrong command line, 2 open failed, 3 the allocation
-    could not be told, 4 a read failed."""
+    \b
+    Exit code:
+        0   they are identical
+        1   they are different
+        2   one could not be opened
+        3   the allocation could not be told
+        4   a read failed
+        64  the command line is wrong
+    """
+    if image_opts and (first_format or second_format):
+        raise click.UsageError("--image-opts and -f or -F are mutually exclusive")
 
     def say(text: str) -> None:
         if not quiet:

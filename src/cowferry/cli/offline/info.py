@@ -98,9 +98,9 @@ def in_words(info: dict[str, Any]) -> str:
     if "backing-filename" in info:
         name, full = info["backing-filename"], info.get("full-backing-filename")
         actual = f" (actual path: {full})" if full and full != name else ""
-        lines.append(f"backing file: {name}{actual}")
+        lines.append(one_line(f"backing file: {name}{actual}"))
         if "backing-filename-format" in info:
-            lines.append(f"backing file format: {info['backing-filename-format']}")
+            lines.append(one_line(f"backing file format: {info['backing-filename-format']}"))
     if "filling" in info:
         filled, whole = info["filling"]["filled"], info["virtual-size"]
         lines.append(
@@ -122,7 +122,8 @@ def in_words(info: dict[str, Any]) -> str:
         lines.append("ID        TAG               VM SIZE                DATE")
         for s in info["snapshots"]:
             date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s["date-sec"]))
-            lines.append(f"{s['id']:<9} {s['name']:<16} {human(s['vm-state-size']):>8} {date}")
+            tag, size = one_line(s["name"]), human(s["vm-state-size"])
+            lines.append(f"{one_line(s['id']):<9} {tag:<16} {size:>8} {date}")
     if "format-specific" in info:
         lines.append("Format specific information:")
         lines += _nested(info["format-specific"]["data"], "    ")

@@ -128,14 +128,37 @@ class Map:
         return table
 
     def entry(self, cluster: int) -> tuple[int, int]:
-        """(entry, subcluster bitmap) of a guest cluster; bitmap 0 without extended L2."""
+        """Return (entry, subcluster bitmap) of a guest cluster; bitmap 0 without extended L2.
+
+        Raises EIO, and the image is marked corrupt, if the entry cannot be right."""
         index, slot = divmod(cluster, self.per_table)
         table = self.table(index)
         if table is None:
             return 0, 0
         if self.words == 1:
-            return table[slot], 0
-        return table[2 * slot], table[2 * slot + 1]
+            entry, bitmap = table[slot], 0
+        else:
+            entry, bitmap = table[2 * slot], table[2 * slot + 1]
+        if entry or bitmap:
+            self._check(cluster, entry, bitmap)
+        return entry, bitmap
+
+    def _check(self, cluster: int, entry: int, bitmap: int = 0) -> None:
+        """Raise EIO if the entry of a guest cluster cannot be right."""
+        if entry & COMPRESSED:
+            return
+        host, external = entry & OFFSET, self.image.external
+        if host & ((1 << self.bits) - 1):
+            wrong = f"has the odd host offset {host:#x}"
+        elif external and (host or entry & COPIED) and host != cluster << self.bits:
+            wrong = f"lies at another offset, {host:#x}, of the external data file"
+        elif bitmap & ALL & (bitmap >> SUBCLUSTERS):
+            wrong = "has subclusters that are both allocated and zero"
+        elif bitmap & ALL and not (host or (external and entry & COPIED)):
+            wrong = "has allocated subclusters, and no place"
+        else:
+            return
+        raise self.image.damaged(f"the cluster at guest offset {cluster << self.bits} {wrong}")
 
     def kept_places(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """(length, host offset or 0) of the pieces of guest bytes that are zero: a cluster that was
@@ -202,11 +225,8 @@ class Map:
                     run += 1
                 e = Extent(run << bits, State.HOLE)
             else:
-                if host & mask:
-                    raise self.image.damaged(
-                        f"the cluster at guest offset {(index * self.per_table + slot) << bits} "
-                        f"has the odd host offset {host:#x}"
-                    )
+                if host & mask or external:
+                    self._check(index * self.per_table + slot, entry)
                 want = entry + size
                 while slot + run <= last and table[slot + run] == want:
                     run += 1
@@ -237,11 +257,8 @@ class Map:
                 _add(out, Extent(edge - at, State.DATA, compressed=True))
                 at = edge
                 continue
-            if host & ((1 << bits) - 1) or bitmap & ALL & (bitmap >> SUBCLUSTERS):
-                raise self.image.damaged(
-                    f"the entry of the cluster at guest offset "
-                    f"{(index * self.per_table + slot) << bits} is invalid"
-                )
+            if entry or bitmap:
+                self._check(index * self.per_table + slot, entry, bitmap)
             ours = writable and bool(entry & COPIED) and self.ours(host >> bits, 1)
             while at < edge:
                 if bitmap in (0, ALL, ALL << SUBCLUSTERS):

@@ -266,8 +266,10 @@ def _read_extensions(h: Header, start: bytes, at: int, bad: object) -> None:
         raise bad("a header extension is too large")
     for kind, data in found:
         if kind == EXT_BACKING_FORMAT:
-            h.backing_format = data.decode("ascii", "replace")
+            h.backing_format = data.decode("utf-8", "surrogateescape")
         elif kind == EXT_DATA_FILE:
+            if b"\0" in data:
+                raise bad("data file name has a NUL byte in it")
             h.data_file = data.decode("utf-8", "surrogateescape")
         elif kind != EXT_FEATURES:
             h.extensions.append((kind, data))
@@ -300,7 +302,9 @@ def layout(h: Header, name_offset: int) -> bytes:
         out += bytes([h.compression_type]) + bytes(7) + h.further
     extensions = list(h.extensions)
     if h.backing_format and name:
-        extensions.insert(0, (EXT_BACKING_FORMAT, h.backing_format.encode()))
+        extensions.insert(
+            0, (EXT_BACKING_FORMAT, h.backing_format.encode("utf-8", "surrogateescape"))
+        )
     if h.data_file is not None:
         extensions.append((EXT_DATA_FILE, h.data_file.encode("utf-8", "surrogateescape")))
     features = b"".join(bytes(f[:2]) + f[2].ljust(46, b"\0") for f in FEATURE_NAMES)

@@ -83,7 +83,7 @@ class Qcow2(Node):
         self.data = data or file
         self.data_fd: int = getattr(self.data, "fd", -1)
         self.on_device: bool = file.is_device
-        self.size = header.size
+        self.size = header.size // headers.SECTOR * headers.SECTOR  # as QEMU has it
         self.granule = self.cluster_size = header.cluster_size
         self.read_only = read_only
         if header.backing_file is not None:

@@ -2,7 +2,8 @@
 
 The header, the L1 and refcount tables, refcount blocks and L2 tables are noted when an image is
 opened; for writing, also the snapshot table and all tables of internal snapshots. Two tables in one
-place are damage: the image can still be read, and the first write to it marks it corrupt.
+place are damage: the image can still be read, and the first write to it marks it corrupt. Only an
+L2 table may be named by several L1 entries if its refcount says so: each write copies it first.
 
 The image's `meta` lock guards what is noted. While an image is opened, no other thread has it.
 """
@@ -32,11 +33,24 @@ def note(image: Qcow2) -> None:
     for entry in image.refcounts.table:
         if entry:
             _table(image, "a refcount block", entry & OFFSET, cluster)
+    named: set[int] = set()
     for entry in image.map.l1:
         if entry & OFFSET:
-            _table(image, "an L2 table", entry & OFFSET, cluster)
+            shared = entry & OFFSET in named and _is_shared(image, entry & OFFSET)
+            if not shared:
+                _table(image, "an L2 table", entry & OFFSET, cluster)
+            named.add(entry & OFFSET)
     if image.snapshots and not image.read_only:
         _note_snapshots(image)
+
+
+def _is_shared(image: Qcow2, offset: int) -> bool:
+    """Whether the refcount of an L2 table says that several entries name it."""
+    refs, cluster = image.refcounts, offset >> image.header.cluster_bits
+    index = cluster // refs.per_block
+    if image.read_only or index >= len(refs.table) or refs.misplaced(refs.table[index] & OFFSET):
+        return image.read_only
+    return refs.get(cluster) > 1
 
 
 def _note_snapshots(image: Qcow2) -> None:

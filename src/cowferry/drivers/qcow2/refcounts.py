@@ -107,7 +107,7 @@ class Refcounts:
         file, size = self.image.file, 1 << self.cluster_bits
         for index in range(len(self.table) - 1, -1, -1):
             offset = self.table[index] & OFFSET
-            if not offset or offset in seen or self._misplaced(offset):
+            if offset in seen or self.misplaced(offset):
                 continue
             seen.add(offset)
             start = next(iter(file.extents(offset, size)), None)
@@ -118,9 +118,10 @@ class Refcounts:
                 return index * self.per_block + max(i for i, n in enumerate(block) if n)
         return 0
 
-    def _misplaced(self, offset: int) -> bool:
+    def misplaced(self, offset: int) -> bool:
         """Whether no refcount block can lie at `offset`."""
-        return bool(offset & ((1 << self.cluster_bits) - 1)) or offset >= self.image.file.size
+        odd = offset & ((1 << self.cluster_bits) - 1)
+        return not offset or bool(odd) or offset >= self.image.file.size
 
     def block(self, index: int) -> array[int] | None:
         """Refcount block `index`, or None if there is none. Raises EIO for a bad table entry."""
@@ -130,7 +131,7 @@ class Refcounts:
         if index >= len(self.table) or not self.table[index]:
             return None
         offset = self.table[index] & OFFSET
-        if self._misplaced(offset):
+        if self.misplaced(offset):
             raise self.image.damaged(f"refcount block {index} has the invalid offset {offset:#x}")
         data = bytearray(1 << self.cluster_bits)
         self.image.file.pread(memoryview(data), offset)

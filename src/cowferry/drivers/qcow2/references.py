@@ -91,6 +91,7 @@ class References:
         self.bitmaps: list[Entry] = []
         self.bad_bitmaps: dict[int, str] = {}  # number in the directory -> what is wrong
         self.bitmap_problem = ""  # of the directory itself
+        self.stray_snapshot_table = False  # the header has an invalid place, and no snapshots
         self.incomplete_snapshots = 0  # entries without the extra data that version 3 demands
         self.inactive: dict[int, list[int]] = {}  # L1 offset -> entries, one number per snapshot
         self._sectors = 62 - (self.bits - 8)  # the bit of a compressed entry where their number is
@@ -226,11 +227,13 @@ class References:
         if offset >= self.file.size:
             return
         try:
+            done = 0  # a file that ends inside a word has extents that do, too
             for e in self.file.extents(offset, length):
                 if e.state is not State.ZERO:
-                    start, end = offset // 8 * 8, -(-(offset + e.length) // 8) * 8
-                    for at in range(start, end, most):
-                        yield at, min(most, end - at)
+                    start = max(offset // 8 * 8, done)
+                    done = max(-(-(offset + e.length) // 8) * 8, start)
+                    for at in range(start, done, most):
+                        yield at, min(most, done - at)
                 offset += e.length
         except OSError as error:
             self._unreadable(f"the table at {offset:#x}", error)
@@ -297,6 +300,9 @@ class References:
     def _count_snapshots(self) -> None:
         h = self.image.header
         if not h.nb_snapshots:
+            if h.snapshots_offset & (self.cluster_size - 1) or h.snapshots_offset >> 62:
+                self.stray_snapshot_table = True
+                self.bad(f"the snapshot table has the invalid offset {h.snapshots_offset:#x}")
             return
         try:
             table = snapshots.scan(self.image)
@@ -550,6 +556,19 @@ class References:
                 self._count_odd(table, at, slot, by, index)
         elif not external:
             self._count_data(table, at, run, by, index)
+        elif index is not None:
+            self._check_external(table, at, run, index)
+
+    def _check_external(self, table: array[int], at: int, run: Run, index: int) -> None:
+        """In an external data file each cluster lies at its guest offset."""
+        host = run.entry & OFFSET
+        if host == (index * self.image.header.l2_entries + run.slot) << self.bits:
+            return
+        where = f"lies at another offset, {host:#x}, of the external data file"
+        self.bad(f"{self._guest(index, run.slot)} {where}", run.clusters)
+        for slot in range(run.slot, run.slot + run.clusters):
+            if self._reads_zero(table, slot):
+                self._make_plain(table, at, slot)
 
     def _count_odd(self, table: array[int], at: int, slot: int, by: int, index: int | None) -> None:
         host = table[slot * self.words] & OFFSET

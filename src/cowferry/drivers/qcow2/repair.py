@@ -71,6 +71,7 @@ class Repair:
         if stored.why and rebuilt is None:
             return False
         self._forget_strangers()
+        self._forget_snapshot_table()
         self._edit()
         self._flags(right=False)
         if rebuilt is not None:
@@ -132,6 +133,15 @@ class Repair:
         if h.autoclear & ~KNOWN_AUTOCLEAR:
             h.autoclear &= KNOWN_AUTOCLEAR
             self.image.write_header()
+
+    def _forget_snapshot_table(self) -> None:
+        """Without snapshots there is no table. QEMU opens no image that names an odd place."""
+        h = self.image.header
+        if self.refs.stray_snapshot_table:
+            h.snapshots_offset = 0
+            self.image.write_header()
+            self.said.append("Repairing: the header names no snapshot table any more")
+            self.changed = True
 
     # Tables --------------------------------------------------------------------------------
 

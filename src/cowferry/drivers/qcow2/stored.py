@@ -235,10 +235,13 @@ class Stored:
         used = next((at for at in range(self.size - 1, -1, -1) if have[at]), -1)
         self.end = max(self.end, number * self.size + used + 1)
         result, notes = refs.result, refs.notes
-        before = result.leaks, result.corruptions
+        if have == want:
+            return
+        self.differs.add(number)
         for at, (h, w) in enumerate(zip(have, want, strict=True)):
             cluster = number * self.size + at
-            if h == w or (h > w and cluster >= refs.clusters):  # beyond the end no room is lost
+            # Beyond the end of the file no room is lost. A repair corrects these, too.
+            if h == w or (h > w and cluster >= refs.clusters):
                 continue
             if h > w:
                 result.leaks += 1
@@ -250,5 +253,3 @@ class Stored:
             kind = "Leaked" if h > w else "ERROR"
             wide = ", which is more than it can be" if w > self.max else ""
             notes.add(f"{kind} cluster {cluster} refcount={h} reference={w}{wide}")
-        if before != (result.leaks, result.corruptions):
-            self.differs.add(number)
