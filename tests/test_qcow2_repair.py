@@ -331,6 +331,22 @@ def test_entries_of_an_external_data_file_have_their_own_offset(
     assert not wrong_bytes(image.path, oracle, {first // step})
 
 
+def test_version_2_has_no_zero_clusters(seeds: dict[str, tuple[Path, bytes]], tmp_path: Path) -> None:
+    """QEMU answers EIO. Which of both is meant nobody knows."""
+    image = Image(Path(shutil.copy(seeds["version 2"][0], tmp_path / "vm.qcow2")))
+    here = next(a for a in range(0, image.size, 4096) if image.get(image.l2(a)) & OFFSET)
+    hole = next(a for a in range(0, image.size, 4096) if not image.get(image.l2(a)))
+    for guest in (here, hole):
+        image.put(image.l2(guest), image.get(image.l2(guest)) | ZERO)
+    with pytest.raises(AssertionError, match="Input/output error"):
+        by_qemu(image.path)
+    assert check(image.path).corruptions == 2 == check(image.path, "all").corruptions
+    with contextlib.closing(opening.open_image(str(image.path), read_only=True)) as node:
+        for guest in (here, hole):
+            with pytest.raises(OSError, match="version 2"):
+                node.pread(memoryview(bytearray(512)), guest)
+
+
 def test_a_shared_table_is_written_once_its_refcount_says_so(tmp_path: Path) -> None:
     """Two entries of the active L1 table name one L2 table."""
     need("qemu-img", "qemu-io")

@@ -152,6 +152,8 @@ class Map:
             wrong = f"has the odd host offset {host:#x}"
         elif external and (host or entry & COPIED) and host != cluster << self.bits:
             wrong = f"lies at another offset, {host:#x}, of the external data file"
+        elif entry & ZERO_FLAG and self.image.header.version < 3:
+            wrong = "is flagged as zero, which version 2 does not have"
         elif bitmap & ALL & (bitmap >> SUBCLUSTERS):
             wrong = "has subclusters that are both allocated and zero"
         elif bitmap & ALL and not (host or (external and entry & COPIED)):
@@ -216,7 +218,9 @@ class Map:
             host = entry & OFFSET
             if entry & COMPRESSED:
                 e = Extent(size, State.DATA, compressed=True)
-            elif entry & ZERO_FLAG and self.image.header.version >= 3:
+            elif entry & ZERO_FLAG:
+                if self.image.header.version < 3:
+                    self._check(index * self.per_table + slot, entry)
                 while slot + run <= last and table[slot + run] == entry:
                     run += 1
                 e = Extent(run << bits, State.ZERO)

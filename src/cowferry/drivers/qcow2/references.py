@@ -446,6 +446,9 @@ class References:
     def _count_entries(self, table: array[int], at: int, by: int, index: int | None) -> None:
         if self.words == 2:
             self._check_bitmaps(table, index)
+        elif self.image.header.version < 3 and ZERO_FLAG in table:
+            where = self._guest(index, table.index(ZERO_FLAG))
+            self.bad(f"{where} has reserved bits set in its L2 entry", table.count(ZERO_FLAG))
         unusual = COMPRESSED | L2_RESERVED | ZERO_FLAG | (self.cluster_size - 1)
         if self.image.external:  # nothing of it counts here
             unusual = (1 << 64) - 1
