@@ -331,7 +331,32 @@ def test_entries_of_an_external_data_file_have_their_own_offset(
     assert not wrong_bytes(image.path, oracle, {first // step})
 
 
-def test_version_2_has_no_zero_clusters(seeds: dict[str, tuple[Path, bytes]], tmp_path: Path) -> None:
+def test_behind_a_table_that_is_said_to_be_longer_nothing_is_corrected(tmp_path: Path) -> None:
+    """What lies there is guest data and looks like damaged entries, few or many of them."""
+    need("qemu-img", "qemu-io")
+    path = tmp_path / "vm.qcow2"
+    make(path, "cluster_size=4k", snapshot=False)
+    image = Image(path)
+    start, end = image.l1 + 2 * image.cluster, image.l1 + 8 * image.cluster
+    hosts = [image.host(guest) for guest in range(0, image.size, 4096)]
+    assert set(range(start, end, 4096)) <= set(hosts)
+    for number in range(3):
+        image.put(start + 8 * number, 5 * (number == 1))
+    with open(path, "r+b") as f:
+        f.seek(start + 24)
+        f.write(bytes(4096 - 24))
+    oracle, data = by_qemu(path), path.read_bytes()[start:end]
+    image.put(36, 4096, "I")  # entries of the L1 table
+    assert check(path, "all").exit_code == 2
+    assert path.read_bytes()[start:end] == data
+    image.put(36, 1, "I")
+    assert check(path, "all").exit_code == 0 == verdict(path)
+    assert by_qemu(path) == oracle
+
+
+def test_version_2_has_no_zero_clusters(
+    seeds: dict[str, tuple[Path, bytes]], tmp_path: Path
+) -> None:
     """QEMU answers EIO. Which of both is meant nobody knows."""
     image = Image(Path(shutil.copy(seeds["version 2"][0], tmp_path / "vm.qcow2")))
     here = next(a for a in range(0, image.size, 4096) if image.get(image.l2(a)) & OFFSET)

@@ -19,6 +19,7 @@ hardly meant to be one, and is not written either.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,6 +77,7 @@ class References:
         self.image, self.file, self.bits = image, image.file, h.cluster_bits
         self.cluster_size = h.cluster_size
         self.words = 2 if h.extended_l2 else 1
+        self._needed = -(-h.size // (h.cluster_size * h.l2_entries))  # entries of the L1 table
         self.clusters = -(-image.file.size >> h.cluster_bits)  # in the file
         self.per_block = (h.cluster_size * 8) >> h.refcount_order
         page = min(PAGE, self.per_block)
@@ -107,10 +109,10 @@ class References:
         self.result.corruptions += count
         self.notes.add(f"ERROR {text}", count)
 
-    def _bad_end(self, what: str, count: int = 1) -> None:
+    def _bad_end(self, what: str, cluster: int, count: int = 1) -> None:
         more = f", with {count - 1} behind it," if count > 1 else ""
         self.bad(f"{what}{more} lies beyond the end of the file", count)
-        self._beyond += count
+        self._beyond += count * (cluster < self._reach)
 
     def _lose(self, text: str) -> None:
         self.bad(text)
@@ -248,32 +250,48 @@ class References:
         return data if any(data) else None
 
     def _name_tables(self, active: bool) -> None:
+        """Count the L2 tables that are named, and look at each entry that names one."""
+        words, wrong = Counter[int](), Counter[int]()  # by cluster of the L1 tables
         for root in self.roots(active):
-            where = "of a snapshot " if root.number is None else f"{root.number} "
-            place, cluster = root.entry & OFFSET, (root.entry & OFFSET) >> self.bits
-            reserved = root.entry & L1_RESERVED
-            if not place:  # it reads as if it were 0
-                self.bad(f"L1 entry {where}has flags, and no table: {root.entry:#x}")
+            here = root.position >> self.bits
+            words[here] += 1
+            wrong[here] += not self._name_table(root)
+        for here, number in wrong.items():
+            if number >= JUNK and number * 2 > words[here]:
+                self.clashing.add(here)
+                at = here << self.bits
+                self._lose(f"the L1 table at {at:#x} looks like none: most entries are wrong")
+
+    def _name_table(self, root: Root) -> bool:
+        """Count the L2 table that an entry names. Return whether all is well with the entry."""
+        where = "of a snapshot " if root.number is None else f"{root.number} "
+        place, cluster = root.entry & OFFSET, (root.entry & OFFSET) >> self.bits
+        reserved = root.entry & L1_RESERVED
+        if not place:  # it reads as if it were 0
+            self.bad(f"L1 entry {where}has flags, and no table: {root.entry:#x}")
+            if root.number is None or root.number < self._needed:
                 self._edit(root.position, 0)
-                continue
-            if reserved:
-                self.bad(f"L1 entry {where}has reserved bits set: {root.entry:#x}")
-                self._edit(root.position, root.entry & ~reserved)
-            if place & (self.cluster_size - 1) or cluster >= self.clusters:
-                if place & (self.cluster_size - 1):
-                    self._lose(f"L2 table {where}has the odd offset {place:#x}")
-                else:
-                    self._lose(f"L2 table {where}at {place:#x} lies beyond the end of the file")
-                    self._count(cluster, 1, root.by)
-                if not active:  # this may be no L1 table at all
-                    self.clashing.add(root.position >> self.bits)
+            return False
+        if reserved:
+            self.bad(f"L1 entry {where}has reserved bits set: {root.entry:#x}")
+        if place & (self.cluster_size - 1) or cluster >= self.clusters:
+            if place & (self.cluster_size - 1):
+                self._lose(f"L2 table {where}has the odd offset {place:#x}")
             else:
+                self._lose(f"L2 table {where}at {place:#x} lies beyond the end of the file")
                 self._count(cluster, 1, root.by)
-                if self.roles[cluster]:
-                    self.clashing.add(cluster)
-                    self._lose(f"L2 table {where}at {place:#x} lies over {self.role(cluster)}")
-                else:
-                    self.tables.add(cluster, 1, root.by)
+            if root.number is None:  # this may be no L1 table at all
+                self.clashing.add(root.position >> self.bits)
+            return False
+        self._count(cluster, 1, root.by)
+        if self.roles[cluster]:
+            self.clashing.add(cluster)
+            self._lose(f"L2 table {where}at {place:#x} lies over {self.role(cluster)}")
+            return False
+        self.tables.add(cluster, 1, root.by)
+        if reserved:
+            self._edit(root.position, root.entry & ~reserved)
+        return not reserved
 
     def each_table(self) -> Iterator[tuple[int, int, int | None]]:
         """Yield each L2 table once: its cluster, how often it is named, its index in the active L1
@@ -431,7 +449,8 @@ class References:
         self._count_entries(table, at, by, index)
         mine, self.notes = self.notes, notes
         wrong = self._doubtful - before
-        if wrong < JUNK or wrong * 2 <= len(table) - table.count(0):
+        least = JUNK if index is None or index < self._needed else 1
+        if wrong < least or wrong * 2 <= len(table) - table.count(0):
             notes.extend(mine)
             return
         self.clashing.add(cluster)
@@ -440,8 +459,8 @@ class References:
 
     @property
     def _doubtful(self) -> int:
-        """How many entries are wrong that neither can be corrected nor show a file cut short."""
-        return self.result.corruptions - len(self.edits[0]) - self._beyond
+        """How many entries are wrong, and do not just show that the file was cut short."""
+        return self.result.corruptions - self._beyond
 
     def _count_entries(self, table: array[int], at: int, by: int, index: int | None) -> None:
         if self.words == 2:
@@ -530,7 +549,7 @@ class References:
             self.bad(f"{self._guest(index, run.slot)} is compressed and flagged COPIED")
             self._edit(at + 8 * self.words * run.slot, run.entry & ~COPIED)
         if place + length - self.file.size >= self.cluster_size:
-            self._bad_end(self._guest(index, run.slot))
+            self._bad_end(self._guest(index, run.slot), first)
         self._count(first, count, by)
         over = self._clash(first, count)
         if over:
@@ -596,7 +615,7 @@ class References:
             self.counts.add(first, run.clusters, by)
             return
         if beyond == run.clusters and not self._reads_zero(table, run.slot) and self.words == 1:
-            self._bad_end(self._guest(index, run.slot), beyond)
+            self._bad_end(self._guest(index, run.slot), first, beyond)
             self._count(first, beyond, by)
             return
         for slot in range(run.slot, run.slot + run.clusters):
@@ -605,7 +624,7 @@ class References:
             if over:
                 self.bad(f"{self._guest(index, slot)} lies over {over}")
             elif cluster >= self.clusters:
-                self._bad_end(self._guest(index, slot))
+                self._bad_end(self._guest(index, slot), cluster)
             else:
                 self._count(cluster, 1, by)
                 continue
