@@ -200,7 +200,7 @@ def test_every_absurd_answer_to_a_read_is_EIO_for_good(server: Scripted, tmp_pat
                 pytest.fail(f"taken: {what}")
             assert failed.value.errno == errno.EIO, what
             server.says = hello(SIZE) + data(READ, CONTENT)
-            if node._over is None:  # it hung up in the middle: that may happen to anybody
+            if not node._over:  # it hung up in the middle: that may happen to anybody
                 break
         node.close()
         count += 1

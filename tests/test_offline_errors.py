@@ -147,6 +147,11 @@ def test_a_full_file_system_says_how_much_is_free(here: Path) -> None:
         assert f"{64 * MiB} bytes are needed" in text
         told = int(text.split(" are free")[0].split()[-1])
         assert abs(told - free) < MiB
+        options = f"data_file={small}/x.data,preallocation=full"
+        text = cowferry("create", "-o", options, here / "x.qcow2", "64M", code=1)
+        assert f"{small}/x.data: No space left" in text and f"{64 * MiB} bytes are needed" in text
+        told = int(text.split(" are free")[0].split()[-1])
+        assert abs(told - free) < MiB
 
 
 def test_the_holder_of_a_lock_is_named(here: Path) -> None:

@@ -34,10 +34,11 @@ def _escaped(c: str) -> str:
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(c)[1:-1]
 
 
-def reason(error: OSError, name: str = "") -> str:
+def reason(error: Exception, name: str = "") -> str:
     """Return why a call failed, on one line, without the `name` of the image with which an error of
     a node begins."""
-    return one_line(error.strerror or str(error)).removeprefix(f"{one_line(name)}: ")
+    text = getattr(error, "strerror", None) or str(error)
+    return one_line(text).removeprefix(f"{one_line(name)}: ")
 
 
 class ImageError(CowferryError):

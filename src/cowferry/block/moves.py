@@ -51,6 +51,7 @@ from urllib.parse import quote
 
 from cowferry.block import names, origin, sysio
 from cowferry.block.origin import Origin
+from cowferry.errors import reason
 
 log = logging.getLogger(__name__)
 
@@ -386,9 +387,17 @@ def _mark(image: str, suffix: str, body: dict[str, Any], undo: bool = True, own:
 
 
 def _store(path: str, body: dict[str, Any], like: Origin, undo: bool = True, own: str = "") -> None:
-    """Write and rename into place. On an error the record there is the old one, or void.
+    """Write and rename into place. On an error, which names it, the record is the old one, or void.
 
     Without `undo` it is the old or the new one. As `own` it says which file it is itself."""
+    try:
+        _replace(path, body, like, undo, own)
+    except OSError as error:
+        text = f"the record '{path}' cannot be written: {reason(error)}"
+        raise OSError(error.errno, text) from error
+
+
+def _replace(path: str, body: dict[str, Any], like: Origin, undo: bool, own: str) -> None:
     folder = os.path.dirname(path)
     if folder == state_folder():
         make_folder(folder)

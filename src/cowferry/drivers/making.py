@@ -133,8 +133,10 @@ def new_image(
             stack.enter_context(each)
         for each in targets:
             each.check()
+        work = image  # the target that is worked on
         try:
             for each in targets:
+                work = each
                 each.begin()
                 each.plan.make(each.new, targets[0].new if each is not targets[0] else None)
             data = targets[0] if plan.data is not None else None
@@ -154,7 +156,7 @@ def new_image(
             else:
                 for each in targets:
                     each.undo()
-            told = _told(error, targets)
+            told = _told(error, targets, work)
             if told is error:
                 raise
             try:
@@ -196,13 +198,13 @@ def _forget(targets: list[_Target], goal: bool) -> None:
         each.forget(goal and each is targets[-1])
 
 
-def _told(error: BaseException, targets: list[_Target]) -> BaseException:
-    """The error in the words of the caller, who does not know the names of our files."""
+def _told(error: BaseException, targets: list[_Target], work: _Target) -> BaseException:
+    """The error in the words of the caller, who does not know the names of our files. It came while
+    `work` was made."""
     if isinstance(error, OSError):
-        image = next((t for t in targets if error.filename == t.new), targets[-1])
-        why, taken = error.strerror or str(error), sum(each.plan.takes for each in targets)
+        why, taken = error.strerror or str(error), work.plan.takes
         hint = "nothing was changed"
-        folder = os.path.dirname(image.place)
+        folder = os.path.dirname(work.place)
         if error.errno == errno.ENOENT and not os.path.isdir(folder):
             hint = f"there is no folder '{folder}'"
         elif error.errno == errno.EFBIG:
@@ -213,9 +215,9 @@ def _told(error: BaseException, targets: list[_Target]) -> BaseException:
                 free = found.f_bavail * found.f_frsize
                 need = f"{taken} bytes are needed, and " if taken else ""
                 hint = f"{need}{free} are free in its file system; {hint}"
-            if image.old >= 0 and not image.in_place:
+            if work.old >= 0 and not work.in_place:
                 hint = f"the image that is there is kept until the new one is complete; {hint}"
-        error = ImageError(f"Could not create an image: {image.name}: {why}", hint)
+        error = ImageError(f"Could not create an image: {work.name}: {why}", hint)
     if isinstance(error, CowferryError):
         for each in targets:
             error.desc = error.desc.replace(each.new, each.name)
@@ -269,7 +271,7 @@ class _Target:
                 self.in_place = self._why_in_place()
         except OSError as error:
             self._close()
-            raise _told(error, [self]) from error
+            raise _told(error, [self], self) from error
         except BaseException:
             self._close()
             raise

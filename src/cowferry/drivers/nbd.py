@@ -40,7 +40,7 @@ from cowferry.block.scope import CalledOff
 from cowferry.drivers import Common, register
 from cowferry.drivers.nbd_link import Broken, Call, Link, Refused, connect
 from cowferry.drivers.plan import Plan
-from cowferry.errors import CowferryError, ImageError, NotSupported
+from cowferry.errors import CowferryError, ImageError, NotSupported, reason
 from cowferry.wire import nbd
 from cowferry.wire.address import Address, from_qmp, parse_uri
 
@@ -108,7 +108,7 @@ class Nbd(Node):
         self._aborts = 0
         self._next_attempt = 0.0
         self._why = "the connection is lost"
-        self._over: OSError | None = None  # for good: the server is not to be asked again
+        self._over = ""  # why the server is not to be asked again, for good
         self._closed = False
         self._places: list[Place] = []  # where the bytes lie, as the last connection told
         self._written = 0  # changes answered
@@ -379,7 +379,7 @@ class Nbd(Node):
         if failed is not None:
             raise OSError(
                 failed.errno or errno.EIO,
-                f"{self.filename}: a flush has failed ({failed.strerror or failed}); "
+                f"{self.filename}: a flush has failed ({reason(failed, self.filename)}); "
                 "no later one counts until the node is opened again",
             )
         with self._changed:
@@ -421,7 +421,7 @@ class Nbd(Node):
                     link.abort(str(error))
                     again = self._lost(link, error, aborts)
                     if not again:
-                        raise OSError(errno.EIO, f"{self.filename}: {error}") from error
+                        raise self._no_more(self._told(error)) from error
                     if not lost:
                         until, lost = time.monotonic() + self.delay, True
         finally:
@@ -431,18 +431,26 @@ class Nbd(Node):
         """Take note. Whether it makes sense to send the request again."""
         with self._changed:
             if self._link is link:
-                self._why = str(error)
+                self._why = self._told(error)
                 if isinstance(error, Broken):
-                    self._over = self._over or OSError(errno.EIO, str(error))
+                    self._over = self._over or self._why
                 self._doubt()
             self._changed.notify_all()
-            return bool(self.delay) and self._over is None and aborts == self._aborts
+            return bool(self.delay) and not self._over and aborts == self._aborts
+
+    def _told(self, error: Exception) -> str:
+        """Why a connection failed, without the name of the export."""
+        return reason(error, self.filename)
+
+    def _no_more(self, why: str) -> OSError:
+        """The error of a request that no connection answers."""
+        return OSError(errno.EIO, f"{self.filename}: {why}")
 
     def _doubt(self) -> None:
         """The connection is gone: what was written over it and not flushed may be, too.
 
         Caller holds the lock."""
-        if self._written > self._flushed and (not self.delay or self._over is not None):
+        if self._written > self._flushed and (not self.delay or self._over):
             self._failed = self._failed or OSError(
                 errno.EIO, "the connection was lost with writes that were not flushed"
             )
@@ -452,8 +460,8 @@ class Nbd(Node):
         it was aborted since."""
         with self._changed:
             while True:
-                if self._over is not None:
-                    raise OSError(errno.EIO, str(self._over))
+                if self._over:
+                    raise self._no_more(self._over)
                 if self._closed or aborts != self._aborts:
                     raise OSError(errno.EIO, f"{self.filename}: the request was given up")
                 if self._link is not None and self._link.failure is None:
@@ -463,7 +471,7 @@ class Nbd(Node):
                     self._connecting = True
                     self._doubt()
                 elif now >= until:
-                    raise OSError(errno.EIO, f"{self.filename}: {self._why}")
+                    raise self._no_more(self._why)
                 else:
                     turn = math.inf if self._connecting else self._next_attempt
                     scope.wait(self._changed, min(turn, until) - now)
@@ -480,11 +488,12 @@ class Nbd(Node):
                 elif fresh is not None:
                     fresh.abort()
                 else:
-                    self._why = str(failure)
+                    self._why = failure
                     self._next_attempt = time.monotonic() + (PAUSE if self.delay else RARELY)
 
-    def _again(self, timeout: float) -> tuple[Link | None, Exception | None]:
-        """Connect anew, and write again what is kept. Somebody else's calls wait."""
+    def _again(self, timeout: float) -> tuple[Link | None, str]:
+        """Connect anew, and write again what is kept. Return the connection, or None and why there
+        is none. Calls of other threads wait."""
         old, link = self._link, None
         if old is not None:
             old.close()
@@ -510,13 +519,13 @@ class Nbd(Node):
                 link.close()
             if isinstance(error, Broken) or (link is not None and not _is_loss(error)):
                 with self._changed:
-                    self._over = OSError(errno.EIO, f"{self.filename}: {error}")
+                    self._over = self._told(error)
                     self._doubt()
-            return None, error
+            return None, self._told(error)
         finally:
             with self._changed:
                 self._attempt = None
-        return link, None
+        return link, ""
 
     def _dial(self, timeout: float) -> Link:
         """A new connection. Raises `OSError`."""

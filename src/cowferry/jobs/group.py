@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from cowferry.errors import CowferryError
+from cowferry.errors import CowferryError, reason
 from cowferry.jobs.ending import Cancelled, Ending, finish
 from cowferry.jobs.job import Emit, Job
 from cowferry.jobs.states import Status
@@ -208,8 +208,9 @@ class Group:
                 raise result[job]
         elif isinstance(result, Cancelled):
             raise Cancelled
-        elif isinstance(result, BaseException):
-            raise CowferryError(f"group '{self.id}' could not finish: {result}")
+        elif isinstance(result, Exception):
+            why = reason(result)
+            raise CowferryError(f"group '{self.id}' could not finish: {why}")
 
     def failed(self, job: Job, failure: BaseException | None) -> None:
         """A member failed or was cancelled. With policy `all` the others are called off first."""
