@@ -447,7 +447,7 @@ def test_ctrl_c_even_twice_cancels_the_copy_and_says_what_is_left(scene: Scene) 
     assert child.returncode == 130
     assert lines(out)[-1]["result"] == "cancelled"
     assert "vda stays where it is" in err and f"'{scene.folder}/c.raw' is removed" in err
-    assert scene.good("jobs") == "No active jobs\n"
+    assert "copy-vda" not in scene.good("jobs")
     assert scene.chain() == LAYERS
 
 
@@ -536,7 +536,8 @@ def test_change_is_another_medium_or_the_same_disk_elsewhere(scene: Scene) -> No
     status, _, err = scene.run("change", "vda", "other.img")
     assert status == 1 and "copy-vda" in err
     scene.good("change", "vda", "other.img", "--force")
-    assert scene.chain() == ["other.img"] and scene.good("jobs") == "No active jobs\n"
+    assert scene.chain() == ["other.img"]
+    assert "copy-vda" not in scene.good("jobs")
 
 
 def test_backing_records_a_name_that_leads_to_the_same_bytes(scene: Scene) -> None:
