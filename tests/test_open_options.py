@@ -18,7 +18,7 @@ from cowferry.block import sysio
 from cowferry.block.disk import Disk
 from cowferry.drivers import fdsets, opening
 from cowferry.errors import CowferryError
-from daemons import a_daemon
+from daemons import Told, a_daemon
 from offline import cowferry
 from tests_support import need
 
@@ -192,6 +192,10 @@ def test_with_no_flush_nothing_waits_for_the_disk(
         ("overlap-check.template=some", "Invalid enum value 'some'"),
         ("lazy-refcounts=some", "Expected `bool"),
         ("l2-cache-size=some", "Expected `int"),
+        ("l2-cache-size=-1", "expects a number of bytes, not -1"),
+        ("cache-clean-interval=-1", "'cache-clean-interval' expects seconds, not -1"),
+        ("l2-cache-entry-size=1000", "expects a power of two between 512 and 65536 bytes"),
+        ("l2-cache-entry-size=131072", "expects a power of two between 512 and 65536 bytes"),
         ("file.aio=native", "aio=native is not supported"),
         ("file.locking=some", "it takes auto, on, off"),
         ("some=thing", "Parameter 'some' is unexpected"),
@@ -212,6 +216,7 @@ def test_words_that_mean_nothing_are_refused(tmp_path: Path, options: str, why: 
         "overlap-check=all", "overlap-check=none",
         "overlap-check.template=cached,overlap-check.active-l1=on",
         "lazy-refcounts=on", "lazy-refcounts=off", "l2-cache-size=1048576", "cache-size=2097152",
+        "l2-cache-entry-size=4096,cache-clean-interval=0",
         "pass-discard-request=off", "file.aio=threads", "file.locking=off", "auto-read-only=on",
     ],
 )  # fmt: skip
@@ -219,6 +224,38 @@ def test_words_of_qemu_are_taken(tmp_path: Path, options: str) -> None:
     path = tmp_path / "vm.qcow2"
     opening.create_image(str(path), "qcow2", SIZE, {})
     cowferry("map", "--image-opts", f"driver=qcow2,file.filename={path},{options}")
+
+
+@pytest.mark.parametrize("unmap", [True, False])
+def test_drive_mirror_keeps_the_room_of_zeroes_if_it_is_not_to_unmap(
+    tmp_path: Path, unmap: bool
+) -> None:
+    source, target = tmp_path / "vm.raw", tmp_path / "target.raw"
+    source.write_bytes(b"x" * MiB + bytes(SIZE - MiB))
+    os.truncate(source, MiB)
+    os.truncate(source, SIZE)
+    target.write_bytes(b"t" * SIZE)
+    with a_daemon() as daemon:
+        told = Told(daemon)
+        disk = daemon.open_disk("vm", str(source))
+        copy = {"target": str(target), "format": "raw", "mode": "existing", "sync": "full"}
+        daemon.execute("drive-mirror", {"device": "vm", "job-id": "j", "unmap": unmap, **copy})
+        told.wait("BLOCK_JOB_READY")
+        disk.zero(0, MiB // 2, unmap=True)
+        daemon.execute("job-complete", {"id": "j"})
+        told.wait("JOB_STATUS_CHANGE", id="j", status="null")
+    assert target.read_bytes() == bytes(MiB // 2) + b"x" * (MiB // 2) + bytes(SIZE - MiB)
+    assert (used(target) >= SIZE) is not unmap
+
+
+def test_options_of_other_exports_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "vm.raw").write_bytes(bytes(MiB))
+    with a_daemon() as daemon:
+        daemon.open_disk("vm", str(tmp_path / "vm.raw"))
+        for option in ({"mountpoint": "/mnt"}, {"addr": {"type": "unix", "path": "s"}}):
+            export = {"type": "nbd", "id": "e", "node-name": "vm", **option}
+            with pytest.raises(CowferryError, match=f"'{next(iter(option))}' is unexpected"):
+                daemon.execute("block-export-add", export)
 
 
 def test_lazy_refcounts_need_version_3(tmp_path: Path) -> None:

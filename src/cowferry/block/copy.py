@@ -175,10 +175,12 @@ def _read(source: Node | None, offset: int, buf: memoryview, done: int) -> None:
 class Copier:
     """Moves bytes, and knows what each pair of files can do. Used by one thread at a time.
 
-    `behind` is where what it has copied leaves memory, if nobody is about to read it."""
+    `behind` is where what it has copied leaves memory, if nobody is about to read it. `unmap`: the
+    target gives back the room of what becomes zero."""
 
-    def __init__(self, behind: Behind | None = None) -> None:
+    def __init__(self, behind: Behind | None = None, unmap: bool = True) -> None:
         self.behind = behind
+        self.unmap = unmap
         self._cannot_clone: set[tuple[int, int]] = set()
         self._cannot_copy: set[tuple[int, int]] = set()
         self._buffer: memoryview | None = None
@@ -239,7 +241,7 @@ class Copier:
         target.changing(offset, length)
         if span.kind is Kind.ZERO:
             self.touched = True
-            target.zero(offset, length, unmap=True)
+            target.zero(offset, length, self.unmap)
             return
         if target.remote:
             self._write(source, target, offset, length)

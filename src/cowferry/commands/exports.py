@@ -75,6 +75,9 @@ def block_export_add(daemon: Daemon, args: BlockExportAdd) -> None:
     """Offer a disk or node to clients."""
     if args.type != "nbd":
         raise NotSupported(f"Export type '{args.type}' is not supported", "type=nbd is")
+    for name, value in (("addr", args.addr), ("mountpoint", args.mountpoint)):
+        if value is not None:
+            raise CowferryError(f"Parameter '{name}' is unexpected", "type=nbd has no such option")
     if args.iothread is not None and args.iothread not in daemon.iothreads:
         raise CowferryError(f'iothread "{args.iothread}" not found')
     if len((args.description or "").encode(errors="surrogatepass")) > 4096:

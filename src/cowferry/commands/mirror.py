@@ -73,7 +73,7 @@ def drive_mirror(daemon: Daemon, args: DriveMirror) -> None:
     """Copy a disk to a file, which is made unless mode is existing. Its format is never guessed."""
     mirror.into_file(
         daemon, args.device, args.target, sync=args.sync, format=args.format, mode=args.mode,
-        node_name=args.node_name, replaces=args.replaces, **args.common(),
+        node_name=args.node_name, replaces=args.replaces, unmap=args.unmap, **args.common(),
     )  # fmt: skip
 
 

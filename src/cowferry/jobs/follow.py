@@ -186,7 +186,7 @@ class Follower(Job):
         for at, length, data in parts:
             self.target.changing(at, length)
             if data is None:
-                self.target.zero(at, length, unmap=True)
+                self.target.zero(at, length, self.copier.unmap)
             else:
                 self.target.pwrite(data, at)
                 moved += length
@@ -234,7 +234,7 @@ class Follower(Job):
             self.source.pread(piece, at)
             self.target.changing(at, len(piece))
             if piece.obj == bytes(len(piece)) and not self.inside:
-                self.target.zero(at, len(piece), unmap=True)
+                self.target.zero(at, len(piece), self.copier.unmap)
             else:
                 self.target.pwrite(piece, at)
         return length
@@ -347,7 +347,7 @@ class Follower(Job):
                 self.target.pwrite(data, offset)
             else:
                 for span in spans(self.source, offset, length, 1, self._shines()):
-                    Copier().place(self.source, self.target, span)
+                    Copier(unmap=self.copier.unmap).place(self.source, self.target, span)
 
     def failed(self, offset: int, length: int) -> None:
         """The source may have changed in part: the target is to get whatever is there now."""

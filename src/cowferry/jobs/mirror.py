@@ -86,6 +86,7 @@ class Mirror(Follower):
         layers: tuple[Layer, ...] = (),
         granularity: int | None = None,
         buf_size: int = 0,
+        unmap: bool = True,
         copy_mode: str = "background",
         on_source_error: str = "report",
         on_target_error: str = "report",
@@ -114,6 +115,7 @@ class Mirror(Follower):
         self.copy_mode = copy_mode
         self.on_target_error = on_target_error
         self.converge_by = converge_by
+        self.copier.unmap = unmap
         self.buf_size = buf_size or MAX_CHUNK  # bytes that one chunk has at most
         self.pivot = True  # False: a soft cancel; the target is left as a copy of that moment
         self.chunk = MIN_CHUNK

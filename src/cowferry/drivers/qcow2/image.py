@@ -65,6 +65,22 @@ class Qcow2(Node):
         refcount_cache_size: int | None = None
         cache_clean_interval: int | None = None
 
+        def check_caches(self, cluster: int) -> None:
+            """Raise `CowferryError` for what no cache can be like. `cluster` is in bytes."""
+            for name in ("cache_size", "l2_cache_size", "refcount_cache_size"):
+                self._check(name, (getattr(self, name) or 0) >= 0, "a number of bytes")
+            self._check("cache_clean_interval", (self.cache_clean_interval or 0) >= 0, "seconds")
+            entry = self.l2_cache_entry_size or cluster
+            fits = 512 <= entry <= cluster and not entry & (entry - 1)
+            self._check(
+                "l2_cache_entry_size", fits, f"a power of two between 512 and {cluster} bytes"
+            )
+
+        def _check(self, name: str, fits: bool, what: str) -> None:
+            if not fits:
+                value, name = getattr(self, name), name.replace("_", "-")
+                raise CowferryError(f"Parameter '{name}' expects {what}, not {value}")
+
     passes_discard = True  # clusters that are let go of are given back to the host
     INFO_TYPES: ClassVar[dict[int, str]] = {0: "zlib", 1: "zstd"}
 
@@ -136,6 +152,7 @@ class Qcow2(Node):
                 f"'{file.filename}': lazy refcounts require an image of version 3 (compat=1.1)",
                 "leave lazy-refcounts out",
             )
+        options.check_caches(header.cluster_size)
         image = cls(file, data, header, read_only, options.repair)
         image.passes_discard = options.pass_discard_request
         cache_size = options.l2_cache_size or options.cache_size
