@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from chains import make_base
 from conversations import KINDS, OURS, READIED, SIZE, SLOW, Scene, Talk, speaking
+from cowferry.errors import CowferryError
+from daemons import a_daemon
 
 GENERIC = "GenericError"
 MISSING = "DeviceNotFound"
@@ -549,3 +552,23 @@ def test_a_group_of_which_one_cannot_start_starts_none(
         assert left[:3] == before[:3]
     scene.over()
     assert scene.holds("vm.qcow2") == ""
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_can_be_no_name_of_a_file_is_refused_in_words(tmp_path: Path, name: str) -> None:
+    make_base(tmp_path, 1 << 20)
+    with a_daemon() as daemon:
+        daemon.open_disk("vm", str(tmp_path / "base.raw"))
+        create = {"driver": "file", "filename": name, "size": 1}
+        given: list[tuple[str, dict[str, Any]]] = [
+            ("x-disk-add", {"device": "x", "filename": name}),
+            ("change", {"device": "vm", "target": name}),
+            ("x-disk-copy", {"device": "vm", "target": name}),
+            ("snapshot_blkdev", {"device": "vm", "snapshot-file": name}),
+            ("blockdev-add", {"driver": "file", "filename": name}),
+            ("blockdev-create", {"job-id": "j", "options": create}),
+        ]
+        for command, arguments in given:
+            with pytest.raises(CowferryError, match="cannot be the name of a file"):
+                daemon.execute(command, arguments)
+        assert not daemon.execute("query-jobs", {})

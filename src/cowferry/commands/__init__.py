@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from cowferry.errors import CommandNotFound, CowferryError
+from cowferry.errors import CommandNotFound, CowferryError, one_line
 
 if TYPE_CHECKING:
     from cowferry.daemon import Daemon
@@ -101,9 +102,28 @@ def execute(daemon: Daemon, name: str, arguments: Mapping[str, Any]) -> Any:
     if found is None:
         raise CommandNotFound(f"The command {name} has not been found")
     args = convert(found.args, arguments)
-    with daemon.turn() if found.locked else contextlib.nullcontext():
-        result = found.run(daemon, args)
+    try:
+        with daemon.turn() if found.locked else contextlib.nullcontext():
+            result = found.run(daemon, args)
+    except ValueError:  # as the system refuses such a name
+        check_names(arguments)
+        raise
     return {} if result is None else msgspec.to_builtins(result)
+
+
+def check_names(value: Any) -> None:
+    """Raise `CowferryError` if a string in `value` can be no name of a file: it has a NUL, or a
+    character that cannot be encoded."""
+    if isinstance(value, str):
+        try:
+            bad = b"\0" in os.fsencode(value)
+        except UnicodeEncodeError:
+            bad = True
+        if bad:
+            raise CowferryError(f"'{one_line(value)}' cannot be the name of a file")
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            check_names(part)
 
 
 def convert(kind: type[Args], arguments: Mapping[str, Any]) -> Args:

@@ -11,7 +11,7 @@ import msgspec
 
 from cowferry.block.held import BY_JOB
 from cowferry.block.node import Node, chain, files
-from cowferry.commands import Args, NoArgs, command
+from cowferry.commands import Args, NoArgs, check_names, command
 from cowferry.commands.throttle import shown
 from cowferry.drivers import MAX_DEPTH, actual_size, driver, opening
 from cowferry.drivers.file import File
@@ -64,6 +64,7 @@ def blockdev_create(daemon: Daemon, args: BlockdevCreate) -> None:
     The image lies in the file of the node that `file` names, or in a new file. `file` describes the
     new file by its driver and filename, or (an extension) `filename` names it. Likewise `data-file`
     describes or (an extension) names an external data file, which is made, too."""
+    check_names(args.options)
     options = dict(args.options)
     kind = options.pop("driver", None)
     if not isinstance(kind, str):

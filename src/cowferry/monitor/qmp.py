@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from cowferry.block.peers import watch_peer
 from cowferry.commands.monitor import VERSION
 from cowferry.drivers import fdsets
-from cowferry.errors import CommandNotFound, CowferryError
+from cowferry.errors import CommandNotFound, CowferryError, reason
 from cowferry.exports.sockets import address_of, bind_tcp, bind_unix, close_listeners
 from cowferry.wire import qmp
 from cowferry.wire.address import Address
@@ -201,7 +201,7 @@ class Session:
         except CowferryError as error:
             answer = qmp.error(error, ident)
         except OSError as error:
-            answer = qmp.error(CowferryError(str(error)), ident)
+            answer = qmp.error(CowferryError(reason(error)), ident)
         except Exception as error:
             log.exception("a QMP command failed")
             problem = CowferryError(f"internal error: {error}", "please report it, with the log")

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.node import ZEROES, Extent, Node, State, part, read_runs, resolve
-from cowferry.drivers import Common, register
+from cowferry.drivers import register
 from cowferry.drivers.plan import Plan
 from cowferry.drivers.qcow2 import bitmaps as store
 from cowferry.drivers.qcow2 import changes, flush, metadata, snapshots, stamp
@@ -34,7 +34,7 @@ from cowferry.drivers.qcow2.clusters import (
     Map,
 )
 from cowferry.drivers.qcow2.compressed import Pieces
-from cowferry.drivers.qcow2.overlaps import Overlaps, OverlapTemplate
+from cowferry.drivers.qcow2.options import Qcow2Options
 from cowferry.drivers.qcow2.refcounts import OFFSET, Refcounts
 from cowferry.drivers.qcow2.survey import Survey
 from cowferry.errors import CowferryError, ImageError
@@ -50,36 +50,7 @@ T = TypeVar("T")
 class Qcow2(Node):
     """A qcow2 image. Thread-safe in the manner of `Node`."""
 
-    class Options(Common, kw_only=True, rename="kebab"):
-        """QMP: BlockdevOptionsQcow2."""
-
-        lazy_refcounts: bool | None = None  # allowed, and never needed: a flush writes both
-        pass_discard_request: bool = True  # what a guest discards is given back to the host
-        pass_discard_snapshot: bool = True
-        pass_discard_other: bool = False
-        # All checks are always made, so that each of these words is granted.
-        overlap_check: Overlaps | OverlapTemplate | None = None
-        cache_size: int | None = None  # bytes, of which the L2 tables have all
-        l2_cache_size: int | None = None  # bytes
-        l2_cache_entry_size: int | None = None
-        refcount_cache_size: int | None = None
-        cache_clean_interval: int | None = None
-
-        def check_caches(self, cluster: int) -> None:
-            """Raise `CowferryError` for what no cache can be like. `cluster` is in bytes."""
-            for name in ("cache_size", "l2_cache_size", "refcount_cache_size"):
-                self._check(name, (getattr(self, name) or 0) >= 0, "a number of bytes")
-            self._check("cache_clean_interval", (self.cache_clean_interval or 0) >= 0, "seconds")
-            entry = self.l2_cache_entry_size or cluster
-            fits = 512 <= entry <= cluster and not entry & (entry - 1)
-            self._check(
-                "l2_cache_entry_size", fits, f"a power of two between 512 and {cluster} bytes"
-            )
-
-        def _check(self, name: str, fits: bool, what: str) -> None:
-            if not fits:
-                value, name = getattr(self, name), name.replace("_", "-")
-                raise CowferryError(f"Parameter '{name}' expects {what}, not {value}")
+    Options = Qcow2Options
 
     passes_discard = True  # clusters that are let go of are given back to the host
     INFO_TYPES: ClassVar[dict[int, str]] = {0: "zlib", 1: "zstd"}
@@ -119,7 +90,7 @@ class Qcow2(Node):
             self._load_tables()
 
     @classmethod
-    def open(cls, options: Qcow2.Options, children: Mapping[str, Node]) -> Qcow2:
+    def open(cls, options: Qcow2Options, children: Mapping[str, Node]) -> Qcow2:
         """Open an image. Read-only, it writes nothing. Raises `ImageError`, `OSError`.
 
         Opened for writing, an image that was not closed cleanly has its refcounts repaired
