@@ -1,4 +1,5 @@
-"""Small file systems for tests, and how to fill them. `mount` is a fixture to import."""
+"""Small file systems and devices for tests, and how to fill them. `mount` and `device` are fixtures
+to import."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import pytest
 from tests_support import need, unavailable
 
 Mount = Callable[..., Path]
+Device = Callable[[int], str]
 MiB = 1 << 20
 
 
@@ -42,6 +44,29 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
     yield make
     for point in reversed(mounted):
         subprocess.run(["umount", "-l", str(point)], check=False, timeout=60)
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """Makes loop devices of so many bytes, full of what is not zero."""
+    need("losetup")
+    monkeypatch.setenv("COWFERRY_STATE", str(tmp_path / "state"))
+    made: list[str] = []
+
+    def make(size: int) -> str:
+        file = tmp_path / f"device{len(made)}"
+        file.write_bytes(b"\xaa" * size)
+        done = subprocess.run(
+            ["losetup", "-f", "--show", str(file)], capture_output=True, text=True
+        )
+        if done.returncode:
+            unavailable(f"no loop device: {done.stderr.strip()}")
+        made.append(done.stdout.strip())
+        return made[-1]
+
+    yield make
+    for path in made:
+        subprocess.run(["losetup", "-d", path], check=True)
 
 
 def fill(point: Path, room: int = 0) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +21,11 @@ from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
 from daemons import Told, a_daemon
-from tests_support import need, unavailable
+from mounts import Device, device
+
+__all__ = ["device"]  # a fixture
 
 SIZE = 4 << 20
-Make = Callable[[int], str]
-
-
-@pytest.fixture
-def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """Makes devices of so many bytes, full of what is not zero."""
-    need("losetup")
-    monkeypatch.setenv("COWFERRY_STATE", str(tmp_path / "state"))
-    made: list[str] = []
-
-    def make(size: int) -> str:
-        file = tmp_path / f"device{len(made)}"
-        file.write_bytes(b"\xaa" * size)
-        done = subprocess.run(
-            ["losetup", "-f", "--show", str(file)], capture_output=True, text=True
-        )
-        if done.returncode:
-            unavailable(f"no loop device: {done.stderr.strip()}")
-        made.append(done.stdout.strip())
-        return made[-1]
-
-    yield make
-    for path in made:
-        subprocess.run(["losetup", "-d", path], check=True)
 
 
 @pytest.fixture
@@ -73,7 +51,7 @@ def pivot(daemon: Daemon, told: Told, command: str, **arguments: Any) -> None:
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 @pytest.mark.parametrize("spare", [0, 3 << 20])
 def test_a_disk_moves_to_a_device_and_is_found_there(
-    scene: tuple[Daemon, Told, bytearray], device: Make, tmp_path: Path,
+    scene: tuple[Daemon, Told, bytearray], device: Device, tmp_path: Path,
     command: str, format: str, spare: int,
 ) -> None:  # fmt: skip
     daemon, told, oracle = scene
@@ -97,7 +75,7 @@ def test_a_disk_moves_to_a_device_and_is_found_there(
 
 
 def test_from_device_to_device_and_down_into_one(
-    scene: tuple[Daemon, Told, bytearray], device: Make, tmp_path: Path
+    scene: tuple[Daemon, Told, bytearray], device: Device, tmp_path: Path
 ) -> None:
     daemon, told, oracle = scene
     one, two = device(SIZE), device(2 * SIZE)
@@ -118,7 +96,7 @@ def test_from_device_to_device_and_down_into_one(
 
 @pytest.mark.parametrize("command", ["x-disk-copy", "drive-mirror"])
 def test_a_device_that_is_too_small_is_refused(
-    scene: tuple[Daemon, Told, bytearray], device: Make, command: str
+    scene: tuple[Daemon, Told, bytearray], device: Device, command: str
 ) -> None:
     daemon, _, oracle = scene
     path = device(SIZE // 2)
@@ -132,7 +110,7 @@ def test_a_device_that_is_too_small_is_refused(
 
 
 def test_B2_bitmaps_of_a_device_lie_in_the_state_folder_and_know_the_device(
-    device: Make, tmp_path: Path
+    device: Device, tmp_path: Path
 ) -> None:
     path = device(SIZE)
     disk = Disk(opening.open_image(path, "raw"), "vm")
@@ -167,7 +145,7 @@ def grow(device: str, size: int) -> None:
     subprocess.run(["losetup", "-c", device], check=True)
 
 
-def test_a_disk_on_a_device_grows_when_the_device_has_grown(device: Make) -> None:
+def test_a_disk_on_a_device_grows_when_the_device_has_grown(device: Device) -> None:
     path = device(SIZE)
     with a_daemon() as daemon:
         disk = daemon.open_disk("vm", path, "raw")
@@ -182,7 +160,7 @@ def test_a_disk_on_a_device_grows_when_the_device_has_grown(device: Make) -> Non
 
 @pytest.mark.parametrize("grown", [False, True])
 def test_a_disk_that_moved_to_a_larger_device_grows_there_and_stays_so(
-    scene: tuple[Daemon, Told, bytearray], device: Make, tmp_path: Path, grown: bool
+    scene: tuple[Daemon, Told, bytearray], device: Device, tmp_path: Path, grown: bool
 ) -> None:
     daemon, told, oracle = scene
     path = device(SIZE if grown else 2 * SIZE)
@@ -221,7 +199,7 @@ def test_a_disk_that_moved_to_a_larger_device_grows_there_and_stays_so(
 
 
 def test_a_window_that_is_not_a_disk_of_its_own_keeps_its_size(
-    device: Make, tmp_path: Path
+    device: Device, tmp_path: Path
 ) -> None:
     path = device(2 * SIZE)
     file = {"driver": "host_device", "filename": path}
@@ -240,7 +218,7 @@ def test_a_window_that_is_not_a_disk_of_its_own_keeps_its_size(
 
 
 def test_a_size_that_cannot_be_recorded_is_refused(
-    scene: tuple[Daemon, Told, bytearray], device: Make, tmp_path: Path,
+    scene: tuple[Daemon, Told, bytearray], device: Device, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     daemon, told, oracle = scene

@@ -30,9 +30,9 @@ from cowferry.errors import CowferryError, NotSupported
 from cowferry.jobs.stream import Fill, Stream
 from cowferry.wire import nbd
 from daemons import PATIENCE, Told, a_daemon
+from mounts import Device, device
 from nbd_servers import Forgetful
 from nbd_servers import node_of as node_of_server
-from test_devices import Make, device
 
 __all__ = ["device"]  # a fixture
 
@@ -660,7 +660,7 @@ def test_where_no_file_can_lie_beside_it_the_map_is_in_the_state_folder(
     assert State.HOLE not in {e.state for e in opening.open_image(str(path)).extents(0, SIZE)}
 
 
-def test_a_device_is_filled_and_then_a_device_like_others(device: Make, tmp_path: Path) -> None:
+def test_a_device_is_filled_and_then_a_device_like_others(device: Device, tmp_path: Path) -> None:
     oracle = make_base(tmp_path, SIZE)
     path = Path(device(4 << 20))  # full of what is not zero
     oracle.extend(bytes((4 << 20) - SIZE))

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,12 @@ from cowferry.drivers.qcow2 import free
 from cowferry.drivers.qcow2.free import FreeRuns
 from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.errors import CowferryError
-from tests_support import need, unavailable
+from mounts import Device, Mount, device, limited, mount
+
+__all__ = ["device", "mount"]  # fixtures
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER = 64 * KIB
-Device = Callable[[int], str]
 
 
 def make(path: str | Path, size: int, **options: Any) -> None:
@@ -64,65 +64,12 @@ def judge(path: str | Path, oracle: bytes | bytearray) -> None:
     assert not differs(contents(image), oracle)
     image.close()
     assert qemu_check(path) == 0
-    raw = f"{path}.raw" if not str(path).startswith("/dev/") else "/dev/shm/cowferry-room.raw"
-    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), raw], check=True)
-    assert not differs(Path(raw).read_bytes(), oracle)
-    os.unlink(raw)
-
-
-@pytest.fixture
-def device(tmp_path: Path) -> Iterator[Device]:
-    """Makes loop devices of so many bytes, full of what is not zero."""
-    need("losetup")
-    made: list[str] = []
-
-    def make_device(size: int) -> str:
-        file = tmp_path / f"device{len(made)}"
-        file.write_bytes(b"\xaa" * size)
-        done = subprocess.run(
-            ["losetup", "-f", "--show", str(file)], capture_output=True, text=True
+    with tempfile.TemporaryDirectory() as folder:
+        raw = f"{folder}/plain.raw"
+        subprocess.run(
+            ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), raw], check=True
         )
-        if done.returncode:
-            unavailable(f"no loop device: {done.stderr.strip()}")
-        made.append(done.stdout.strip())
-        return made[-1]
-
-    yield make_device
-    for path in made:
-        subprocess.run(["losetup", "-d", path], check=True)
-
-
-@pytest.fixture
-def small_tmpfs(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a tmpfs of so many bytes."""
-    made: list[Path] = []
-
-    def mount(size: int) -> Path:
-        folder = tmp_path / f"tmpfs{len(made)}"
-        folder.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "cowferry-test", str(folder)],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            unavailable(f"no tmpfs: {done.stderr.strip()}")
-        made.append(folder)
-        return folder
-
-    yield mount
-    for folder in made:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-@contextlib.contextmanager
-def size_limit(size: int) -> Iterator[None]:
-    """No file of this process grows beyond so many bytes meanwhile."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not differs(Path(raw).read_bytes(), oracle)
 
 
 # The list of free runs ----------------------------------------------------------------------------
@@ -267,7 +214,7 @@ def test_resizing_an_image_of_small_clusters_ends(tmp_path: Path, larger: int) -
     make(path, 4 * MIB, cluster_size=cluster)
     image = opened(path)
     image.pwrite(memoryview(b"a" * MIB), 0)
-    with size_limit(64 * MIB):
+    with limited(64 * MIB):
         image.change_size(larger)
         image.close()
     image = opened(path)
@@ -454,7 +401,7 @@ def test_after_a_write_beyond_a_size_limit_the_image_can_be_flushed_and_written(
     path = tmp_path / "vm.qcow2"
     make(path, 64 * MIB)
     image, oracle = opened(path), bytearray(64 * MIB)
-    with size_limit(limit):
+    with limited(limit):
         put(image, oracle, CLUSTER, b"a" * CLUSTER)
         with pytest.raises(OSError) as refused:
             image.pwrite(memoryview(b"b" * (4 * MIB)), 10 * MIB)
@@ -473,10 +420,10 @@ def test_after_a_write_beyond_a_size_limit_the_image_can_be_flushed_and_written(
 @pytest.mark.parametrize("step", [CLUSTER, 4 * KIB])
 @pytest.mark.parametrize("spread", [1, 37])
 def test_E2_what_was_answered_on_a_file_system_that_filled_up_can_be_flushed(
-    small_tmpfs: Callable[[int], Path], step: int, spread: int
+    mount: Mount, step: int, spread: int
 ) -> None:
     """Room for the tables of a mapping is taken with the data."""
-    folder = small_tmpfs(6 * MIB)
+    folder = mount("tmpfs", f"{6 * MIB}")
     path, size = folder / "vm.qcow2", 1 << 34
     make(path, size)
     image, answered = opened(path), dict[int, bytes]()
@@ -503,14 +450,14 @@ def test_E2_what_was_answered_on_a_file_system_that_filled_up_can_be_flushed(
 
 
 def test_E2_tables_that_a_copy_made_sparse_get_their_room_before_they_change(
-    small_tmpfs: Callable[[int], Path], tmp_path: Path
+    mount: Mount, tmp_path: Path
 ) -> None:
     """`cp --sparse=always` leaves holes where a table is zero."""
     make(tmp_path / "vm.qcow2", 1 << 30)
     image = opened(tmp_path / "vm.qcow2")
     image.pwrite(memoryview(b"a" * CLUSTER), 0)
     image.close()
-    folder = small_tmpfs(2 * MIB)
+    folder = mount("tmpfs", f"{2 * MIB}")
     path = folder / "vm.qcow2"
     subprocess.run(["cp", "--sparse=always", str(tmp_path / "vm.qcow2"), str(path)], check=True)
     with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as filler:

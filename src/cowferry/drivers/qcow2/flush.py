@@ -61,25 +61,16 @@ def write_tables(image: Qcow2) -> None:
         refs.writing, table_map.writing = was[0], was[2]
         refs.moved = False
     try:
-        for offset, data in blocks:
-            image._write(offset, data)
-        image._barrier()
+        _write_durably(image, blocks)
         if links:
-            for offset, data in links:
-                image._write(offset, data)
-            image._barrier()
+            _write_durably(image, links)
             if moved:
                 image.header.reftable_offset = refs.table_offset
                 image.header.reftable_clusters = len(refs.table) * 8 >> bits
                 image.write_header()
-        if tables:
-            for offset, data in tables:
-                image._write(offset, data)
-            image._barrier()
-        if roots:
-            for offset, data in roots:
-                image._write(offset, data)
-            image._barrier()
+        for step in (tables, roots):
+            if step:
+                _write_durably(image, step)
     except BaseException:
         with image.meta:  # nothing is forgotten: the next flush, if one can, writes it all
             refs.writing, table_map.writing = set(), set()
@@ -116,3 +107,10 @@ def with_room(image: Qcow2, work: Callable[[], T]) -> T:
         if waits:
             image.flush()
     return work()
+
+
+def _write_durably(image: Qcow2, pieces: list[tuple[int, bytes]]) -> None:
+    """Write bytes at offsets of the file, then wait for the barrier."""
+    for offset, data in pieces:
+        image._write(offset, data)
+    image._barrier()
