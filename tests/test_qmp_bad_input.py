@@ -565,7 +565,7 @@ def test_what_can_be_no_name_of_a_file_is_refused_in_words(tmp_path: Path, name:
             ("change", {"device": "vm", "target": name}),
             ("x-disk-copy", {"device": "vm", "target": name}),
             ("snapshot_blkdev", {"device": "vm", "snapshot-file": name}),
-            ("blockdev-add", {"driver": "file", "filename": name}),
+            ("blockdev-add", {"driver": "file", "node-name": "n", "filename": name}),
             ("blockdev-create", {"job-id": "j", "options": create}),
         ]
         for command, arguments in given:
