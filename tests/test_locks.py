@@ -15,7 +15,8 @@ import pytest
 
 from cowferry.drivers import holders, opening
 from cowferry.errors import CowferryError, DeviceInUse
-from loops import loop
+from daemons import a_daemon
+from loops import loop, partition
 from tests_support import need
 
 SIZE = 1 << 20
@@ -144,3 +145,69 @@ def test_a_disk_that_does_not_fit_tells_both_sizes(image: str) -> None:
     file = {"driver": "file", "filename": image}
     with pytest.raises(CowferryError, match=f"has {SIZE} bytes, and {2 * SIZE} bytes"):
         opening.open_node({"driver": "raw", "size": 2 * SIZE, "file": file})
+
+
+# Other names of the same bytes -------------------------------------------------------------
+
+
+def refused_for(path: str, pid: int, other: str) -> None:
+    """Another process has the bytes open under another name."""
+    with pytest.raises(DeviceInUse) as error:
+        opening.open_image(path, "raw")
+    assert f"process {pid} (" in error.value.desc and f"has '{other}' open" in error.value.desc
+    assert "nothing was changed" in error.value.hint
+
+
+def test_a_device_over_a_file_that_another_process_has_open_is_refused(image: str) -> None:
+    with loop(image) as lower, loop(lower) as upper, partition(lower, 1, 0, SIZE // 2) as part:
+        with holding(HOLD, image) as pid:
+            for device in (lower, upper, part):
+                refused_for(device, pid, image)
+        for device in (lower, upper, part):
+            opening.open_image(device, "raw").close()
+
+
+def test_a_file_under_a_device_that_another_process_has_open_is_refused(image: str) -> None:
+    with loop(image) as lower, loop(image) as beside, loop(lower) as upper:
+        with holding(HOLD, upper) as pid:
+            for path in (image, lower, beside):
+                refused_for(path, pid, upper)
+        with partition(lower, 1, 0, SIZE // 2) as part, holding(HOLD, part) as pid:
+            for path in (image, lower, beside, upper):
+                refused_for(path, pid, part)
+
+
+def test_ranges_that_do_not_overlap_are_used_by_two_processes(image: str) -> None:
+    half = str(SIZE // 2)
+    with (
+        loop(image, "--sizelimit", half) as first,
+        loop(image, "-o", half) as second,
+        holding(HOLD, first) as pid,
+    ):
+        opening.open_image(second, "raw").close()
+        refused_for(image, pid, first)
+
+
+def test_readers_share_the_bytes_under_every_name(image: str) -> None:
+    with loop(image) as device, holding(HOLD, image, "read") as pid:
+        opening.open_image(device, "raw", read_only=True).close()
+        refused_for(device, pid, image)
+        opening.open_image(device, "raw", read_only=True, force_share=True).close()
+
+
+def test_an_image_that_is_opened_for_writing_later_is_compared_then(image: str) -> None:
+    with loop(image) as device:
+        node = opening.open_image(device, "raw", read_only=True)
+        with holding(HOLD, image, "read"), pytest.raises((OSError, CowferryError)):
+            node.reopen(False)
+        node.reopen(False)
+        node.close()
+
+
+def test_what_this_process_has_open_is_told_by_its_user(image: str) -> None:
+    with a_daemon() as daemon:
+        daemon.open_disk("vm", image)
+        with pytest.raises(DeviceInUse, match="is in use by disk 'vm'"):
+            daemon.open_disk("other", image)
+        with loop(image) as device, pytest.raises(DeviceInUse, match="in use by disk 'vm'"):
+            daemon.open_disk("other", device)

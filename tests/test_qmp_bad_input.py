@@ -247,7 +247,7 @@ BAD = (
         for more, klass, words, hint in (
             ({"device": "nope", "target": "!x"}, MISSING, "Device 'nope' not found", ""),
             ({"target": "!nope.qcow2"}, GENERIC, "No such file or directory", ""),
-            ({"target": "!other.qcow2"}, IN_USE, "failed to get", ""),
+            ({"target": "!other.qcow2"}, IN_USE, "in use by node 'other'", ""),
             ({"target": "!t2.raw", "format": "qcow2"}, GENERIC, "not in qcow2 format", ""),
             ({"target": "!t2.raw", "format": "x"}, GENERIC, "Unknown driver 'x'", "qcow2"),
             ({"target": "!short2.qcow2", "notify": False}, GENERIC, "bytes and 'vm'", "notif"),
@@ -459,7 +459,8 @@ def test_a_target_is_in_use_while_it_is_filled(tmp_path: Path, daemon: Talk, sta
              mode="existing"),
         Bad("block_resize", {"node_name": "t", "size": SIZE}, IN_USE, "excludes a resize"),
         Bad("blockdev-del", {"node_name": "t"}, IN_USE, "excludes blockdev-del"),
-        Bad("change", {"device": "other", "target": "!t.raw", "format": "raw"}, IN_USE, "failed"),
+        Bad("change", {"device": "other", "target": "!t.raw", "format": "raw"}, IN_USE,
+            "in use by mirror job 'j'"),
         Bad("block-export-add", {"type": "nbd", "id": "e", "node_name": "t"}, IN_USE, "export"),
         Bad("blockdev-reopen",
             {"options": [{"driver": "qcow2", "node-name": "other", "backing": "t"}]},

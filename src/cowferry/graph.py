@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from cowferry.block import closing, names
+from cowferry.block import closing, identity, names
 from cowferry.block.disk import Disk
 from cowferry.block.limits import Group
 from cowferry.block.node import Node, chain
@@ -29,6 +29,7 @@ from cowferry.block.turn import Turn
 from cowferry.block.uses import GENERATED, Uses
 from cowferry.block.walk import children, filters, parents_first, parts
 from cowferry.drivers import driver, opening, partial
+from cowferry.drivers.locks import OpenHere
 from cowferry.errors import CowferryError, DeviceInUse, DeviceNotFound
 
 T = TypeVar("T")
@@ -145,9 +146,11 @@ class Graph(Uses):
 
         try:
             return opening.open_node(options, lookup, note)
-        except BaseException:
+        except BaseException as error:
             with self.lock:
                 self.files.discard(made)
+            if isinstance(error, OpenHere):  # say which disk or job has it
+                self.check_unused(error.path, identity.of_path(error.path))
             raise
 
     def _check_open(self) -> None:

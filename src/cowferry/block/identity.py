@@ -142,6 +142,64 @@ def of_server(address: object, export: str) -> list[Place]:
     return [Place(store("nbd", address, export), how="is", name="the same export")]
 
 
+def other_names(fd: int, name: str) -> list[str]:
+    """Return the paths that lead to bytes of an open file or device, called `name`, as well: what a
+    loop device or a partition lies on, and the loop devices and partitions that lie on it.
+
+    A loop device over a hard link is not found: the files of all loop devices would have to be
+    looked at for that, and the storage of one of them may not answer."""
+    st = os.fstat(fd)
+    found: list[str] = []
+    devices: set[int] = set()
+    if stat.S_ISBLK(st.st_mode):
+        devices.add(st.st_rdev)
+        found += (place.name[1:-1] for place in of_fd(fd, name)[1:] if not place.within)
+    paths = {os.readlink(f"/proc/self/fd/{fd}"), *found, *map(_dev, devices)}
+    loops = list(_loops())
+    while True:
+        on_them = (_device_of(f"/sys/block/{loop}/dev") for loop, path in loops if path in paths)
+        above = {device for device in on_them if device is not None}
+        above |= {part for device in devices for part in _partitions(device)}
+        above -= devices
+        if not above:
+            break
+        devices |= above
+        found += map(_dev, above)
+        paths.update(found)
+    mine = of_fd(fd, name) if found else []
+    return [path for path in dict.fromkeys(found) if overlap(of_path(path), mine)]
+
+
+def _loops() -> Iterator[tuple[str, str]]:
+    """Each loop device that is attached, by its name in sysfs, and the path of what it lies on."""
+    with suppress(OSError):
+        for loop in os.listdir("/sys/block"):
+            if loop.startswith("loop"):
+                with suppress(OSError):
+                    yield loop, _backing_file(f"/sys/block/{loop}/loop")
+
+
+def _backing_file(folder: str) -> str:
+    """The path of what a loop device lies on, from its folder in sysfs. Raises `OSError` if it is
+    attached to nothing."""
+    fd = os.open(f"{folder}/backing_file", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.fsdecode(os.read(fd, 4096)).removesuffix("\n")
+    finally:
+        os.close(fd)
+
+
+def _partitions(device: int) -> Iterator[int]:
+    """The partitions of a block device."""
+    folder = _sys(device)
+    with suppress(OSError):
+        for entry in os.listdir(folder):
+            if os.path.exists(f"{folder}/{entry}/partition"):
+                part = _device_of(f"{folder}/{entry}/dev")
+                if part is not None:
+                    yield part
+
+
 def server_address(sock: socket.socket) -> object:
     """What tells the server at the other end of a connected socket from others, whatever name led
     there. All addresses of this host are one."""
@@ -203,8 +261,7 @@ def _behind_loop(device: int, at: Place, fd: int, deep: int) -> Iterator[Place]:
     """The file, or the device, under a loop device."""
     folder = f"{_sys(device)}/loop"
     try:
-        with open(f"{folder}/backing_file", encoding="utf-8", errors="surrogateescape") as f:
-            path = f.read().removesuffix("\n").removesuffix(" (deleted)")
+        path = _backing_file(folder).removesuffix(" (deleted)")
     except OSError:
         return  # nothing is attached to it
     offset, limit = (_number(f"{folder}/{key}") or 0 for key in ("offset", "sizelimit"))
@@ -417,6 +474,11 @@ def connection(target: str, mine: Place, layer: Layer, theirs: Place) -> str:
         f"'{target}' {mine.how} {mine.name}, and '{layer.name}', {layer.role}, "
         f"{theirs.how} {theirs.name}"
     )
+
+
+def overlap(a: Sequence[Place], b: Sequence[Place]) -> bool:
+    """Whether a byte is certainly in both."""
+    return any(meet(p, q) for p in a for q in b if not (p.within or q.within))
 
 
 def same(a: Sequence[Place], b: Sequence[Place]) -> bool:

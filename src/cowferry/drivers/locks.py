@@ -8,6 +8,9 @@ opposite byte of any permission: uses what I do not share, or does not share wha
 
 The locks are open-file-description locks, so they go with the descriptor, whatever else in
 this process opens and closes the file.
+
+A loop device or a partition has locks of its own, and none of the file or device on which it lies.
+So the other names of the same bytes are asked as well, as far as this process may open them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import fcntl
 import os
 import struct
 
+from cowferry.block import identity
 from cowferry.drivers import holders
 from cowferry.errors import DeviceInUse
 
@@ -31,11 +35,21 @@ NAMES = {
     RESIZE: "resize",
 }
 
+HINT = "nothing was changed. Is a guest using it? (reading it meanwhile: info -U)"
+
 _flock = struct.Struct("hhqqi4x")  # struct flock with 64-bit offsets
 
 
 def _lock(kind: int, start: int, length: int) -> bytes:
     return _flock.pack(kind, os.SEEK_SET, start, length, 0)
+
+
+class OpenHere(DeviceInUse):
+    """This process itself has the image at `path` open."""
+
+    def __init__(self, path: str, desc: str, hint: str) -> None:
+        super().__init__(desc, hint)
+        self.path = path
 
 
 class Lock:
@@ -77,6 +91,12 @@ class Lock:
         except DeviceInUse:
             mine.drop()
             raise
+        try:
+            for path in identity.other_names(fd, name) if used else ():
+                _check_elsewhere(path, name, used, unshared)
+        except DeviceInUse:
+            mine.drop()
+            raise
         mine.keeps_writers_out = WRITE in unshared
         return mine
 
@@ -96,8 +116,36 @@ def _refused(fd: int, name: str, row: int, permission: int, shared: str) -> Devi
     holder = (
         holders.Holder(pid, holders.command(pid)) if pid else holders.find(fd, row + permission)
     )
-    return DeviceInUse(
+    desc = (
         f"'{name}': failed to get {shared}\"{NAMES[permission]}\" lock: "
-        f"{holder or 'another process'} has the image open",
-        "nothing was changed. Is a guest using it? (reading it meanwhile: info -U)",
+        f"{holder or 'another process'} has the image open"
     )
+    if holder is not None and holder.pid == os.getpid():
+        return OpenHere(name, desc, HINT)
+    return DeviceInUse(desc, HINT)
+
+
+def _check_elsewhere(path: str, name: str, used: list[int], unshared: list[int]) -> None:
+    """Raise `DeviceInUse` if another process has locked `path`, which holds bytes of the image
+    `name`, against what is `used`, or uses what is `unshared`. What this process itself has open is
+    the graph's to compare."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # it may not be looked at
+        return
+    try:
+        for row, wanted in ((UNSHARED, used), (USED, unshared)):
+            for byte in (row + p for p in wanted):
+                if _holder(fd, byte) is None:
+                    continue
+                holder = holders.find(fd, byte)
+                if holder is None or holder.pid != os.getpid():
+                    raise DeviceInUse(
+                        f"'{name}' cannot be opened: {holder or 'another process'} has '{path}' "
+                        "open, which holds the same bytes",
+                        HINT,
+                    )
+    except OSError:  # a file system without such locks
+        return
+    finally:
+        os.close(fd)
