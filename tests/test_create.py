@@ -152,9 +152,14 @@ def test_preallocation_that_does_not_fit_gives_the_room_back(tmp_path: Path, lin
         if linked:
             os.link(path, small / "other")
         free = os.statvfs(small).f_bfree
-        for format, how in (("raw", "falloc"), ("qcow2", "falloc"), ("raw", "full")):
+        for format, how, size in (
+            ("raw", "falloc", 64 * MiB),
+            ("qcow2", "falloc", 64 * MiB),
+            ("raw", "full", 64 * MiB),
+            ("qcow2", "metadata", 1 << 40),
+        ):
             with unchanged(small), pytest.raises(ImageError) as error:
-                opening.create_image(str(path), format, 64 * MiB, {"preallocation": how})
+                opening.create_image(str(path), format, size, {"preallocation": how})
             assert "nothing was changed" in error.value.hint, error.value.hint
             assert os.statvfs(small).f_bfree >= free
 

@@ -45,6 +45,16 @@ class Layout:
         return self.preallocation != "off" or bool(self.header.autoclear & headers.DATA_FILE_RAW)
 
     @property
+    def written(self) -> int:
+        """Bytes of the file that are written, or set aside, when the image is made."""
+        if self.preallocation in ("falloc", "full"):
+            return self.total
+        if not self.fills:
+            return 0  # a few tables, most of which are holes
+        size = self.header.cluster_size
+        return self.total - (0 if self.header.data_file else -(-self.header.size // size) * size)
+
+    @property
     def total(self) -> int:
         """Bytes of the file, at least, once everything is in its place."""
         h, clusters = self.header, self.used
@@ -78,7 +88,7 @@ def plan(path: str, size: int, options: Mapping[str, Any]) -> Plan:
     return Plan(
         size=h.size,
         needs=layout.total,
-        takes=layout.total if how in ("falloc", "full") else 0,
+        takes=layout.written,
         zero_on_device=not h.autoclear & headers.DATA_FILE_RAW,
         data=data,
         make=lambda path, data_path: _make(layout, path, data_path),
