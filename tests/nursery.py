@@ -90,6 +90,7 @@ def become(argv: list[str], env: dict[str, str], out: int) -> NoReturn:
         os.environ.update(env)
         os.dup2(out, 1)
         os.close(out)
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # the old one was opened on another file
         sys.argv = ["cowferry", *argv]
         main()
         status = 0
