@@ -512,7 +512,7 @@ def test_a_member_that_fails_is_told_with_the_policy_each(scene: Scene) -> None:
     assert out.splitlines() == [
         "group copy-group: failed",
         "    copy-group-vda: completed",
-        "    copy-group-vdb: failed: No space left on device",
+        f"    copy-group-vdb: failed: writing '{mounted}/b.raw': No space left on device",
     ]
     assert "every disk is intact" in err
     assert (scene.chain("vda"), scene.chain("vdb")) == (["a.raw"], LAYERS)

@@ -3,7 +3,9 @@ was started with --async."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +15,13 @@ import pytest
 import cowferry
 from cowferry.cli import main
 from cowferry.daemon import Daemon
+from cowferry.drivers import opening
 from cowferry.errors import CowferryError
 from cowferry.jobs import job as jobs
 from daemons import PATIENCE, Told, a_daemon
+from mounts import Mount, mount
+
+__all__ = ["mount"]
 
 SIZE = 1 << 20
 AT = 64 << 10
@@ -114,3 +120,26 @@ def test_the_list_of_jobs_that_failed_is_bounded(
     for name in ("a", "b", "c"):
         assert scene.change("wrong.raw", name)
     assert [entry["device"] for entry in scene.failed()] == ["b", "c"]
+
+
+@pytest.mark.parametrize("verb", ["copy", "backup", "commit"])
+def test_an_error_says_which_file_could_not_be_written(
+    scene: Scene, mount: Mount, verb: str
+) -> None:
+    """QEMU's clients are told the error alone, in the words of the system."""
+    small = mount("tmpfs", "1m")
+    base, over = small / "base.raw", scene.folder / "over.qcow2"
+    cowferry.create(str(base), 4 * SIZE, "raw")
+    opening.create_image(
+        str(over), "qcow2", 4 * SIZE, {"backing_file": str(base), "backing_fmt": "raw"}
+    )
+    disk = scene.daemon.open_disk("full", str(over))
+    disk.pwrite(memoryview(b"d" * 3 * SIZE), 0)
+    words = {"copy": ["--finish", "--format", "raw"], "backup": ["--format", "raw"], "commit": []}
+    to = [] if verb == "commit" else [str(small / "t.raw")]
+    status, text = scene.run(verb, "full", *to, *words[verb])
+    full = os.strerror(errno.ENOSPC)
+    place = f"writing '{base if verb == 'commit' else to[0]}': {full}"
+    assert status == 1 and place in text, text
+    assert scene.told.wait("BLOCK_JOB_COMPLETED")["error"] == full
+    assert place in scene.run("jobs")[1]

@@ -612,12 +612,12 @@ def changed(node: Node) -> None:
         return
     if not can_keep(node):
         raise NotSupported(
-            f"'{node.name or node.filename}' cannot have persistent bitmaps",
+            f"'{node.filename}' cannot have persistent bitmaps",
             "they need an image in a local file or device, from its beginning on; without "
             "persistent it can have one",
         )
     if node.read_only:
-        raise CowferryError(f"'{node.name or node.filename}' is read-only")
+        raise CowferryError(f"'{node.filename}' is read-only")
     node.flush()  # as in `_settle`
     fresh(node.filename)  # if there is anything, it does not count
     keeper = Keeper(node)

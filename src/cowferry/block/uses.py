@@ -233,7 +233,7 @@ class Uses:
         with self.lock:
             self.check_top(node)
             if self.exported(node) or any(d.root is node for d in self.disks.values()):
-                raise CowferryError(f"Block device {node.name} is in use")
+                raise CowferryError(f"Block device {self.short(node)} is in use")
 
     def release(self, nodes: list[Node], why: str, holder: str = "") -> None:
         """Undo `claim`. Nodes that somebody else holds by now are left alone."""

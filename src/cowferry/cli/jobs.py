@@ -11,7 +11,7 @@ import click
 from cowferry.cli.client import Client, QmpError, connect
 from cowferry.cli.options import control, json_lines, json_output, no_waiting
 from cowferry.cli.sizes import Size, human
-from cowferry.cli.waiting import JobWork, Words, follow, notes_of
+from cowferry.cli.waiting import JobWork, Words, follow, notes_of, placed
 from cowferry.errors import CowferryError
 
 
@@ -44,7 +44,7 @@ def job(client: Client, id: str) -> dict[str, Any]:
             return entry
     for failed in failures(client):
         if failed["device"] == id:
-            raise CowferryError(f"Job '{id}' has failed: {failed['error']}", "see cowferry jobs")
+            raise CowferryError(f"Job '{id}' has failed: {placed(failed)}", "see cowferry jobs")
     known = ", ".join(e["id"] for e in entries) or "none"
     raise CowferryError(f"Job '{id}' not found", f"there are: {known}")
 
@@ -80,7 +80,7 @@ def failure_in_words(entry: dict[str, Any]) -> list[str]:
     share = 100 * entry["offset"] / max(entry["len"], 1)
     return [
         f"{id}  {entry['type']}  failed  at {share:.1f}% of {human(entry['len'])}, on "
-        f"{at:%Y-%m-%d %H:%M:%S}: {entry['error']}",
+        f"{at:%Y-%m-%d %H:%M:%S}: {placed(entry)}",
         f"    run it again, or forget it: cowferry job dismiss {id}",
     ]
 

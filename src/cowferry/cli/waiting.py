@@ -195,8 +195,16 @@ def job_end(event: dict[str, Any]) -> End | None:
     if event["event"] == "BLOCK_JOB_CANCELLED":
         return End("cancelled", data)
     if event["event"] == "BLOCK_JOB_COMPLETED":
-        return End("failed" if "error" in data else "completed", data, data.get("error", ""))
+        failed = "error" in data
+        return End("failed" if failed else "completed", data, placed(data) if failed else "")
     return None
+
+
+def placed(told: dict[str, Any]) -> str:
+    """The error of a job that failed, and before it where that was, unless the error says so."""
+    error, where = str(told["error"]), str(told.get("x-where", ""))
+    named = not where or where.partition("'")[2].rstrip("'") in error
+    return error if named else f"{where}: {error}"
 
 
 def notes_of(entry: dict[str, Any]) -> list[str]:

@@ -523,6 +523,11 @@ class Backup(Job):
         self.target.flush()
         return 0
 
+    def doing(self, operation: str) -> str:
+        if operation == "read":
+            return f"reading '{self.source.filename}'"
+        return f"writing '{self.target.root.filename}'"
+
     def policy(self, operation: str) -> str:
         return self.on_error if operation == "read" else self.on_target_error
 

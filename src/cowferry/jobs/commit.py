@@ -124,6 +124,14 @@ class Commit(Job):
             yield Progress(done=length, moved=moved or 0)
             at += length
 
+    def doing(self, operation: str) -> str:
+        into = self.into
+        return (
+            f"reading '{into.top.filename}'"
+            if operation == "read"
+            else (f"writing '{into.base.filename}'")
+        )
+
     def _begin(self) -> int:
         with self._exclusive(0, None), Scope(SETTLE_SECONDS, NO_ANSWER):
             self.into.begin()

@@ -104,6 +104,7 @@ class Job(Ending):
         self.auto_dismiss = auto_dismiss
         self.throttle = Throttle(speed)
         self.error: str | None = None
+        self.where = ""  # what it did when the error came that ended it: "writing '/x/t.raw'"
         self.ignored: OSError | None = None  # the first error that policy "ignore" passed over
         self.io_status = "ok"
         # Duty: `changed` guards everything below, and is notified whenever any of it changes.
@@ -139,6 +140,10 @@ class Job(Ending):
         """Further members of this job's entry in query-block-jobs."""
         return {}
 
+    def doing(self, operation: str) -> str:
+        """What an operation ("read", "write") does, and to which file, in words; "" if unknown."""
+        return ""
+
     # For the work ------------------------------------------------------------------------
 
     def policy(self, operation: str) -> str:
@@ -172,6 +177,8 @@ class Job(Ending):
                 if self.is_block_job:
                     data = {"device": self.id, "operation": operation, "action": action}
                     self._emit("BLOCK_JOB_ERROR", data)
+                if action in ("report", "ignore") and self.ignored is None:
+                    self.where = self.doing(operation)
                 if action == "report":
                     raise
                 if action == "ignore":
@@ -536,6 +543,8 @@ class Job(Ending):
         }
         if self.error is not None and name == "BLOCK_JOB_COMPLETED":
             data["error"] = self.error
+            if self.where:
+                data["x-where"] = self.where
         self._emit(name, data)
 
     def _move(self, to: Status) -> None:
@@ -636,6 +645,8 @@ class Jobs:
     def _forget(self, job: Job) -> None:
         failed = job.is_block_job and job.auto_dismiss and job.error is not None
         told = {**job.query_block(), "x-ended": int(time.time())} if failed else None
+        if told is not None and job.where:
+            told["x-where"] = job.where
         with self.lock:
             self.jobs.pop(job.id, None)
             self.ending[job.id] = job

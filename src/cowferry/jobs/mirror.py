@@ -354,6 +354,11 @@ class Mirror(Follower):
     def _blocking(self) -> bool:
         return self.copy_mode == "write-blocking"
 
+    def doing(self, operation: str) -> str:
+        if operation == "read":
+            return f"reading '{self.disk.root.filename}'"
+        return f"writing '{self.target.filename}'"
+
     def policy(self, operation: str) -> str:
         return self.on_error if operation == "read" else self.on_target_error
 

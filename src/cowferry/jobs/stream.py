@@ -246,6 +246,9 @@ class Stream(Job):
         self._clock = clock
         self._due = 0.0  # when the next checkpoint is
 
+    def doing(self, operation: str) -> str:
+        return f"filling '{self.top.filename}'"
+
     def run(self) -> Iterator[Progress]:
         top, granule = self.top, self.top.granule
         if top.backing is None or top.backing is self.base:
