@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cowferry.cli import client
+from cowferry.cli import client, live
 from cowferry.cli.client import Client
 from cowferry.drivers.nbd_client import NbdClient
 from cowferry.drivers.opening import create_image, open_image
@@ -141,6 +141,36 @@ def test_a_command_is_answered_by_a_daemon_that_takes_nobody_any_more(
         os.rename(served.run / "away", served.run / "qmp.sock")
 
 
+def test_a_verb_that_follows_a_job_says_that_the_job_goes_on(served: Served) -> None:
+    target = served.folder / "copy.raw"
+    with NbdClient(served.uri, timeout=PATIENCE) as guest:
+        guest.pwrite(b"g" * SIZE, 0)
+    copy = ("copy", "vm", str(target), "--pivot", "--speed", "256k", "--timeout", "3", "--json")
+    with served.verb(*copy) as copying, served.client() as q:
+        assert copying.stdout is not None and copying.stdout.readline()  # it follows the job
+        with served.frozen():
+            err = copying.communicate(timeout=PATIENCE)[1]
+        assert copying.returncode == 1 and "job copy-vm goes on when the daemon does" in err
+        assert f"kill -CONT {served.child.pid}" in err
+        q.call("block-job-set-speed", device="copy-vm", speed=0)
+        until(lambda: not q.call("query-block-jobs"))
+        assert q.call("query-block")[0]["inserted"]["file"] == str(target)
+    assert target.read_bytes() == b"g" * SIZE
+
+
+def test_stop_says_that_a_stopped_daemon_has_not_ended(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(live, "STOP_SECONDS", 0.2)
+    pid = served.child.pid
+    process = os.pidfd_open(pid)
+    with served.client() as q, served.frozen():
+        assert live._await_end(q, pid, process) == 1
+    os.close(process)
+    err = capsys.readouterr().err
+    assert f"pid {pid} (" in err and "which is stopped" in err and f"kill -CONT {pid}" in err
+
+
 def test_a_second_daemon_is_refused_while_the_first_is_stopped(served: Served) -> None:
     """Also once so many wait for the first that it takes nobody any more."""
     with served.frozen(), ExitStack() as waiting:
@@ -207,6 +237,17 @@ def test_stop_by_force_answers_what_was_asked(served: Served) -> None:
     assert served.child.wait(PATIENCE) == 0
 
 
+def test_signals_that_come_again_and_again_change_nothing_about_the_end(served: Served) -> None:
+    with NbdClient(served.uri, timeout=PATIENCE) as guest:
+        guest.pwrite(b"x" * 4096, 0)
+    while served.child.poll() is None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            served.child.send_signal(number)
+        time.sleep(0.002)
+    assert served.child.returncode == 0
+    assert not list(served.run.iterdir())
+
+
 def test_stop_names_what_hangs_and_frees_the_rest(tmp_path: Path) -> None:
     """A disk with data that is not flushed lies on a frozen file system; another one does not."""
     with frozen_fs(tmp_path) as fs:
@@ -262,6 +303,8 @@ def test_a_copy_ends_as_it_was_told_although_its_verb_is_gone(served: Served, ho
         with served.verb("copy", "vm", str(target), how, "--speed", "1M") as copying:
             until(lambda: [j for j in q.call("query-block-jobs") if j["offset"]])
             assert q.call("query-block-jobs")[0]["x-on-ready"] in ("complete", "cancel")
+            intent = "moves its disk over" if how == "--pivot" else "ends as a copy of that moment"
+            assert f"once it is ready it {intent}" in served("jobs")[1]
             copying.send_signal(signal.SIGHUP)
             copying.wait(PATIENCE)
         q.call("block-job-set-speed", device="copy-vm", speed=0)
@@ -273,11 +316,17 @@ def test_a_copy_ends_as_it_was_told_although_its_verb_is_gone(served: Served, ho
 
 def test_a_group_and_a_commit_end_as_they_were_told(served: Served) -> None:
     assert served("snapshot", "vm")[0] == 0
+    with NbdClient(served.uri, timeout=PATIENCE) as guest:
+        guest.pwrite(b"g" * SIZE, 0)
     with served.client() as q:
         assert served("commit", "vm", "--pivot", "--async")[0] == 0
         until(lambda: not q.call("query-block-jobs"))
         assert q.call("query-block")[0]["inserted"]["file"] == str(served.folder / "vm.qcow2")
         target = served.folder / "copy.raw"
-        assert served("group", "copy", f"vm={target}", "--pivot", "--async")[0] == 0
+        copy = ("group", "copy", f"vm={target}", "--id", "g", "--pivot", "--async")
+        assert served(*copy, "--speed", "256k")[0] == 0
+        assert q.call("query-block-jobs")[0]["x-on-ready"] == "complete"
+        assert "once it is ready it moves its disks over" in served("group", "list")[1]
+        q.call("block-job-set-speed", device="g-vm", speed=0)
         until(lambda: not q.call("query-block-jobs"))
         assert q.call("query-block")[0]["inserted"]["file"] == str(target)

@@ -7,6 +7,7 @@ import struct
 
 from cowferry.errors import one_line
 
+STOPPED = "which is stopped"  # what is said of a process that SIGSTOP has stopped
 PROBES = 4  # that a silent peer gets before it is taken to be gone
 
 
@@ -49,5 +50,5 @@ def called(pid: int) -> str:
             head, _, rest = f.read().rpartition(")")
     except OSError:
         return f"pid {pid}, which has ended"
-    state = ", which is stopped" if rest.split()[:1] in (["T"], ["t"]) else ""
+    state = f", {STOPPED}" if rest.split()[:1] in (["T"], ["t"]) else ""
     return f"pid {pid} ({one_line(head.partition('(')[2])}{state})"

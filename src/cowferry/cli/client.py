@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from cowferry.block.peers import peer_of, pid_of
+from cowferry.block.peers import STOPPED, peer_of, pid_of
 from cowferry.cli.run import run_folder
 from cowferry.errors import CowferryError
 from cowferry.wire import qmp
@@ -134,11 +134,14 @@ class Client:
         return pid_of(self.sock)
 
     def _silent(self, seconds: float, who: str = "") -> Silent:
+        who = who or peer_of(self.sock)
+        if STOPPED in who:
+            hint = f"let it go on: kill -CONT {who.split()[1]}"
+        else:
+            hint = "if it still opens its disks, wait; its log may say more"
         return Silent(
-            f"the daemon at '{self.path}' has not answered within {seconds:g} s: "
-            f"{who or peer_of(self.sock)}",
-            "its disks are intact, and their guests may have to wait, too; if it is stopped, let "
-            "it go on: kill -CONT PID; if it still opens its disks, wait; its log may say more",
+            f"the daemon at '{self.path}' has not answered within {seconds:g} s: {who}",
+            f"its disks are intact, and their guests may have to wait, too; {hint}",
         )
 
     def close(self) -> None:

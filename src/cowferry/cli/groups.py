@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cowferry.cli.client import Client, connect
-from cowferry.cli.jobs import in_words
+from cowferry.cli.jobs import in_words, intent_of
 from cowferry.cli.options import (
     ON_READY,
     absolute,
@@ -192,6 +192,7 @@ def draw(group: dict[str, Any]) -> list[str]:
         f"{group['id']}  {group['status']}  {share:.1f}% of {human(group['len'])}, "
         f"policy {group['policy']}"
     ]
+    lines += [f"    {note}" for note in intent_of(group)]
     if group["status"] == "ready":
         id = group["id"]
         lines.append(
@@ -199,7 +200,8 @@ def draw(group: dict[str, Any]) -> list[str]:
             "does not"
         )
     for member in group["members"]:
-        lines += [f"    {line}" for line in in_words({**member, "ready": False})]
+        shown = {**member, "ready": False, "x-on-ready": ""}  # the group's own are above
+        lines += [f"    {line}" for line in in_words(shown)]
     return lines
 
 

@@ -100,7 +100,7 @@ def in_words(entry: dict[str, Any], group: str | None = None) -> list[str]:
         parts.append("write-blocking")
     error = f": {entry['error']}" if "error" in entry else ""
     lines = [f"{entry['device']}  {entry['type']}  {entry['status']}  {', '.join(parts)}{error}"]
-    notes = notes_of(entry)
+    notes = notes_of(entry) + intent_of(entry)
     if entry.get("ready"):
         id = entry["device"]
         notes.append(
@@ -109,6 +109,16 @@ def in_words(entry: dict[str, Any], group: str | None = None) -> list[str]:
             else f"cowferry job complete {id} moves over; cowferry job cancel --soft {id} does not"
         )
     return lines + [f"    {note}" for note in notes]
+
+
+def intent_of(entry: dict[str, Any]) -> list[str]:
+    """What a job or a group does by itself once it is ready, as a note."""
+    several = "members" in entry
+    intents = {
+        "complete": f"moves {'its disks' if several else 'its disk'} over",
+        "cancel": f"ends as {'copies' if several else 'a copy'} of that moment",
+    }
+    return [f"once it is ready it {v}" for k, v in intents.items() if k == entry.get("x-on-ready")]
 
 
 @click.group("job")

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from cowferry.block import names
+from cowferry.block.peers import STOPPED, called
 from cowferry.cli.client import ALIVE_SECONDS, TIMEOUT, Client, HungUp, QmpError, connect
 from cowferry.cli.keyval import parse_option
 from cowferry.cli.options import control, json_output
@@ -246,10 +247,18 @@ def _await_end(client: Client, pid: int, process: int) -> int:
     ended = select.select([process], [], [], max(until - time.monotonic(), 0.1))[0]
     if ended and not late:
         return 0
-    hanging = ", ".join(late) or "it does not say what"
+    if not late:  # it does not get that far
+        who = called(pid)
+        go_on = f"let it go on: kill -CONT {pid}" if STOPPED in who else "its log may say more"
+        click.echo(
+            f"stop: told to stop, the daemon has not ended within {STOP_SECONDS:g} s: {who}\n"
+            f"  its images may still be in use; it ends as soon as it can; {go_on}",
+            err=True,
+        )
+        return 1
     still = "" if ended else f", and its process {pid} is still there"
     click.echo(
-        f"stop: the daemon has not waited for what hangs: {hanging}{still}\n"
+        f"stop: the daemon has not waited for what hangs: {', '.join(late)}{still}\n"
         "  every other image is flushed and free; what was not flushed there may be lost",
         err=True,
     )

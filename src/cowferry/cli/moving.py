@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cowferry.block import moves
-from cowferry.cli.client import QmpError, connect
+from cowferry.cli.client import QmpError, Silent, connect
 from cowferry.cli.options import (
     ON_READY,
     absolute,
@@ -250,10 +250,12 @@ def may_be_made(dest: str) -> bool:
 
 @contextmanager
 def goes_on(disk: str, dest: str) -> Iterator[None]:
-    """Who is interrupted, other than by a refusal, hears that the copy can be gone on with."""
+    """If the copy ends other than by a refusal, say that it can be gone on with.
+
+    While the daemon is silent, the job is still there."""
     try:
         yield
-    except QmpError:
+    except (QmpError, Silent):
         raise
     except CowferryError as error:
         with suppress(OSError):

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 # it falls asleep does not wake it.
 LOOK = 0.5
 START_SECONDS = 5.0  # that a daemon which is told to stop while it begins has for that
+CONNECT_SECONDS = 10.0  # that the other end of a monitor may take to accept
 LATE_SECONDS = 60.0  # that a flush may take longer than the rest of the end
 # Seconds that a thread of the interpreter may go on while others wait for it (by itself 5 ms).
 # A lane lets go of it with each system call: beside a thread that calculates (a bitmap, a large
@@ -218,6 +218,8 @@ class Serving:
         """The daemon has ended. What hangs in the kernel keeps its own image, and no other; a flush
         that is merely slow has some more time."""
         self._forget_pidfile()
+        for number in heard():  # one that comes once more must not change the exit status
+            signal.signal(number, signal.SIG_IGN)
         if daemon.unfinished:
             until = time.monotonic() + LATE_SECONDS
             for thread in threading.enumerate():
@@ -348,6 +350,7 @@ class Serving:
             chardev_address(options)
 
     def _monitor(self, daemon: Daemon, text: str) -> None:
+        from cowferry.drivers import nbd_link
         from cowferry.monitor import hmp, qmp
 
         options = parse_option(text, "chardev")
@@ -368,11 +371,7 @@ class Serving:
             server.listen_at(address)
             return
         try:
-            if address.path:
-                sock = socket.socket(socket.AF_UNIX)
-                sock.connect(address.path)
-            else:
-                sock = socket.create_connection((address.host, address.port))
+            sock = nbd_link.connect(address, CONNECT_SECONDS)
         except OSError as error:
             raise CowferryError(
                 f"chardev '{ident}': cannot connect to '{address}': {error.strerror}"

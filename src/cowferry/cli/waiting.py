@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import click
 
-from cowferry.cli.client import Client, QmpError
+from cowferry.cli.client import Client, QmpError, Silent
 from cowferry.cli.sizes import human
 from cowferry.errors import CowferryError
 
@@ -244,6 +244,10 @@ def follow(
     with interrupted_once(), told_at_signal(show), contextlib.closing(show):
         try:
             return _until_over(work, words, show, at_ready, asked_to_stop)
+        except Silent as error:
+            ((kind, id),) = work.name().items()
+            error.hint = f"{kind} {id} goes on when the daemon does: cowferry jobs; {error.hint}"
+            raise
         except KeyboardInterrupt:
             with contextlib.suppress(QmpError):  # it has just ended
                 work.cancel()

@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 
-from cowferry.block.peers import called, peer_of
+from cowferry.block.peers import STOPPED, called, peer_of
 from cowferry.errors import CowferryError
 from cowferry.wire.address import Address
 
@@ -111,9 +111,13 @@ def bind_unix(path: str, mode: int) -> socket.socket:
                         f"its socket belongs to {holder_of(path)}; end that process first",
                     ) from None
                 else:
+                    who = peer_of(probe)
+                    end = "cowferry stop"
+                    if STOPPED in who:
+                        end = f"kill -CONT {who.split()[1]}; {end}"
                     raise CowferryError(
-                        f"'{path}': another server listens there: {peer_of(probe)}",
-                        "stop it with: cowferry stop; or use another path (COWFERRY_RUN=FOLDER)",
+                        f"'{path}': another server listens there: {who}",
+                        f"stop it with: {end}; or use another path (COWFERRY_RUN=FOLDER)",
                     )
         sock.bind(path)
         os.chmod(path, mode)

@@ -120,10 +120,12 @@ class Group:
             status = "ready"
         else:
             status = "running"
+        intent = {} if self.on_ready == "stay" else {"x-on-ready": self.on_ready}
         return {
             "id": self.id,
             "status": status,
             "policy": self.policy,
+            **intent,
             "len": sum(e["len"] for e in entries),
             "offset": sum(e["offset"] for e in entries),
             "members": entries,

@@ -310,8 +310,9 @@ class Job(Ending):
                 "auto-dismiss": self.auto_dismiss,
                 **self.details(),
             }
-            if self.on_ready != "stay":
-                out["x-on-ready"] = self.on_ready
+            on_ready = self.on_ready if self.group is None else self.group.on_ready
+            if on_ready != "stay":
+                out["x-on-ready"] = on_ready
             if self.held_up:
                 out.setdefault("x-note", f"waits: {self.held_up}")
             if self.error is not None or self.cancelled:
