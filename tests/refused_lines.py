@@ -492,6 +492,9 @@ LINES: dict[str, str] = {
     "locks": """
         -c {run}/nowhere.sock
         now
+        --timeout 0
+        --timeout nan
+        --timeout 99999999999999999999
     """,
     "jobs": """
         -c {run}/nowhere.sock

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -65,7 +65,7 @@ class Size(_Size):
 
 
 class Seconds(_Seconds):
-    """A click type for a time to wait: more than nothing, and not for ever."""
+    """A click type for a time to wait: more than nothing, and no longer than the system can."""
 
     name = "SECONDS"
 
@@ -75,6 +75,6 @@ class Seconds(_Seconds):
             seconds = float(value)
         except ValueError:
             seconds = 0.0
-        if not (seconds > 0 and math.isfinite(seconds)):
+        if not 0 < seconds <= TIMEOUT_MAX:
             raise click.BadParameter(f"'{value}' is not a number of seconds", ctx, param)
         return seconds
