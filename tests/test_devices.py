@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from chains import chain_of_disks, contents, differs
 from cowferry.block import keeper, moves, sysio
 from cowferry.block.bitmap import Bitmap
 from cowferry.block.disk import Disk
+from cowferry.cli.offline.resize import resize_command
 from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
@@ -156,6 +158,18 @@ def test_a_disk_on_a_device_grows_when_the_device_has_grown(device: Device) -> N
         assert disk.size == 2 * SIZE
         disk.pwrite(memoryview(b"new"), 2 * SIZE - 3)
         assert contents(disk)[:SIZE] == b"\xaa" * SIZE
+
+
+def test_a_disk_that_is_all_of_a_device_becomes_no_smaller(device: Device) -> None:
+    path = device(SIZE)
+    done = CliRunner().invoke(resize_command, ["-f", "raw", "--shrink", path, str(SIZE // 2)])
+    assert "cannot be made smaller" in str(done.exception) and done.exit_code == 1
+    with a_daemon() as daemon:
+        disk = daemon.open_disk("vm", path, "raw")
+        with pytest.raises(CowferryError, match="cannot be made smaller"):
+            daemon.execute("block_resize", {"device": "vm", "size": SIZE // 2})
+        assert disk.size == SIZE
+        assert contents(disk) == b"\xaa" * SIZE
 
 
 @pytest.mark.parametrize("grown", [False, True])

@@ -555,3 +555,55 @@ def test_a_size_that_no_image_can_have_is_refused_and_changes_nothing(
     left = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert left[path.name] == before[path.name] or bitmap
     assert left.keys() == before.keys()
+
+
+# An external data file grows with the disk --------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_data_file_grows_with_the_disk_and_reads_right_by_itself(
+    tmp_path: Path, raw: bool
+) -> None:
+    path, data = tmp_path / "vm.qcow2", tmp_path / "vm.data"
+    make(path, MIB, data_file=str(data), data_file_raw=raw)
+    image, oracle = opened(path), bytearray(3 * MIB)
+    put(image, oracle, 0, b"a" * MIB)
+    with open(data, "ab") as f:
+        f.write(b"x" * MIB)  # what lay there before the disk reached over it
+    image.change_size(3 * MIB)
+    image.close()
+    assert data.stat().st_size == 3 * MIB
+    if raw:
+        assert data.read_bytes() == oracle
+    image = opened(path)
+    put(image, oracle, 2 * MIB, b"b" * 1000)
+    assert not differs(contents(image), oracle)
+    image.close()
+    assert qemu_check(path) == 0
+
+
+def test_a_data_file_on_a_device_has_to_be_large_enough(device: Device, tmp_path: Path) -> None:
+    path, data = tmp_path / "vm.qcow2", device(4 * MIB)
+    make(path, 2 * MIB, data_file=data, data_file_raw=True)
+    image = opened(path, data_file=data)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match=f"the device has {4 * MIB} bytes, not {8 * MIB}"):
+        image.change_size(8 * MIB)
+    assert image.size == 2 * MIB and path.read_bytes() == before
+    image.change_size(4 * MIB)
+    assert contents(image)[2 * MIB :] == bytes(2 * MIB)
+    image.close()
+    assert Path(data).read_bytes()[2 * MIB :] == bytes(2 * MIB)
+
+
+def test_a_data_file_is_as_long_as_before_if_the_image_cannot_grow(tmp_path: Path) -> None:
+    path, data = tmp_path / "vm.qcow2", tmp_path / "vm.data"
+    make(path, MIB, data_file=str(data))
+    image = opened(path)
+    with limited(2 * MIB), pytest.raises(OSError) as refused:
+        image.change_size(8 * MIB)
+    assert refused.value.errno == errno.EFBIG
+    with limited(path.stat().st_size), pytest.raises(OSError):
+        image.change_size(1 << 50)
+    image.close()
+    assert data.stat().st_size == MIB and qemu_check(path) == 0

@@ -132,9 +132,16 @@ class Raw(Node):
     def resize(self, size: int) -> None:
         """Truncate or extend the file, durably.
 
-        A disk that is the beginning of a larger device changes its size within the device, and the
-        new size is recorded (`moves.resized`). Other windows into a file have a fixed size."""
+        A device becomes no smaller. A disk that is the beginning of a larger device changes its
+        size within the device, and the new size is recorded (`moves.resized`). Other windows into a
+        file have a fixed size."""
         if self.whole:
+            if size < self.size and self.file.is_device:
+                raise NotSupported(
+                    f"'{self.filename}' is a device of {self.size} bytes, and cannot be made "
+                    "smaller",
+                    "nothing was changed; make the device itself smaller while nothing has it open",
+                )
             self.file.resize(size)
             self.file.flush()  # the caller may rely on the new size
             self.size = size

@@ -6,7 +6,9 @@ changes in one write, so that a crash or a tear leaves the image as it was or as
 
 from __future__ import annotations
 
+import contextlib
 from array import array
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowferry.drivers.qcow2 import bitmaps
@@ -75,30 +77,55 @@ def grow(image: Qcow2, size: int) -> None:
             bitmaps.fits(image.header, bitmaps.grown(image, size, fresh)[1])
         finally:
             fresh.undo()
-    if need > len(image.map.l1):
-        _enlarge_l1(image, need)
-    _clear(image, size)
-    h = image.header
-    was = h.size, h.extensions, h.autoclear
-    with image.flushing:
-        fresh = bitmaps.Fresh(image)
-        trying = False  # to write the header: if that fails nobody knows which one is on disk
-        try:
-            stored, grown = bitmaps.grown(image, size, fresh)
-            image._write_tables()  # those of the zeroes, too
-            h.size = size
-            bitmaps.set_extensions(h, grown)
-            trying = True
-            image.write_header()
-        except BaseException:
-            h.size, h.extensions, h.autoclear = was
-            if not trying:
-                fresh.undo()
-            raise
-        gone = image.bitmap_clusters
-        bitmaps.note(image, stored)
-        bitmaps.give_back(image, gone - image.bitmap_clusters)
+    with _data_grown(image, size):
+        if need > len(image.map.l1):
+            _enlarge_l1(image, need)
+        _clear(image, size)
+        h = image.header
+        was = h.size, h.extensions, h.autoclear
+        with image.flushing:
+            fresh = bitmaps.Fresh(image)
+            trying = False  # to write the header: if that fails nobody knows which one is on disk
+            try:
+                stored, grown = bitmaps.grown(image, size, fresh)
+                image._write_tables()  # those of the zeroes, too
+                h.size = size
+                bitmaps.set_extensions(h, grown)
+                trying = True
+                image.write_header()
+            except BaseException:
+                h.size, h.extensions, h.autoclear = was
+                if not trying:
+                    fresh.undo()
+                raise
+            gone = image.bitmap_clusters
+            bitmaps.note(image, stored)
+            bitmaps.give_back(image, gone - image.bitmap_clusters)
     image.size = size
+
+
+@contextlib.contextmanager
+def _data_grown(image: Qcow2, size: int) -> Iterator[None]:
+    """Have an external data file of at least `size` bytes. It is as it was if the block raises.
+
+    One that is to read right by itself (data_file_raw) gets zeroes where the disk is to grow. The
+    flush in the block makes that durable. Raises `OSError` if a device is too small."""
+    if not image.external:
+        yield
+        return
+    data = image.data
+    before = data.refresh_size()
+    try:
+        if before < size:
+            data.resize(size)
+        if image.header.autoclear & headers.DATA_FILE_RAW:
+            data.zero(image.size, size - image.size, unmap=True)
+        yield
+    except BaseException:
+        if data.size > before:
+            with contextlib.suppress(OSError):
+                data.resize(before)
+        raise
 
 
 def _enlarge_l1(image: Qcow2, entries: int) -> None:
