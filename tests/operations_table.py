@@ -227,10 +227,13 @@ def zero_runs(found: list[tuple[int, int, bool]]) -> list[tuple[int, int]]:
 def creation(s: Scene, *more: str) -> tuple[Image, list[str]]:
     """A place for a new image of the scene's kind, and the options that it is made with."""
     given = [s.options] if s.options else []
-    if s.kind == "data":
-        given += [f"data_file={s.place('new-data', 'raw')}", "data_file_raw=on"]
+    beside = s.place("new-data", "raw") if s.kind == "data" else ""
+    if beside:
+        given += [f"data_file={beside}", "data_file_raw=on"]
     given += more
     path = s.place("new")
+    if beside:
+        s.alone[path] = beside
     return Image(path, format_of(s.kind), s.kind), ["-o", ",".join(given)] if given else []
 
 
@@ -289,6 +292,7 @@ def check(s: Scene) -> Act:
 
 def unlink_qcow2_cluster(s: Scene, image: Image) -> None:
     """Damage: the disk's first cluster is referenced no more, the second's refcount is zero."""
+    s.alone.pop(image.path, None)  # the data file goes on holding what is no longer linked
     with open(image.path, "r+b") as f:
 
         def word(offset: int) -> int:
@@ -325,8 +329,10 @@ def resize(s: Scene) -> Act:
 
     def act() -> None:
         size = len(s.oracle) + (1 << 20)
+        assert s.served is not None
+        if s.kind == "data" and isinstance(s.storage, Devices):
+            s.storage.made[s.beside[s.served.path]].grow(size)
         if s.kind == "raw" and isinstance(s.storage, Devices):
-            assert s.served is not None
             s.storage.made[s.served.path].grow(size)
             with open(s.served.path, "r+b") as f:
                 f.seek(len(s.oracle))

@@ -158,6 +158,7 @@ class Scene:
         self.served: Image | None = None  # the image by whose name the disk vm was opened
         self.others: dict[Image, bytes] = {}  # further images, and what they must read as
         self.beside: dict[str, str] = {}  # the external data file of an image, by its path
+        self.alone: dict[str, str] = {}  # of these the data file reads right by itself
         self.kept: set[str] = set()  # files that an operation may leave although it has failed
         self.refusals = 0  # requests of the guest for which there was no room
         self.bitmap_bytes = 0  # room in an image for bitmaps
@@ -213,7 +214,7 @@ class Scene:
         if kind == "data":
             beside = self.place(f"{name}-data", "raw", SIZE)
             path = self.place(name, kind, needed("data", SIZE, options))
-            self.beside[path] = beside
+            self.beside[path] = self.alone[path] = beside
             given = f"data_file={beside},data_file_raw=on" + (f",{options}" if options else "")
             qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", given, path, SIZE)
             qemu("qemu-img", "convert", "-n", "-f", "raw", "-O", "qcow2", source, path)
@@ -443,6 +444,10 @@ class Scene:
         wrong = differs(theirs.read_bytes()[: len(data)], data)
         assert not wrong, f"'{image.path}' as qemu-img reads it: {wrong}"
         theirs.unlink()
+        if image.path in self.alone:
+            self.storage.drop_cache(self.alone[image.path])
+            wrong = differs(Path(self.alone[image.path]).read_bytes()[: len(data)], data)
+            assert not wrong, f"the data file of '{image.path}': {wrong}"
         if image.format != "raw":
             qemu("qemu-img", "check", "-q", "-f", image.format, image.path)
 
