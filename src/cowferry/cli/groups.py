@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cowferry.cli.client import Client, connect
+from cowferry.cli.client import Client, QmpError, connect
 from cowferry.cli.jobs import in_words, intent_of
 from cowferry.cli.options import (
     ON_READY,
@@ -151,10 +151,15 @@ def _start(
         id = id or free_id(client, f"{kind}-group")
         work = GroupWork(client, id)
         plain = [{k: v for k, v in m.items() if v is not None} for m in members]
-        client.call(
-            "x-group-start", id=id, type=kind, members=plain,
-            on_ready=ON_READY[at_ready] if at_ready is not None else None, **more,
-        )  # fmt: skip
+        try:
+            client.call(
+                "x-group-start", id=id, type=kind, members=plain,
+                on_ready=ON_READY[at_ready] if at_ready is not None else None, **more,
+            )  # fmt: skip
+        except QmpError as error:
+            if "--reuse-external" in error.hint:  # which is for one disk
+                error.hint = "a group only copies to new files: name another one"
+            raise
         if in_background:
             return started(work, as_json)
         words = Words(

@@ -215,7 +215,7 @@ class _BlockJobEvent(msgspec.Struct):
 @event("BLOCK_JOB_COMPLETED")
 class BlockJobCompleted(_BlockJobEvent, kw_only=True):
     error: str | None = None
-    x_where: str | None = msgspec.field(name="x-where", default=None)  # what failed, in words
+    x_where: str | None = msgspec.field(name="x-where", default=None)  # in words
 
 
 @event("BLOCK_JOB_CANCELLED")

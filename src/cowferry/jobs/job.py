@@ -104,7 +104,7 @@ class Job(Ending):
         self.auto_dismiss = auto_dismiss
         self.throttle = Throttle(speed)
         self.error: str | None = None
-        self.where = ""  # what it did when the error came that ended it: "writing '/x/t.raw'"
+        self.where = ""  # of an error that ended it, in words: "writing '/x/t.raw'"
         self.ignored: OSError | None = None  # the first error that policy "ignore" passed over
         self.io_status = "ok"
         # Duty: `changed` guards everything below, and is notified whenever any of it changes.

@@ -150,10 +150,11 @@ class Mirror(Follower):
 
     def run(self) -> Iterator[Progress]:
         if self.target.size != self.disk.size and not self.inside:
-            raise CowferryError(
-                "Source and target image have different sizes",
-                f"{self.disk.size} and {self.target.size} bytes",
+            self.where = (
+                f"'{self.target.filename}' has {self.target.size} bytes and '{self.disk.name}' "
+                f"{self.disk.size}"
             )
+            raise CowferryError("Source and target image have different sizes")
         if self._begin_unfinished is not None:
             self.unfinished, self.note = self._begin_unfinished()
             self._begin_unfinished = None

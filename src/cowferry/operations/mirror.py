@@ -259,6 +259,12 @@ def into_file(
         nodes.append(node)
         targets.check_target(daemon, SAME, disk, node)
         held.add(node)
+        if node.size != disk.size:
+            raise CowferryError(
+                f"Source and target image have different sizes: '{target}' has {node.size} bytes "
+                f"and '{device}' {disk.size}",
+                "nothing was written; make the target as large as the disk",
+            )
         return _start(
             daemon, disk, node, held, granularity=granularity, group=group, abandoned=abandoned,
             **_partly(disk, node, sync), **more,
