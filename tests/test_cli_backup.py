@@ -286,7 +286,7 @@ def test_a_device_that_is_too_small_is_not_said_to_be_removed(served: Served) ->
     little.write_bytes(bytes(512 << 10))
     with loop(little) as device:
         err = served.bad("backup", "vm", device, "--format", "qcow2")
-    assert "is full" in err and f"'{device}' may hold a part of it" in err
+    assert "is full" in err and f"'{device}' may hold a part of the backup" in err
     assert "removed" not in err
 
 
@@ -302,7 +302,7 @@ def test_B3_an_interrupted_backup_leaves_nothing_and_every_bit(served: Served) -
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 130, (out, err)
-    assert "a DEST made is removed; the bitmap keeps every bit" in err
+    assert "a DEST that the backup made is removed; the bitmap keeps every bit" in err
     assert not (served.folder / "inc.qcow2").exists()
     assert served.bits() == [1, 20, 40, 50]
     served.good("backup", *arguments)
@@ -461,7 +461,7 @@ def test_a_group_of_backups_ends_well_or_leaves_nothing(served: Served, small: S
     )  # fmt: skip
     said = served.bad(*arguments)
     assert "backup-group-data: No space left on device" in said
-    assert "what was made of the destinations is removed; the bitmap keeps every bit" in said
+    assert "DESTs that the backup made are removed; the bitmap keeps every bit" in said
     assert not (served.folder / "v1.qcow2").exists() and not (small.path / "d1.qcow2").exists()
     assert served.bits("vm") == served.bits("data") == list(range(2 * MIB // BLOCK))
     served.clean()

@@ -358,7 +358,7 @@ def test_copy_keeps_the_chain_or_a_part_of_it(scene: Scene) -> None:
     assert {os.path.dirname(x["filename"]) for x in tree["chain"]} == {str(scene.folder / "dst")}
     scene.check()
     status, _, err = scene.run("copy", "vda", "vda/disk.qcow2", "--chain")
-    assert status == 1 and "base.raw' exists\n  several images are only copied to new" in err
+    assert status == 1 and "base.raw' exists\n  --chain and --keep copy to new files only" in err
     scene.good("copy", "vdb", "two.qcow2", "--keep", "vdb/sn1.qcow2", "--finish")
     assert (scene.folder / "sn1.qcow2").exists() and not (scene.folder / "base.raw").exists()
     assert bytes_of(scene.folder / "two.qcow2") == scene.oracles["vdb"]

@@ -325,7 +325,7 @@ class Daemon:
         """Run a QMP command. Raises `CowferryError`."""
         from cowferry.commands import execute
 
-        late = f"'{name}' waits for something that has not come"
+        late = f"'{name}' has not finished"
         with self.answering(), Scope(COMMAND_SECONDS, late) as scope:
             with self._idle:
                 self._scopes.add(scope)
@@ -466,7 +466,7 @@ class Daemon:
                 running = ", ".join(f"'{job.id}'" for job in self._active())
                 raise DeviceInUse(
                     f"clients are connected, whose I/O would fail: {named}"
-                    + (f"; and jobs run, which would be cancelled: {running}" if running else ""),
+                    + (f"; jobs that run would be cancelled: {running}" if running else ""),
                     "shut the guests down first, or disconnect them; use drain to wait for them, "
                     "or force",
                 )
@@ -519,7 +519,7 @@ class Daemon:
             finally:
                 self.unfinished = late
                 if late:
-                    log.error("the end does not wait for what hangs: %s", ", ".join(late))
+                    log.error("the daemon ends without waiting for what hangs: %s", ", ".join(late))
                     self.events.emit("X_STOP_UNFINISHED", {"what": late})
         self.events.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
 

@@ -55,7 +55,7 @@ PULL = "pull"  # what a pull backup is called unless it is given a name
 @click.option("--base-format", metavar="FORMAT", help="Of --base [by its name].")
 @click.option(
     "--unsafe", is_flag=True,
-    help="Do not ask whether --bitmap counts from --base, and whether that is as it was made.",
+    help="Do not check that --bitmap counts from --base, nor that --base is unchanged.",
 )  # fmt: skip
 @click.option(
     "--format", metavar="FORMAT",
@@ -139,7 +139,7 @@ def _push(
     format: str | None, id: str | None, unsafe: bool, **more: Any,
 ) -> int:  # fmt: skip
     if unsafe and not incremental:
-        raise click.UsageError("--unsafe goes with --incremental")
+        raise click.UsageError("--unsafe needs --incremental")
     if incremental and top:
         raise click.UsageError("--incremental and --top exclude each other")
     mode = "incremental" if incremental else "top" if top else "full"
@@ -175,9 +175,10 @@ def _push(
         return started(work, as_json)
     several = len(pairs) > 1
     kept = [f"'{one['target']}'" for one in wanted if not may_be_made(one["target"])]
-    gone = "what was made of the destinations is removed" if several else "a DEST made is removed"
+    made = "DESTs that the backup made are" if several else "a DEST that the backup made is"
+    gone = f"{made} removed"
     if kept:
-        part = f"{' and '.join(kept)} may hold a part of it"
+        part = f"{' and '.join(kept)} may hold a part of the backup"
         gone = part if len(kept) == len(wanted) else f"{gone}; {part}"
     bits = "; the bitmap keeps every bit" if more["bitmap"] else ""
     if more["bitmap"] and more["bitmap_mode"] == "always":

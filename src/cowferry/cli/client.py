@@ -136,12 +136,12 @@ class Client:
     def _silent(self, seconds: float, who: str = "") -> Silent:
         who = who or peer_of(self.sock)
         if STOPPED in who:
-            hint = f"let it go on: kill -CONT {who.split()[1]}"
+            hint = f"continue the daemon: kill -CONT {who.split()[1]}"
         else:
-            hint = "if it still opens its disks, wait; its log may say more"
+            hint = "if it is still opening its disks, wait; its log may say more"
         return Silent(
             f"the daemon at '{self.path}' has not answered within {seconds:g} s: {who}",
-            f"its disks are intact, and their guests may have to wait, too; {hint}",
+            f"its disks are intact, but their guests may have to wait as well; {hint}",
         )
 
     def close(self) -> None:
@@ -206,8 +206,8 @@ class Client:
     def _hung_up(self) -> HungUp:
         return HungUp(
             f"the daemon at '{self.path}' has ended before it answered",
-            "it was stopped, or has died: its log says more; cowferry serve opens its disks again "
-            "where they were",
+            "it was stopped or it crashed, and its log says more; start it again with cowferry "
+            "serve, which finds each disk where it was",
         )
 
     def _check_alive(self) -> None:

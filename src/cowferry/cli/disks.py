@@ -151,9 +151,9 @@ def change_command(
 ) -> int:  # fmt: skip
     """Switch DISK to the image in FILE, between two writes of its guest.
 
-    As it is, this is another medium in the drive, of any size. With --no-notify it is the same
-    disk somewhere else: FILE holds the same bytes, or is an overlay that stands on the present
-    image, and it is recorded that DISK is there now. The two are compared first, which may take
+    Without options, FILE is another medium in the drive, of any size. With --no-notify it is the
+    same disk somewhere else: FILE holds the same bytes, or is an overlay over the present image,
+    and cowferry records that DISK is there now. cowferry compares the two first, which may take
     long; what the guest writes meanwhile is compared again. Ctrl-C cancels; the disk then stays
     where it is.
 
@@ -163,9 +163,13 @@ def change_command(
     """
     verify = no_notify and not unsafe
     if unsafe and not no_notify:
-        raise click.UsageError("--unsafe goes with --no-notify: another medium is not compared")
+        raise click.UsageError(
+            "--unsafe needs --no-notify, because another medium is never compared"
+        )
     if speed and not verify:
-        raise click.UsageError("--speed goes with --no-notify, and without --unsafe")
+        raise click.UsageError(
+            "--speed limits the comparison: it needs --no-notify and excludes --unsafe"
+        )
     target = absolute(file)
     with connect(path) as client:
         work = JobWork(client, job_id("change", disk))
@@ -180,7 +184,7 @@ def change_command(
             f"change {disk}",
             f"{disk} stays where it is",
             f"{disk} is intact and stays where it is; a guest that is not notified must find the "
-            "same bytes (--unsafe does not look)",
+            "same bytes (--unsafe skips the comparison)",
             pivoted=f"{disk} is on '{target}' now",
         )
         return follow(work, words, as_json)
@@ -190,7 +194,7 @@ def change_command(
 @click.argument("disk")
 @click.argument("image")
 @click.argument("name")
-@click.option("--unsafe", is_flag=True, help="Do not compare what is there under NAME.")
+@click.option("--unsafe", is_flag=True, help="Do not compare the file NAME with the present one.")
 @speed
 @json_lines
 @control
@@ -201,15 +205,15 @@ def backing_command(
 
     This is `rebase -u` while the guest runs: for a backing file that has been moved, or will be
     found under another name. Only the header changes. IMAGE is a file or a node-name; NAME is
-    recorded as it stands, and is seen from IMAGE's folder. Unless --unsafe is given, what is there
-    must read as the present backing file does, and is compared with it. A NAME that leads back to
-    IMAGE is refused.
+    recorded as it stands; if it is relative, it starts at IMAGE's folder. The file NAME must read
+    the same as the present backing file: cowferry compares the two, unless --unsafe is given. A
+    NAME that leads back to IMAGE is refused.
 
     \b
         cowferry backing vm vm.qcow2 ../templates/base.raw
     """
     if unsafe and speed:
-        raise click.UsageError("--unsafe compares nothing: it goes without --speed")
+        raise click.UsageError("--unsafe excludes --speed, which limits the comparison")
     with connect(path) as client:
         node = node_in(client, disk, image)
         work = JobWork(client, job_id("backing", disk))
@@ -224,7 +228,7 @@ def backing_command(
             f"backing {disk}",
             "the header names the old backing file",
             "the header names the old backing file; the new one must hold the same bytes where the "
-            "disk shows them (--unsafe does not look)",
+            "disk shows them (--unsafe skips the comparison)",
             pivoted=f"the header names '{name}'",
         )
         return follow(work, words, as_json)

@@ -90,9 +90,11 @@ def _message(text: str, more: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     message = parse_option(text)
     command, given = message.get("execute"), message.get("arguments", {})
     if more or message.keys() - {"execute", "arguments"}:
-        raise CowferryError('a message has the members "execute" and "arguments", and stands alone')
+        raise CowferryError(
+            'a whole message has only the members "execute" and "arguments", and no words follow it'
+        )
     if not isinstance(command, str) or not isinstance(given, dict):
-        raise CowferryError('a message is {"execute": "COMMAND", "arguments": {...}}')
+        raise CowferryError('a whole message is {"execute": "COMMAND", "arguments": {...}}')
     return command, given
 
 
@@ -124,7 +126,9 @@ def qmp_command(command: str, arguments: tuple[str, ...], path: str | None) -> i
             for part in outer:
                 here = here.setdefault(part, {})
                 if not isinstance(here, dict):
-                    raise CowferryError(f"'{argument}': '{part}' has a value of its own already")
+                    raise CowferryError(
+                        f"'{argument}': '{part}' already has a value, so it cannot have members"
+                    )
             here[last] = _typed(value)
     with connect(path) as client:
         try:
@@ -184,16 +188,16 @@ def converse(say: Callable[[str], tuple[str, bool]]) -> int:
 @click.command("stop")
 @click.option(
     "--drain", type=Seconds(), metavar="SECONDS",
-    help="Wait so long for the clients of all disks to leave.",
+    help="Wait up to SECONDS for the clients of all disks to leave.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Disconnect clients; their further I/O fails.")
 @control
 def stop_command(drain: float | None, force: bool, path: str | None) -> int:
-    """Stop the daemon cleanly: jobs are cancelled, everything is flushed, all images are free.
+    """Stop the daemon cleanly: cancel its jobs, flush everything, and close all images.
 
-    While clients are connected to a disk it is refused, and they are named: their I/O would fail.
-    It returns when the process has ended. What hangs, because its storage or its server does not
-    answer, keeps nobody waiting for more than ten seconds, and is named.
+    While clients are connected to a disk, the daemon refuses, and names them, because their I/O
+    would fail. The command returns when the process has ended. If storage or a server does not
+    answer, the daemon stops waiting after at most ten seconds, and says what hangs.
 
     \b
         cowferry stop --drain 60
@@ -249,7 +253,7 @@ def _await_end(client: Client, pid: int, process: int) -> int:
         return 0
     if not late:  # it does not get that far
         who = called(pid)
-        go_on = f"let it go on: kill -CONT {pid}" if STOPPED in who else "its log may say more"
+        go_on = f"continue it: kill -CONT {pid}" if STOPPED in who else "its log may say more"
         click.echo(
             f"stop: told to stop, the daemon has not ended within {STOP_SECONDS:g} s: {who}\n"
             f"  its images may still be in use; it ends as soon as it can; {go_on}",
@@ -258,8 +262,8 @@ def _await_end(client: Client, pid: int, process: int) -> int:
         return 1
     still = "" if ended else f", and its process {pid} is still there"
     click.echo(
-        f"stop: the daemon has not waited for what hangs: {', '.join(late)}{still}\n"
-        "  every other image is flushed and free; what was not flushed there may be lost",
+        f"stop: the daemon ends without waiting for what hangs: {', '.join(late)}{still}\n"
+        "  every other image is flushed and free; what hangs may lose unflushed writes",
         err=True,
     )
     return 1

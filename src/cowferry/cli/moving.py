@@ -35,12 +35,12 @@ STREAM_FAILED = (
     "the disk is intact and keeps its backing file; once the cause is mended, run it again"
 )
 COMMIT_CANCELLED = (
-    "the disk reads as before; if anything was copied already, its base is of no use by itself "
+    "the disk reads as before; if anything was copied already, the base is of no use by itself "
     "until the commit has been run again"
 )
 COMMIT_FAILED = (
     "the disk is intact and reads as before; once the cause is mended, run it again: if anything "
-    "was copied already, its base is of no use by itself until then"
+    "was copied already, the base is of no use by itself until then"
 )
 
 
@@ -124,7 +124,7 @@ def commit_command(
     """
     at_ready = exclusive(pivot, finish) or ("stay" if in_background else "pivot")
     if unsafe and backing_file is None:
-        raise click.UsageError("--unsafe goes with --backing-file")
+        raise click.UsageError("--unsafe needs --backing-file")
     with connect(path) as client:
         work = JobWork(client, job_id("commit", disk))
         client.call(
@@ -221,15 +221,15 @@ def copy_command(
             )  # fmt: skip
         except QmpError as error:
             if several and "--reuse-external" in error.hint:  # which is for one image
-                error.hint = "several images are only copied to new files: name another folder"
+                error.hint = "--chain and --keep copy to new files only: name another folder"
             raise
         if in_background:
             return started(work, as_json)
         written = f"'{dest}'{' and what was copied beside it' if several else ''}"
         if command == "drive-mirror" or not may_be_made(dest):
-            left = f"{written} may hold a part of it"
+            left = f"{written} may hold a part of the copy"
         else:
-            left = f"what was made of {written} is removed"
+            left = f"what the copy wrote to {written} is removed"
         words = Words(
             f"copy {disk}",
             f"{disk} stays where it is; {left}",

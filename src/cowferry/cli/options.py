@@ -28,7 +28,7 @@ def _keep_timeout(ctx: click.Context, parameter: click.Parameter, value: float |
 
 answer_timeout = click.option(
     "--timeout", type=Seconds(), metavar="SECONDS", expose_value=False, callback=_keep_timeout,
-    help="How long the daemon may take for an answer [as long as it answers others].",
+    help="How long to wait for the daemon [as long as it answers others].",
 )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ class OrderedOptions(click.Command):
 @click.option("--socket", "socket_path", metavar="PATH", help="NBD socket [run folder/nbd.sock].")
 @click.option(
     "--tcp", metavar="HOST:PORT",
-    help="Serve NBD on TCP as well. IPv6 in brackets; FIRST-LAST tries these ports.",
+    help="Serve NBD over TCP as well. IPv6 needs brackets; FIRST-LAST takes the first free port.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print what is served as JSON.")
 @click.option("--blockdev", multiple=True, metavar="OPTS", help="Open a node (QMP blockdev-add).")
@@ -114,7 +114,7 @@ def serve_command(ctx: click.Context, /, **given: Any) -> None:
         raise click.UsageError("nothing to serve: give a FILE, or --blockdev and --export")
     useless = [option for option, name in OF_FILES.items() if given[name] not in (None, False)]
     if useless and not given["disks"]:
-        raise click.UsageError(f"{useless[0]} is for FILEs, and there is none")
+        raise click.UsageError(f"{useless[0]} is for FILEs, and no FILE is given")
     if given["socket_path"] is not None and given["nbd_server"]:
         raise click.UsageError("--socket and --nbd-server exclude each other")
     ready = detach() if given["daemonize"] else None
@@ -203,7 +203,11 @@ class Serving:
         daemon.quit()
         starting.call_off("the daemon was told to stop")
         if not self.up.wait(START_SECONDS):
-            click.echo("cowferry: told to stop while a disk was being opened; it hangs", err=True)
+            click.echo(
+                "cowferry: ended while a disk was being opened, because its storage or server does "
+                "not answer",
+                err=True,
+            )
             for server in self.servers:
                 with contextlib.suppress(OSError):
                     server.stop_listening()
