@@ -486,6 +486,31 @@ def test_a_descriptor_that_was_handed_over_is_written_in_place(tmp_path: Path) -
     opening.close_chain(node)
 
 
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_a_read_only_device_is_refused_before_anything_is_lost(tmp_path: Path, format: str) -> None:
+    """Root may open it for writing."""
+    file = tmp_path / "disk"
+    file.write_bytes(b"d" * (4 * MiB))
+    with loop(file, "-r") as name:
+        for refused in (
+            lambda: opening.create_image(name, format, MiB, {}),
+            lambda: opening.open_image(name, "raw"),
+            lambda: opening.open_image(name, "raw", read_only=True).reopen(False),
+        ):
+            with pytest.raises((CowferryError, OSError), match="read-only") as error:
+                refused()
+            assert "lost" not in getattr(error.value, "hint", "")
+        node = opening.open_node({
+            "driver": "raw", "auto-read-only": True,
+            "file": {"driver": "file", "filename": name},
+        })  # fmt: skip
+        assert node.read_only
+        opening.close_chain(node)
+        with a_daemon() as daemon, pytest.raises(CowferryError, match="read-only"):
+            daemon.open_disk("vm", name, "raw")
+    assert file.read_bytes() == b"d" * (4 * MiB)
+
+
 # blockdev-create ----------------------------------------------------------------------------
 
 

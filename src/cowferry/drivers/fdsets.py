@@ -10,9 +10,11 @@ A process has one table of descriptors, so there is one registry. Thread-safe.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -21,6 +23,7 @@ from typing import NamedTuple
 from cowferry.errors import CowferryError
 
 PREFIX = "/dev/fdset/"
+BLKROGET = 0x125E
 
 
 class Passed(NamedTuple):
@@ -128,9 +131,14 @@ def path_of(filename: str) -> str:
 def open_fd(filename: str, flags: int) -> int:
     """`os.open`, and for `/dev/fdset/N` a duplicate of the member with that access.
 
-    Raises `OSError`: ENOENT without such a set, EACCES without that access."""
+    Raises `OSError`: ENOENT without such a set, EACCES without that access, EROFS for a read-only
+    device, which root may open for writing, and which then refuses each write."""
     if not filename.startswith(PREFIX):
-        return os.open(filename, flags)
+        fd = os.open(filename, flags)
+        if flags & os.O_ACCMODE != os.O_RDONLY and _is_read_only_device(fd):
+            os.close(fd)
+            raise OSError(errno.EROFS, "the device is read-only", filename)
+        return fd
     wanted = flags & os.O_ACCMODE
     with _lock:
         members = list(_sets.get(_number(filename), []))
@@ -143,6 +151,15 @@ def open_fd(filename: str, flags: int) -> int:
             if fcntl.fcntl(p.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
                 return fcntl.fcntl(p.fd, fcntl.F_DUPFD_CLOEXEC, 0)
     raise PermissionError(13, "no descriptor of the set has that access", filename)
+
+
+def _is_read_only_device(fd: int) -> bool:
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        return False
+    with contextlib.suppress(OSError):
+        answer = fcntl.ioctl(fd, BLKROGET, bytes(4))
+        return int.from_bytes(answer, sys.byteorder) != 0
+    return False
 
 
 def _number(filename: str) -> int:

@@ -309,7 +309,8 @@ class _Target:
     def _open_device(self) -> int:
         """With O_EXCL, which keeps the kernel from mounting it meanwhile. Raises as `_open`."""
         try:
-            return os.open(self.place, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
+            flags = os.O_RDWR | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK
+            return fdsets.open_fd(self.place, flags)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
