@@ -73,7 +73,10 @@ def start(failing: Failing) -> None:
     )  # fmt: skip
 
 
-def test_a_copy_that_ignores_errors_backs_off_and_says_so(failing: Failing) -> None:
+def test_a_copy_that_ignores_errors_backs_off_and_says_so(
+    failing: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "LOST_SECONDS", 1000)
     failing.broken.touch()
     start(failing)
     until(lambda: failing.errors() >= 3)
@@ -88,6 +91,28 @@ def test_a_copy_that_ignores_errors_backs_off_and_says_so(failing: Failing) -> N
     failing.broken.unlink()
     failing.told.wait("BLOCK_JOB_READY", device="c")
     assert "tried again" not in failing.job().get("x-note", "")
+
+
+def test_a_copy_whose_errors_do_not_go_away_fails_in_the_end(
+    failing: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first, and when it is to complete."""
+    monkeypatch.setattr(mirror, "LOST_SECONDS", 0.3)
+    failing.broken.touch()
+    start(failing)
+    end = failing.told.wait("BLOCK_JOB_COMPLETED", device="c")
+    assert failing.errors() > 2
+    assert f"{SIZE} bytes could not be copied, however often it was tried" in end["error"]
+    failing.broken.unlink()
+    start(failing)
+    failing.told.wait("BLOCK_JOB_READY", device="c")
+    disk = failing.daemon.graph.disk("vm")
+    before = disk.root.filename
+    failing.broken.touch()
+    disk.pwrite(memoryview(b"y" * 4096), 0)
+    failing.daemon.execute("job-complete", {"id": "c"})
+    assert "4096 bytes" in failing.told.wait("BLOCK_JOB_COMPLETED", device="c")["error"]
+    assert disk.root.filename == before
 
 
 def test_a_ready_copy_that_fails_backs_off(failing: Failing) -> None:

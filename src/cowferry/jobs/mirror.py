@@ -60,6 +60,7 @@ FEW = 4  # dirty granules that are not worth chasing
 MANY = 32  # dirty runs copied between yields
 DETACH_SECONDS = 2.0  # that letting go of the disk waits for requests in flight
 RETRY_MOST = 8.0  # seconds between two tries of what fails again and again
+LOST_SECONDS = 20.0  # of errors alone, after which a copy that ignores them has failed
 MODES = ("background", "write-blocking")
 
 
@@ -143,6 +144,8 @@ class Mirror(Follower):
         self.first: int | None = None  # bytes to copy, once it is known where the target differs
         self._failures = 0  # rounds that met an error, one after another
         self._failed_now = False  # this round has met one
+        self._least = disk.size + 1  # dirty bytes, whenever an error was met
+        self._gained = clock()  # when they became less
         self._attached = False
         self._lent = False  # the target has its backing node from us
 
@@ -189,7 +192,7 @@ class Mirror(Follower):
                 copied = yield from self.attempt("write", partial(self.copy_runs, runs))
                 self._adapt(self._clock() - begin, length)
                 # an error that is ignored would be met again at once
-                idle = 0.0 if copied is not None else self._failed_again()
+                idle = 0.0 if copied is not None else self._failed_again(chasing)
                 done = length if copied is not None else 0
                 self._rates.copied(done)
                 yield self._progress(done, copied or 0)._replace(idle=idle)
@@ -197,7 +200,8 @@ class Mirror(Follower):
             caught = None if chasing else (yield from self.attempt("write", self._catch_up))
             if caught is None:
                 self._failed_now = False  # each time is a round by itself
-                yield self._progress(0, 0)._replace(idle=IDLE if chasing else self._failed_again())
+                idle = IDLE if chasing else self._failed_again(chasing)
+                yield self._progress(0, 0)._replace(idle=idle)
                 continue
             self._failures = 0
             completing = self.completing  # a verb that comes now finds the job ready, or not
@@ -327,11 +331,23 @@ class Mirror(Follower):
             return self._next()
         return runs
 
-    def _failed_again(self) -> float:
-        """An error was ignored. Return the seconds to wait: longer in each round that meets one."""
+    def _failed_again(self, chasing: bool) -> float:
+        """An error was ignored. Return the seconds to wait: longer in each round that meets one.
+
+        Raise it if there is nothing but errors for `LOST_SECONDS`, unless the job was ready before
+        and only follows its guest (`chasing`)."""
         if not self._failed_now:
             self._failed_now = True
             self._failures += 1
+        left, now = self.dirty.count(), self._clock()
+        if chasing or left < self._least:
+            self._least, self._gained = left, now
+        elif now - self._gained >= LOST_SECONDS and self.ignored is not None:
+            raise OSError(
+                self.ignored.errno,
+                f"{left} bytes could not be copied, however often it was tried: "
+                f"{self.ignored.strerror or self.ignored}",
+            )
         return self._retry
 
     @property
