@@ -61,9 +61,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("create a.qcow2/ 1M", ["a.qcow2/: no name of a file", "nothing was changed"]),
         ("create -F raw x.qcow2 1M", ["Backing format cannot be used without backing file"]),
         ("create -b a:b.raw -F raw x.qcow2", ["is not a plain path", "is ./NAME"]),
-        ("create x.vmdk 1M", ["'x.vmdk' would be", "VMDK", "cannot be made", "another name"]),
+        ("create x.vmdk 1M", ["'x.vmdk' would be", "VMDK", "cowferry cannot make", "another name"]),
         ("create nbd://h/x 1M", ["is an export", "convert -n"]),
-        ("convert a.qcow2 x.vdi", ["'x.vdi' would be", "VDI", "cannot be made"]),
+        ("convert a.qcow2 x.vdi", ["'x.vdi' would be", "VDI", "cowferry cannot make"]),
         ("convert a.qcow2 d", ["d: Is a directory"]),
         ("convert -n a.qcow2 none.raw", ["Could not open 'none.raw': No such file"]),
         ("convert -n a.qcow2 t.txt", ["'t.txt' has 512 bytes", "1048576", "nothing was written"]),
@@ -133,7 +133,7 @@ def test_a_target_that_a_server_holds_is_named_once(here: Path) -> None:
     options = ["memory", "1M", "error-pwrite-rate=100%", "error=ENOSPC"]
     with nbdkit(here / "s", "--filter=error", *options):
         text = cowferry("convert", "-n", "a.qcow2", uri(here / "s"), code=1)
-    assert "at offset 0 or behind it: No space left on device" in text
+    assert "at offset 0 or after it: No space left on device" in text
     assert text.splitlines()[0].count(uri(here / "s")) == 1
     assert "is partly written: up to offset 0" in text
 

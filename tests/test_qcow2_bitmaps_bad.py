@@ -155,7 +155,7 @@ def test_structures_that_overlap_are_told(tmp_path: Path, seed_image: Path) -> N
     data = bytearray(whole)
     at = data.index(b"b1", directory)
     data[at : at + 2] = b"b2"
-    assert "another's" in try_image(path, bytes(data))
+    assert "the same name" in try_image(path, bytes(data))
 
 
 def test_cut_short_or_written_by_a_program_without_bitmaps(

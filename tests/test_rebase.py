@@ -201,7 +201,7 @@ def test_complete_is_for_raw_images_that_are_being_filled(
         code = 0 if name == "whole.raw" else 1
         text = cowferry("rebase", "--complete", tmp_path / name, code=code)
         assert {"top.qcow2": "is a qcow2 image", "x.qed": "is a qed image"}.get(name, "") in text
-        assert "-u and -F go with -b" in cowferry(
+        assert "-u and -F need -b" in cowferry(
             "rebase", "--complete", "-u", tmp_path / name, code=1
         )
 

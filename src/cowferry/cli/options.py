@@ -58,8 +58,8 @@ def on_error(name: str = "--on-error", whose: str = "an") -> Callable[[F], F]:
         type=click.Choice(POLICIES),
         default="report",
         show_default=True,
-        help=f"After {whose} error: fail, go on and fail at the end, pause if storage is full, "
-        "or pause.",
+        help=f"After {whose} error: report fails at once, ignore goes on and fails at the end, "
+        "enospc pauses if the storage is full (else fails), stop pauses.",
     )
 
 

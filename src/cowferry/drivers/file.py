@@ -149,7 +149,9 @@ class File(Node):
             needs=size,
             takes=size if how != "off" else 0,
             zero_on_device=how == "full",
-            never_on_device="nocow and extent_size_hint are for files" if nocow or hint else "",
+            never_on_device="nocow and extent_size_hint are options for regular files only"
+            if nocow or hint
+            else "",
             make=make,
         )
 

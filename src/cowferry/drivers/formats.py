@@ -127,7 +127,7 @@ def of_new(path: str) -> str | None:
     container = next((c for c in FOREIGN if extension in c.extensions), None)
     if container is not None:
         raise ImageError(
-            f"'{path}' would be, by its name, a {container.name} file, which cannot be made",
+            f"'{path}' would be, by its name, a {container.name} file, which cowferry cannot make",
             "choose another name, or give the format explicitly, e.g. raw or qcow2",
         )
     return EXTENSIONS.get(extension)
@@ -144,8 +144,8 @@ def way_out(format: str) -> str:
 def _refused(path: str, container: Container, word: str) -> ImageError:
     return ImageError(
         f"'{path}' {word} a {container.name} file, which cannot be used as it is",
-        f"convert it first: {container.command(path)}; or, if it is a raw image and a guest wrote "
-        "that, give the format explicitly: -f raw",
+        f"convert it first: {container.command(path)}; or, if it is a raw image whose guest wrote "
+        "these bytes, give the format explicitly: -f raw",
     )
 
 

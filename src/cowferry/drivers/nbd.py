@@ -379,8 +379,8 @@ class Nbd(Node):
         if failed is not None:
             raise OSError(
                 failed.errno or errno.EIO,
-                f"{self.filename}: a flush has failed ({reason(failed, self.filename)}); "
-                "no later one counts until the node is opened again",
+                f"{self.filename}: a flush has failed ({reason(failed, self.filename)}); every "
+                "later flush fails, too, until the node is opened again",
             )
         with self._changed:
             self._flushed = max(self._flushed, number)

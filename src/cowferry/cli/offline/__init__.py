@@ -43,8 +43,8 @@ def image(
         if not (names.is_uri(name) or os.path.exists(name)):
             hint = ""
             if name.startswith(("json:", "nbd:")):
-                hint = "this is taken for a file's name; options are for --image-opts, and an "
-                hint += "export is nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH"
+                hint = "cowferry takes this for a file name; give options with --image-opts, and "
+                hint += "an export as nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH"
             raise ImageError(f"Could not open '{name}': No such file or directory", hint)
         node = opening.open_image(
             name,

@@ -24,10 +24,10 @@ Say = Callable[[str], None]
 @click.command("compare")
 @click.option("-f", "first_format", metavar="FMT", help="Format of FIRST [by its name].")
 @click.option("-F", "second_format", metavar="FMT", help="Format of SECOND [by its name].")
-@click.option("-s", "strict", is_flag=True, help="Different sizes or allocation are a difference.")
+@click.option("-s", "strict", is_flag=True, help="Compare sizes and allocation, too.")
 @click.option("-U", "--force-share", is_flag=True, help="Even while open elsewhere.")
 @click.option("-p", "show_progress", is_flag=True, help="Show progress.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no result: the exit code tells it.")
 @click.option("-T", "cache", metavar="MODE", help="none: keep both out of the page cache.")
 @click.option("--image-opts", is_flag=True, help="FIRST and SECOND are option strings.")
 @click.argument("first")
@@ -36,9 +36,9 @@ def compare_command(
     first_format: str | None, second_format: str | None, strict: bool, force_share: bool,
     show_progress: bool, quiet: bool, cache: str | None, image_opts: bool, first: str, second: str,
 ) -> int:  # fmt: skip
-    """Compare what FIRST and SECOND hold. Where the longer one goes on it has to be zero.
+    """Compare what FIRST and SECOND hold. The part by which one is longer must be zero.
 
-    With -s they differ, too, if their sizes differ, or if at some offset one has data, zeroes or
+    With -s they also differ if their sizes differ, or if at some offset one has data, zeroes or
     nothing, and the other does not.
 
     \b
@@ -46,7 +46,7 @@ def compare_command(
         0   they are identical
         1   they are different
         2   one could not be opened
-        3   the allocation could not be told
+        3   the allocation could not be read
         4   a read failed
         64  the command line is wrong
     """
@@ -82,7 +82,7 @@ def compare(a: Node, b: Node, strict: bool, say: Say, report: Report) -> int:
     try:
         at = _other_status(a, b) if strict else None
     except OSError as error:
-        click.echo(f"cowferry: the allocation cannot be told: {reason(error)}", err=True)
+        click.echo(f"cowferry: cannot read the allocation: {reason(error)}", err=True)
         return NO_STATUS
     shorter, longer = sorted((a, b), key=lambda n: n.size)
     content = None

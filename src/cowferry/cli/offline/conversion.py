@@ -203,7 +203,7 @@ class Conversion:
                     f"{reason(error, source.filename)}"
                 )
         return ImageError(
-            f"Could not write '{target.filename}' at offset {self.done} or behind it: "
+            f"Could not write '{target.filename}' at offset {self.done} or after it: "
             f"{reason(error, target.filename)}"
         )
 

@@ -31,22 +31,22 @@ MAX_SPARSE = 16 << 20  # bytes
 @click.option("-B", "-b", "--backing", metavar="FILE", help="Backing file of TARGET; needs -F.")
 @click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file.")
 @click.option("-n", "no_create", is_flag=True, help="TARGET exists: write into it.")
-@click.option("--target-is-zero", is_flag=True, help="With -n: TARGET reads as zeroes; trust me.")
+@click.option("--target-is-zero", is_flag=True, help="With -n: assume that TARGET is all zeroes.")
 @click.option("-p", "show_progress", is_flag=True, help="Show progress.")
-@click.option("-c", "compress", is_flag=True, help="Into compressed clusters of TARGET.")
-@click.option("--bitmaps", is_flag=True, help="The persistent dirty bitmaps of SOURCE, too.")
-@click.option("--skip-broken-bitmaps", is_flag=True, help="Of those, not the inconsistent ones.")
+@click.option("-c", "compress", is_flag=True, help="Write compressed clusters.")
+@click.option("--bitmaps", is_flag=True, help="Copy the persistent dirty bitmaps, too.")
+@click.option("--skip-broken-bitmaps", is_flag=True, help="With --bitmaps: skip inconsistent ones.")
 @click.option("-U", "--force-share", is_flag=True, help="SOURCE may be open elsewhere.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @click.option(
     "-S", "sparse", metavar="SIZE",
-    help="So many zero bytes in a row become a hole; 0: allocate all of TARGET. [4k, but none "
-    "where the file system shares extents]",
+    help="Turn at least this many zero bytes in a row into a hole; 0: allocate all of TARGET. "
+    "[4k; no search for zeroes if TARGET is a server or shares extents with SOURCE]",
 )  # fmt: skip
 @click.option(
-    "-m", "coroutines", type=int, metavar="N", help="1 to 16; copies run as they are best."
+    "-m", "coroutines", type=int, metavar="N", help="Accepted for compatibility (1 to 16)."
 )
-@click.option("-W", "unordered", is_flag=True, help="Taken for compatibility: writes are in order.")
+@click.option("-W", "unordered", is_flag=True, help="Accepted for compatibility.")
 @click.option("-t", "cache", metavar="MODE", help="none: keep TARGET out of the page cache.")
 @click.option("-T", "source_cache", metavar="MODE", help="none: keep SOURCE out of the page cache.")
 @click.option("--image-opts", is_flag=True, help="SOURCE is an option string.")
@@ -62,9 +62,9 @@ def convert_command(
 ) -> int:  # fmt: skip
     """Copy SOURCE, with what its backing chain holds, into TARGET. Zeroes stay zeroes.
 
-    A new TARGET gets its name when it is complete: until then, and after an error, what has that
-    name stays as it was. A device, and with -n an image that exists, is written in place; what it
-    has beyond the size of SOURCE is zeroed. Several SOURCEs are put one after another.
+    A new TARGET gets its name when it is complete: until then, and after an error, a file that has
+    that name stays as it was. A device is written in place, and so is an image that exists (-n);
+    bytes beyond the size of SOURCE are zeroed. Several SOURCEs are put one after another.
 
     Exit code: 0 done, 1 failed, 130 interrupted."""
     if target_format is None:

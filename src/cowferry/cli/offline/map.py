@@ -18,8 +18,8 @@ from cowferry.errors import CowferryError, one_line
 @click.command("map")
 @click.option("-f", "--format", "format", help="Format [by the name].")
 @click.option("--output", type=click.Choice(["human", "json"]), default="human")
-@click.option("-s", "--start-offset", type=Size(), default=0, help="Begin there. [0]")
-@click.option("-l", "--max-length", type=Size(), default=None, help="At most so many bytes.")
+@click.option("-s", "--start-offset", type=Size(), default=0, help="Begin at this offset. [0]")
+@click.option("-l", "--max-length", type=Size(), default=None, help="Show at most this many bytes.")
 @click.option("-U", "--force-share", is_flag=True, help="Even while another process has it open.")
 @click.option("--image-opts", is_flag=True, help="FILENAME is an option string.")
 @click.argument("filename")
@@ -27,9 +27,9 @@ def map_command(
     format: str | None, output: str, start_offset: int, max_length: int | None,
     force_share: bool, image_opts: bool, filename: str,
 ) -> int:  # fmt: skip
-    """Show each run of FILENAME's bytes: in which file of its chain it lies, and where.
+    """Show for each run of FILENAME's bytes in which file of its chain it lies, and where.
 
-    The file is the external data file, if the image has one.
+    For an image with an external data file, the data file is shown.
 
     Exit code: 0 done, 1 failed."""
     with image(filename, format, force_share=force_share, image_opts=image_opts) as node:

@@ -26,7 +26,9 @@ STEP = 1 << 20  # bytes compared at once
 @click.option("-b", "backing", metavar="FILE", help='New backing file, or "".')
 @click.option("-F", "backing_format", metavar="FMT", help="Its format.")
 @click.option(
-    "--complete", is_flag=True, help="FILENAME, a raw image, holds all of it: its .filling is lost."
+    "--complete",
+    is_flag=True,
+    help="Declare that FILENAME, a raw image whose .filling is lost, is completely filled.",
 )
 @click.option("-p", "show_progress", is_flag=True, help="Show progress.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
@@ -40,16 +42,16 @@ def rebase_command(
     complete: bool, show_progress: bool, quiet: bool, cache: str | None, source_cache: str | None,
     filename: str,
 ) -> int:  # fmt: skip
-    """Let FILENAME have another backing file.
+    """Give FILENAME another backing file.
 
-    Without -u what FILENAME reads as does not change: what differs between the old and the new
-    backing file is first copied into it. With -u only the name changes, which is right if the file
-    has moved, and destroys the content if it is another one. An image does not become a backing
-    file of itself.
+    Without -u, FILENAME reads the same afterwards: cowferry first copies into it what differs
+    between the old and the new backing file. With -u only the name changes, which is right if the
+    file has moved; a file with other contents changes what FILENAME reads as. An image cannot be
+    its own backing file.
 
-    A raw image that is being filled has FILENAME.filling beside it, and is refused without it or
-    with one that is no good. --complete says that the image holds all of its bytes nevertheless; if
-    that is not so, the others read as anything.
+    A raw image that is being filled has the file FILENAME.filling beside it. If that file is
+    missing, damaged or out of date, cowferry refuses the image. --complete declares that the image
+    holds all of its bytes nevertheless; if it does not, the missing ones read as anything.
 
     Exit code: 0 done, 1 failed, 130 interrupted. After an error or an interrupt FILENAME reads as
     before, over its old backing file."""
@@ -58,7 +60,7 @@ def rebase_command(
     drop, drop_below = not cached(cache), not cached(source_cache, "source ")
     if backing is None:
         if unsafe or backing_format:
-            raise click.UsageError("-u and -F go with -b")
+            raise click.UsageError("-u and -F need -b")
         _declare_complete(filename, format)
         return 0
     if backing and not backing_format:
@@ -96,7 +98,8 @@ def _declare_complete(filename: str, format: str | None) -> None:
     kind = format or formats.format_of(filename)
     if kind != "raw":
         raise NotSupported(
-            f"'{filename}' is a {kind} image: only a raw image that is being filled lacks anything",
+            f"'{filename}' is a {kind} image, and --complete is only for raw images that are being "
+            "filled",
             "nothing was changed; leave out --complete",
         )
     file = opening.open_node(opening.file_options(filename))
@@ -121,7 +124,7 @@ def _settle(node: Node, backing: str, format: str | None, report: Report, drop: 
         except OSError as error:
             raise ImageError(
                 f"Could not rebase '{node.filename}': {reason(error, node.filename)}, at "
-                f"offset {at} or behind it",
+                f"offset {at} or after it",
                 "its backing file is the old one, and it reads as before",
             ) from error
         if drop:

@@ -221,13 +221,13 @@ def _check_entry(image: Qcow2, entry: Entry, length: int, known: bool) -> None:
     if not 1 <= len(entry.name) <= MAX_NAME:
         raise _Flaw(f"its name has {len(entry.name)} bytes")
     if known:
-        raise _Flaw("its name is another's")
+        raise _Flaw("another bitmap has the same name")
     if entry.kind == DIRTY_TRACKING and not 9 <= bits <= 31:
         raise _Flaw(f"its granularity 2^{bits} is invalid")
     need = clusters_for(image.size, bits, image.header.cluster_bits)
     strict = entry.understood and not entry.flags & IN_USE
     if not length or (strict and length != need):
-        raise _Flaw(f"its table has {length} clusters, not {need}, which do not fit this disk")
+        raise _Flaw(f"its table has {length} clusters, but this disk needs {need}")
     if length << image.header.cluster_bits > MAX_BYTES:
         raise _Flaw(f"its {length} clusters are more than {MAX_BYTES >> 20} MiB")
 
@@ -242,7 +242,7 @@ def _table(image: Qcow2, claims: Claims, place: int, length: int) -> array[int]:
         if word > ALL_ONES:
             (cluster,) = claims.check(word, image.cluster_size, "a cluster of it")
             if cluster in mine:
-                raise _Flaw(f"a cluster of it at {word:#x} overlaps with something else")
+                raise _Flaw(f"its cluster at {word:#x} overlaps with something else")
             mine.add(cluster)
     claims.add(mine)
     return table

@@ -157,7 +157,7 @@ class Map:
         elif bitmap & ALL & (bitmap >> SUBCLUSTERS):
             wrong = "has subclusters that are both allocated and zero"
         elif bitmap & ALL and not (host or (external and entry & COPIED)):
-            wrong = "has allocated subclusters, and no place"
+            wrong = "has allocated subclusters, but no host offset"
         else:
             return
         raise self.image.damaged(f"the cluster at guest offset {cluster << self.bits} {wrong}")

@@ -260,7 +260,7 @@ class References:
             if number >= JUNK and number * 2 > words[here]:
                 self.clashing.add(here)
                 at = here << self.bits
-                self._lose(f"the L1 table at {at:#x} looks like none: most entries are wrong")
+                self._lose(f"the L1 table at {at:#x} is probably no table: most entries are wrong")
 
     def _name_table(self, root: Root) -> bool:
         """Count the L2 table that an entry names. Return whether all is well with the entry."""
@@ -455,7 +455,7 @@ class References:
             return
         self.clashing.add(cluster)
         where = "of a snapshot" if index is None else str(index)
-        self._lose(f"L2 table {where} at {at:#x} looks like none: most entries are wrong")
+        self._lose(f"L2 table {where} at {at:#x} is probably no table: most entries are wrong")
 
     @property
     def _doubtful(self) -> int:
@@ -514,7 +514,9 @@ class References:
             if entry & COMPRESSED:
                 self.bad(f"{self._guest(index, slot)} is compressed and has subclusters")
             elif subclusters & ALL and not here:
-                self.bad(f"{self._guest(index, slot)} has subclusters, and lies nowhere")
+                self.bad(
+                    f"{self._guest(index, slot)} has allocated subclusters, but no host offset"
+                )
             elif subclusters & ALL & (subclusters >> SUBCLUSTERS):
                 self.bad(f"{self._guest(index, slot)} has an invalid subcluster bitmap")
 

@@ -163,7 +163,7 @@ def check(image: Qed, fix: Literal["crash", "leaks", "all"] | None = None) -> Re
             _drop(image, wrong)
             lost = lost or bool(wrong.roots) or (wrong is walk.absurd and bool(wrong.clusters))
         dropped = sum(len(wrong.roots) + len(wrong.clusters) for wrong in drop)
-        result.repairs = (f"Repairing: {dropped} entries that lead nowhere are dropped",)
+        result.repairs = (f"Repairing: {dropped} table entries with invalid offsets are cleared",)
         walk = Walk(image)
         result.corruptions_fixed = result.corruptions - walk.result.corruptions
         result.corruptions, result.leaks = walk.result.corruptions, walk.result.leaks
@@ -178,8 +178,8 @@ def check(image: Qed, fix: Literal["crash", "leaks", "all"] | None = None) -> Re
                 image.cut_off(end << walk.bits)
     elif lost:
         result.repairs += (
-            "Clusters that look leaked are left alone: they may belong to what was dropped; "
-            "another repair gives back those at the end of the file",
+            "Clusters that look leaked are left alone, because they may belong to the cleared "
+            "entries; another repair gives back those at the end of the file",
         )
     if not image.broken:
         image.mark_clean()
