@@ -23,6 +23,7 @@ from cowferry.daemon import Daemon
 from cowferry.drivers import opening
 from cowferry.errors import CowferryError
 from daemons import Told, a_daemon
+from loops import loop
 from mounts import Device, device
 
 __all__ = ["device"]  # a fixture
@@ -250,3 +251,30 @@ def test_a_size_that_cannot_be_recorded_is_refused(
     assert disk.size == SIZE and not differs(contents(disk), oracle)
     daemon.remove_disk("vm")
     assert daemon.open_disk("vm", str(tmp_path / "vm.qcow2")).size == SIZE
+
+
+def test_a_read_only_device_is_read_and_never_opened_for_writing(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "d.img").write_bytes(bytes(SIZE))
+    with loop(tmp_path / "d.img", "-r") as where:
+        with pytest.raises(CowferryError, match="the device is read-only"):
+            opening.open_image(where, "raw")
+        node = opening.open_image(where, "raw", read_only=True)
+        with pytest.raises(OSError, match="read-only"):
+            node.reopen(False)
+        assert contents(node) == bytes(SIZE)
+        node.close()
+
+
+def test_a_commit_into_a_read_only_device_leaves_no_mark(tmp_path: Path) -> None:
+    (tmp_path / "d.img").write_bytes(bytes(SIZE))
+    with loop(tmp_path / "d.img", "-r") as where, a_daemon() as daemon:
+        told, over = Told(daemon), str(tmp_path / "over.qcow2")
+        opening.create_image(over, "qcow2", SIZE, {"backing_file": where, "backing_fmt": "raw"})
+        daemon.open_disk("vm", over).pwrite(memoryview(b"w" * 4096), 0)
+        daemon.execute("block-commit", {"device": "vm", "job-id": "j"})
+        error = told.wait("BLOCK_JOB_COMPLETED", device="j")["error"]
+        assert "read-only" in error
+        assert moves.half_committed(where) is None
+        daemon.remove_disk("vm")
