@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from chains import contents, differs
 from cowferry.drivers import opening
 from cowferry.drivers.qcow2 import free
+from cowferry.drivers.qcow2.clusters import COPIED, ZERO_FLAG
 from cowferry.drivers.qcow2.free import FreeRuns
 from cowferry.drivers.qcow2.image import Qcow2
 from cowferry.errors import CowferryError
@@ -607,3 +608,77 @@ def test_a_data_file_is_as_long_as_before_if_the_image_cannot_grow(tmp_path: Pat
         image.change_size(1 << 50)
     image.close()
     assert data.stat().st_size == MIB and qemu_check(path) == 0
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("verb", ["discard", "zero"])
+def test_zeroes_take_no_room_in_a_data_file(
+    tmp_path: Path, raw: bool, extended: bool, verb: str
+) -> None:
+    """A guest that makes a file system discards the whole disk first."""
+    path, data = tmp_path / "vm.qcow2", tmp_path / "vm.data"
+    make(path, 8 * MIB, data_file=str(data), data_file_raw=raw, extended_l2=extended)
+    image, oracle = opened(path), bytearray(8 * MIB)
+    change = getattr(image, verb)
+    change(0, 8 * MIB)
+    image.flush()
+    if verb == "discard" or not raw:  # a zero request keeps the place of what has one
+        assert data.stat().st_blocks == 0
+    put(image, oracle, MIB + 1000, b"a" * (2 * MIB))
+    for offset, length in ((MIB, 3000), (2 * MIB + 512, 100_000), (5 * MIB, MIB)):
+        change(offset, length)
+        oracle[offset : offset + length] = bytes(length)
+    assert not differs(contents(image), oracle)
+    image.close()
+    if raw:
+        assert not differs(data.read_bytes(), oracle)
+    image = opened(path, read_only=True)
+    assert not differs(contents(image), oracle)
+    image.close()
+    assert qemu_check(path) == 0
+
+
+def test_zeroes_cover_what_a_data_file_held_before(tmp_path: Path) -> None:
+    """A cluster without a place reads as zero, whatever the file holds there."""
+    path, data = tmp_path / "vm.qcow2", tmp_path / "vm.data"
+    make(path, MIB, data_file=str(data), data_file_raw=True)
+    image = opened(path)
+    with image.meta:
+        for cluster in range(MIB // CLUSTER):
+            image.map.set(cluster, 0)
+    image.flush()
+    data.write_bytes(b"x" * MIB)
+    image.zero(0, MIB // 2)
+    image.discard(MIB // 2, MIB // 2)
+    assert not any(contents(image))
+    image.close()
+    assert data.read_bytes() == bytes(MIB)
+
+
+@pytest.mark.parametrize("length", [5000, 3 * CLUSTER])
+def test_a_write_that_failed_leaves_a_data_file_that_reads_as_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """The part of the write that was done before storage was full is in the file."""
+    path, data = tmp_path / "vm.qcow2", tmp_path / "vm.data"
+    make(path, MIB, data_file=str(data), data_file_raw=True)
+    image = opened(path)
+    image.pwrite(memoryview(b"a" * 1000), 7 * CLUSTER)
+    with image.meta:
+        image.map.set(1, CLUSTER | COPIED | ZERO_FLAG)  # keeps its place
+        image.map.set(3, 0)
+    whole = image.data.pwrite
+
+    def half(buf: memoryview, offset: int, fua: bool = False) -> None:
+        whole(buf[: len(buf) // 2], offset)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image.data, "pwrite", half)
+        for cluster in (1, 3):
+            with pytest.raises(OSError, match="No space"):
+                image.pwrite(memoryview(b"b" * length), cluster * CLUSTER)
+    got = contents(image)
+    image.close()
+    assert data.read_bytes() == got

@@ -294,7 +294,7 @@ class Qcow2(Node):
             with self.meta:
                 self.map.set(cluster, host | COPIED, new_bitmap)
         except BaseException:
-            if not ours:
+            if self.external or not ours:
                 self._give_back(first, 1)
             raise
 
@@ -362,9 +362,22 @@ class Qcow2(Node):
 
     def _give_back(self, first: int, count: int) -> None:
         """Room that nothing on disk or in memory points to goes back at once, its bytes too."""
-        if not self.external:
-            with self.meta:
-                self._punch(self.refcounts.settle([(first, count)]))
+        if self.external:
+            return self._blank_again(first, count)
+        with self.meta:
+            self._punch(self.refcounts.settle([(first, count)]))
+
+    def _blank_again(self, first: int, count: int) -> None:
+        """After a write that failed: let an external data file read as zero where the image does,
+        if it has to read right by itself."""
+        if not self.header.autoclear & headers.DATA_FILE_RAW:
+            return
+        at, end = first * self.cluster_size, min((first + count) * self.cluster_size, self.size)
+        with contextlib.suppress(OSError):
+            for e in self.extents(at, end - at):
+                if e.state is not State.DATA:
+                    self.data.zero(at, e.length, unmap=True)
+                at += e.length
 
     def take_room(self, offset: int, length: int) -> None:
         """Have room in the file system for bytes of the image's own file. Raises `OSError`."""
@@ -422,22 +435,26 @@ class Qcow2(Node):
     def _zero_bytes(self, offset: int, end: int, unmap: bool) -> None:
         while offset < end:
             n = min(end - offset, len(ZEROES), self.cluster_size - offset % self.cluster_size)
-            if not self._reads_zero(offset, n) or self.external:
-                if self.external:
-                    self._zero_external(offset, n, unmap)
-                else:
-                    self.pwrite(memoryview(ZEROES)[:n], offset)
+            if self.external:
+                self._zero_external(offset, n, unmap)
+            elif not self._reads_zero(offset, n):
+                self.pwrite(memoryview(ZEROES)[:n], offset)
             offset += n
 
     def _zero_external(self, offset: int, length: int, unmap: bool) -> None:
-        """In an external data file zeroes are the file's own: it must read right by itself."""
+        """Zero a part of one cluster whose data is in an external file.
+
+        Where the cluster has its place, the bytes there become zeroes, and nothing else is told.
+        With data_file_raw this is so everywhere: the file has to read right by itself."""
         cluster, within = divmod(offset, self.cluster_size)
         with self.meta:
             entry, bitmap = self.map.entry(cluster)
-        if self._in_place(entry, bitmap) and not entry & ZERO_FLAG and bitmap in (0, ALL):
+        in_place = self._in_place(entry, bitmap) and not entry & ZERO_FLAG and bitmap in (0, ALL)
+        blank = not in_place and self._reads_zero(offset, length)
+        if in_place or (blank and self.header.autoclear & headers.DATA_FILE_RAW):
             self.data.zero(offset, length, unmap)
-            return
-        self._write_part(cluster, within, memoryview(ZEROES)[:length])
+        elif not blank:
+            self._write_part(cluster, within, memoryview(ZEROES)[:length])
 
     def discard(self, offset: int, length: int) -> None:
         """Whole clusters become holes that read as zero, never as the backing (ST4)."""
