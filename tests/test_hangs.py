@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from cowferry import daemon as daemons
+from cowferry.cli.live import draw
+from cowferry.commands import block
 from cowferry.daemon import Daemon
 from cowferry.drivers.nbd import Nbd
 from cowferry.drivers.nbd_client import NbdClient
@@ -177,6 +179,22 @@ def test_D2_a_mute_server_holds_up_one_command_alone(world: World, name: str) ->
     assert not daemon.graph.reserved.pins and not daemon.graph.reserved.paths
     assert {n.name for n in daemon.graph.every_node()} == {"#block101", "#block102"}
     world.at_once("x-disk-snapshot", disks=[{"device": "vm"}])
+
+
+def test_a_server_that_does_not_answer_is_told_beside_the_layers_that_do(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("nbdkit")
+    monkeypatch.setattr(block, "LAYER_SECONDS", 0.3)
+    with nbdkit(world.folder / "nk", "memory", str(SIZE)) as server:
+        uri = f"nbd+unix:///?socket={world.folder / 'nk'}"
+        world.daemon.execute("x-disk-add", {"device": "far", "filename": uri})
+        with frozen(server):
+            far, vm = sorted(world.at_once("x-query-tree"), key=lambda tree: str(tree["device"]))
+        assert "data" not in far["chain"][0]
+        assert "its server has not answered within 0.3 s, on a server" in "\n".join(draw(far))
+        assert vm["chain"][0]["data"] + vm["chain"][0]["zero"] <= SIZE
+        world.daemon.execute("x-disk-remove", {"device": "far"})
 
 
 def test_a_name_that_is_being_opened_is_taken(world: World) -> None:

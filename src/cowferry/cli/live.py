@@ -56,14 +56,15 @@ def draw(tree: dict[str, Any]) -> list[str]:
     width = max(map(len, short.values()))
     for x in reversed(layers):
         name = short[x["filename"]].ljust(width)
-        share = 100 * x["data"] / max(x["virtual-size"], 1)
-        zero = f", {human(x['zero'])} zero" if x["zero"] else ""
         remote = names.is_uri(x["filename"])
         place = "on a server" if remote else f"{human(x.get('actual-size', 0))} on disk"
-        lines.append(
-            f"    {name}  {x['format']:<6} {human(x['virtual-size'])}, holds {human(x['data'])} "
-            f"({share:.0f}%){zero}, {place}"
-        )
+        if "data" in x:
+            share = 100 * x["data"] / max(x["virtual-size"], 1)
+            zero = f", {human(x['zero'])} zero" if x["zero"] else ""
+            held = f"holds {human(x['data'])} ({share:.0f}%){zero}"
+        else:
+            held = x["x-note"]
+        lines.append(f"    {name}  {x['format']:<6} {human(x['virtual-size'])}, {held}, {place}")
     if "locked" in tree:
         lines.append(f"    locked: {tree['locked']}")
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ import msgspec
 
 from cowferry.block.held import BY_JOB
 from cowferry.block.node import Node, chain, files
+from cowferry.block.scope import CalledOff, Scope
 from cowferry.commands import Args, NoArgs, check_names, command
 from cowferry.commands.throttle import shown
 from cowferry.drivers import MAX_DEPTH, actual_size, driver, opening
 from cowferry.drivers.file import File
 from cowferry.errors import CowferryError, NotSupported
 from cowferry.jobs.create import Create
+
+LAYER_SECONDS = 5.0  # that a server may take to tell which parts of a layer hold data
 
 if TYPE_CHECKING:
     from cowferry.block.disk import Disk
@@ -303,17 +307,24 @@ def query_tree(daemon: Daemon, args: Tree) -> list[dict[str, Any]]:
 
 
 def layer(node: Node, size: int) -> dict[str, Any]:
-    """One layer: how much of the disk it answers for itself."""
+    """One layer: how much of the disk it answers for itself. Where a server does not tell, because
+    it does not answer, `x-note` says so instead of `data` and `zero`."""
     counts = {"DATA": 0, "ZERO": 0, "HOLE": 0}
-    for e in node.extents_in_pieces():
-        counts[e.state.name] += e.length
-    out = {
+    out: dict[str, Any] = {}
+    try:
+        with Scope(LAYER_SECONDS, "its server has not answered"):
+            for e in node.extents_in_pieces():
+                counts[e.state.name] += e.length
+        out = {"data": counts["DATA"], "zero": counts["ZERO"]}
+    except CalledOff as error:
+        if error.errno != errno.ETIMEDOUT:
+            raise
+        out = {"x-note": error.strerror}
+    out |= {
         "node-name": node.name,
         "filename": node.filename,
         "format": node.driver,
         "virtual-size": node.size,
-        "data": counts["DATA"],
-        "zero": counts["ZERO"],
         "read-only": node.read_only,
     }
     with contextlib.suppress(CowferryError):
