@@ -86,7 +86,7 @@ SERVERS: list[tuple[dict[str, Any], str]] = [
     ({"type": "unix", "path": ["s"]}, "Invalid parameter type for 'addr.path', expected: string"),
     ({"type": "unix", "data": ["s"]}, "Invalid parameter type for 'addr.data', expected: object"),
     ({"type": "unix", "data": {}}, "Parameter 'addr.path' is missing"),
-    ({"type": "unix", "data": {"path": "s"}, "path": "t"}, "beside members that belong into it"),
+    ({"type": "unix", "data": {"path": "s"}, "path": "t"}, "members beside 'data', which belong"),
     ({"type": "inet", "host": "h"}, "Parameter 'addr.port' is missing"),
     ({"type": "inet", "port": "1"}, "Parameter 'addr.host' is missing"),
     ({"type": "inet", "host": "h", "port": True}, "Invalid parameter type for 'addr.port'"),

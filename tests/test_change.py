@@ -275,7 +275,7 @@ def test_an_image_that_cannot_be_read_is_no_match(
 def test_half_an_image_is_no_medium(scene: Scene, notify: bool) -> None:
     half = scene.copy("half.raw")
     moves.committing(half, scene.path("vm.qcow2"))
-    scene.refused("whose commit was not finished", "change", target=half, notify=notify)
+    scene.refused("cannot be used by itself", "change", target=half, notify=notify)
 
 
 @pytest.mark.parametrize("notify", [False, True])

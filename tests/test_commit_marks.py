@@ -160,13 +160,13 @@ def test_a_base_that_has_a_part_is_of_no_use_by_itself(scene: Scene, active: boo
     scene.daemon.execute("job-cancel", {"id": "c"})
     scene.told.wait("BLOCK_JOB_CANCELLED", device="c")
     scene.told.wait("JOB_STATUS_CHANGE", id="c", status="null")
-    with pytest.raises(ImageError, match="whose commit was not finished"):
+    with pytest.raises(ImageError, match="cannot be used by itself"):
         scene.by_itself()
     fill(scene.small)  # a second one that fails does not take the first one's mark away
     scene.open()
     scene.commit(active)
     scene.failed()
     empty(scene.small)
-    with pytest.raises(ImageError, match="whose commit was not finished"):
+    with pytest.raises(ImageError, match="cannot be used by itself"):
         scene.by_itself()
     scene.commits(active)

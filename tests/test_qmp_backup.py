@@ -99,8 +99,8 @@ DIFFERENCES: dict[str, list[Differs]] = {
     "a_pull_backup_step_by_step": [
         Differs(
             "before the moment: ok | x BLOCK_EXPORT_DELETED",
-            "before the moment: DeviceInUse: Node 'f' is busy: 'vm' below it is in use by a "
-            "writable export, so it shows no moment, which excludes an export",
+            "before the moment: DeviceInUse: Node 'f' is busy: a writable export changes 'vm' "
+            "below it, so it shows no point in time, which excludes an export",
             "its client would see bytes of all moments",
         ),
         Differs(

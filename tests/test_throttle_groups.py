@@ -313,7 +313,8 @@ def test_a_limit_is_an_error_where_no_guests_request_comes(house: House) -> None
     assert below is not None
     one = {**NO_LIMITS, "iops": 1}
     assert refused(house, "block_set_io_throttle", {"device": below.name, **one}) == (
-        f"Image '{below.filename}' lies below '{house.disk.name}': no guest's request comes to it"
+        f"Image '{below.filename}' lies below '{house.disk.name}': no guest "
+        "sends requests to it directly"
     )
     plain = house.folder / "plain.raw"
     plain.write_bytes(bytes(SIZE))
@@ -321,7 +322,7 @@ def test_a_limit_is_an_error_where_no_guests_request_comes(house: House) -> None
         "blockdev-add", {"driver": "file", "node-name": "plain", "filename": str(plain)}
     )
     assert refused(house, "block_set_io_throttle", {"device": "plain", **one}) == (
-        "Node 'plain' is not exported: no guest's request comes to it"
+        "Node 'plain' is not exported: no guest sends requests to it"
     )
     house.daemon.execute("block-export-add", {"type": "nbd", "id": "p", "node-name": "plain"})
     house.limit("plain", iops=1)

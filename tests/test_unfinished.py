@@ -133,7 +133,7 @@ def test_a_copy_that_could_not_be_gone_on_with_says_so(tmp_path: Path) -> None:
 
 def test_half_a_copy_is_not_opened_as_a_disk(world: World) -> None:
     world.interrupted()
-    with pytest.raises(ImageError, match="a part of a copy of") as found:
+    with pytest.raises(ImageError, match="an unfinished copy of") as found:
         world.daemon.open_disk("other", str(world.target))
     assert str(world.source) in found.value.hint
     world.copy()

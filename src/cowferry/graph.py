@@ -387,8 +387,8 @@ class Graph(Uses):
                         target=self._close_late, args=(gone,), name="close", daemon=True
                     ).start()
                     raise DeviceInUse(
-                        f"disk '{disk.name}' is let go of, but {error.strerror}",
-                        "its images are closed when these have finished",
+                        f"disk '{disk.name}' is removed, but {error.strerror}",
+                        "its images are closed as soon as these have finished",
                     ) from error
             first: Exception | None = None
             for node in gone.nodes:

@@ -46,7 +46,7 @@ def refuse_floating(whose: str, below: str, wanted: str) -> DeviceInUse:
     """The refusal of what is `wanted` of an overlay, called `whose`, over a node that is being
     written."""
     return DeviceInUse(
-        f"{whose} is busy: '{below}' below it is in use by a writable export, so it shows no "
-        f"moment, which excludes {wanted}",
-        "blockdev-backup with sync=none keeps the moment at which it starts; use it after that",
+        f"{whose} is busy: a writable export changes '{below}' below it, so it shows no point in "
+        f"time, which excludes {wanted}",
+        "start blockdev-backup with sync=none first: it preserves the moment of its start",
     )

@@ -164,8 +164,8 @@ def check(base: Node, since: bytes, bitmap: str, disk: str, hint: str) -> bytes:
     if not since:
         raise CowferryError(
             f"bitmap '{bitmap}' of '{disk}' does not say from which backup it counts",
-            "another program has begun it, or an older version, or it was cleared or disabled; "
-            f"make a full backup with it; {hint}",
+            "another program or an older version of cowferry began it, or it was cleared or "
+            f"disabled; make a full backup with this bitmap; {hint}",
         )
     wanted, above, first = since, "", b""
     for node in chain(base):
@@ -174,8 +174,8 @@ def check(base: Node, since: bytes, bitmap: str, disk: str, hint: str) -> bytes:
         if found is None:
             raise CowferryError(
                 f"'{name}'{above} does not say which backup it is",
-                "it was not made by a backup that names a bitmap, or another program has made it "
-                f"anew: make a full backup; {hint}",
+                "a backup without a bitmap made it, or another program has written it since: make "
+                f"a full backup; {hint}",
             )
         if found.written:
             raise CowferryError(
@@ -187,7 +187,7 @@ def check(base: Node, since: bytes, bitmap: str, disk: str, hint: str) -> bytes:
             raise CowferryError(
                 f"bitmap '{bitmap}' of '{disk}' counts from the backup of {when(wanted)}, and "
                 f"'{name}' is that of {when(found.id)}",
-                f"name the backup from which it counts, or make a full one; {hint}",
+                f"name the backup from which the bitmap counts, or make a full one; {hint}",
             )
         if found.id != wanted:
             raise CowferryError(
@@ -201,7 +201,7 @@ def check(base: Node, since: bytes, bitmap: str, disk: str, hint: str) -> bytes:
             break
     else:
         raise CowferryError(
-            f"the backup of {when(wanted)}, on which '{name}' lies, is not there any more",
+            f"the backup of {when(wanted)}, on which '{name}' lies, is missing",
             f"restore the chain of backups as it was; {hint}",
         )
     return first

@@ -51,7 +51,7 @@ class OpenFiles:
                     raise DeviceInUse(
                         f"{whose} is busy, which excludes {wanted}: "
                         f"{_met(file, mine, other, theirs, user)}",
-                        "nothing was changed; what is written there would change under it",
+                        "nothing was changed; a write to one of the two would change the other",
                     )
 
     def check_unused(self, path: str, places: list[Place], user: User) -> None:

@@ -27,8 +27,8 @@ class Reserved:
         if name in self.names:
             raise CowferryError(
                 f"Duplicate nodes with node-name='{name}'",
-                f"another command is having '{name}' {self.names[name]} and waits for its storage "
-                "or server; nothing was changed",
+                f"'{name}' is being {self.names[name]} by another command, which waits for its "
+                "storage or server; nothing was changed",
             )
 
     def check_path(self, path: str) -> None:

@@ -167,7 +167,7 @@ def find(disk: Disk, target: str) -> Unfinished | None:
         body = moves.half_copied(target)
     except OSError as error:
         raise CowferryError(
-            f"'{target}': what is recorded of it cannot be read: {error.strerror or error}",
+            f"'{target}': the record of a copy to it cannot be read: {error.strerror or error}",
             f"'{disk.name}' is intact; to begin anew, copy it to another place",
         ) from error
     if body is None or not os.path.exists(target):
@@ -177,7 +177,7 @@ def find(disk: Disk, target: str) -> Unfinished | None:
         return CowferryError(
             f"'{target}' holds a part of a copy, and which part is not known: {why}",
             f"'{disk.name}' is intact; to begin anew, copy it to another place. (The record "
-            f"'{moves.place(target, moves.COPYING)}' says that '{target}' is not whole)",
+            f"'{moves.place(target, moves.COPYING)}' marks '{target}' as incomplete)",
         )
 
     source = disk.root

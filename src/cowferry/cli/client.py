@@ -39,6 +39,7 @@ OPTIONS = {
     "mode=existing": "--reuse-external",
     "use unsafe": "use --unsafe",
     "use x-unsafe": "use --unsafe",
+    "leave out x-on-ready": "leave out --finish",
     "resume it first, or use force": "resume it first, or leave out --soft",
     "use drain to wait for them, or force": "--drain SECONDS waits for them, --force does not",
     "use force": "use --force",

@@ -29,7 +29,7 @@ class ChangeMedium(Args):
 def _check_speed(speed: int, job_id: str | None) -> None:
     check_speed(speed)
     if speed and job_id is None:
-        raise CowferryError("Parameter 'speed' goes with 'x-job-id': it is the job's")
+        raise CowferryError("Parameter 'speed' limits a job, so it needs 'x-job-id'")
 
 
 @command("change", locked=False)
@@ -46,8 +46,8 @@ def change(daemon: Daemon, args: ChangeMedium) -> None:
     _check_speed(args.speed, args.x_job_id)
     if args.x_job_id is not None and (args.notify or args.unsafe):
         raise CowferryError(
-            "Parameter 'x-job-id' goes with notify=false and without unsafe",
-            "else nothing is compared, and there is no job",
+            "Parameter 'x-job-id' needs notify=false, and excludes unsafe",
+            "the job compares the two images; in other cases nothing is compared",
         )
     with daemon.turn():
         operation.change(

@@ -224,11 +224,11 @@ def check_reached(graph: Graph, disk: Disk) -> None:
         over = graph.stranger(disk.root, [])
     if over is not None:
         raise CowferryError(
-            f"{graph.called(disk.root)} lies below '{graph.short(over)}': no guest's request comes "
-            "to it",
-            f"limit '{graph.short(over)}'",
+            f"{graph.called(disk.root)} lies below '{graph.short(over)}': no guest sends requests "
+            "to it directly",
+            f"limit '{graph.short(over)}' instead",
         )
     raise CowferryError(
-        f"{graph.called(disk.root)} is not exported: no guest's request comes to it",
+        f"{graph.called(disk.root)} is not exported: no guest sends requests to it",
         "export it first (block-export-add), or put a throttle node over it",
     )

@@ -35,7 +35,7 @@ NAMES = {
     RESIZE: "resize",
 }
 
-HINT = "nothing was changed. Is a guest using it? (reading it meanwhile: info -U)"
+HINT = "nothing was changed. Is a guest using it? (info -U reads it meanwhile)"
 
 _flock = struct.Struct("hhqqi4x")  # struct flock with 64-bit offsets
 

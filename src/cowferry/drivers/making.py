@@ -189,7 +189,7 @@ def _finish(targets: list[_Target], goal: bool) -> None:
         raise ImageError(
             f"'{targets[-1].name}' was made, but a file that belongs to the old image cannot be "
             f"removed: {error.filename or ''}: {error.strerror or error}",
-            "remove that file, because it says something about the old image only",
+            "remove that file, which cowferry made: it describes the old image, not the new one",
         ) from error
 
 

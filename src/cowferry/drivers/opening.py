@@ -189,21 +189,22 @@ def check_whole(path: str) -> None:
         copied = moves.half_copied(path)
     except OSError as error:
         raise ImageError(
-            f"'{path}': whether it is whole cannot be told: {error.strerror or error}",
-            "the images are as they were; look at the records beside them",
+            f"'{path}': cannot tell whether it is complete: {error.strerror or error}",
+            "nothing was changed; the records beside it must be readable",
         ) from error
     if top is not None:
         raise ImageError(
-            f"'{path}' holds a part of '{top}', whose commit was not finished or went past it",
-            f"below '{top}' it is as good as ever: open that or what lies over it, and commit "
-            "again; an image that a finished commit went past is of no use any more",
+            f"'{path}' cannot be used by itself: a commit of '{top}' may have changed it, or an "
+            "image below it",
+            f"'{top}' still reads as before: open it or an image over it, and run the commit again "
+            "if it was not finished; after a finished commit the images between are of no use",
         )
     if copied is not None:
         raise ImageError(
-            f"'{path}' holds a part of a copy of '{copied['source']}' that was not finished",
-            f"open '{copied['source']}', and copy it to '{path}' again: it goes on from there. "
-            f"The record '{moves.place(path, moves.COPYING)}' says so: without it '{path}' is "
-            "taken for a whole image, which it is not",
+            f"'{path}' holds an unfinished copy of '{copied['source']}'",
+            f"open '{copied['source']}', and copy it to '{path}' again: the copy continues from "
+            f"there. The record '{moves.place(path, moves.COPYING)}' marks '{path}' as incomplete: "
+            "without the record, cowferry would take it for a complete image",
         )
 
 
@@ -276,8 +277,8 @@ def backing_path(image: str, recorded: str) -> str:
     if PROTOCOL.match(recorded):
         raise ImageError(
             f"'{image}': its backing file '{recorded[:200]}' is not a plain path",
-            "json: and protocol names inside an image are never followed; a file with a colon in "
-            "its name is ./NAME; name the backing file with rebase -u -b FILE -F FORMAT",
+            "cowferry never follows json: and protocol names inside an image; a file with a colon "
+            "in its name is ./NAME; name the backing file with rebase -u -b FILE -F FORMAT",
         )
     return os.path.join(os.path.dirname(image), recorded)
 

@@ -361,9 +361,9 @@ class NbdServer:
         if not quiet:
             who = f"{place.address or 'local clients'} has" if mine >= each else "all clients have"
             log.error(
-                "nbd: no place for one more connection at %s: %s %d of %d; raise max-connections, "
-                "or close some", shown(place.listener), who, mine if mine >= each else len(there),
-                most,
+                "nbd: refused a connection at %s: %s %d of %d places; raise max-connections, or "
+                "close some connections",
+                shown(place.listener), who, mine if mine >= each else len(there), most,
             )  # fmt: skip
         return False
 

@@ -623,7 +623,9 @@ def into_new(
     base = wanted.base
     targets.check_path(SAME, disk, target)
     if base is not None:
-        targets.check_path(f"no backup of '{device}'", disk, base, "name the backup before")
+        targets.check_path(
+            f"no backup of '{device}'", disk, base, "name the previous backup of the disk"
+        )
     known = targets.format_by_name(target)
     like = source.driver if source.driver in OVERLAYS and not targets.is_there(target) else "raw"
     format = wanted.format or known or (like if mode == "full" else "qcow2")
@@ -679,7 +681,7 @@ def check_before(
             if unsafe or bitmap is None:
                 found = lineage.stamp_of(base)
                 return found.id if found is not None and not found.written else lineage.NONE
-            hint = f"to lay the increment over '{name}' all the same, use unsafe"
+            hint = f"to make the increment over '{name}' anyway, use unsafe"
             return lineage.check(base, bitmap.since, bitmap.name, device, hint)
     except OSError as error:
         raise CowferryError(f"'{name}' cannot be read: {error.strerror or error}") from error

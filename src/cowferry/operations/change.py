@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from cowferry.daemon import Daemon
 
-UNSAFE = "to do it all the same, use unsafe"
+UNSAFE = "to do it anyway, use unsafe"
 
 
 class Change(Part):
@@ -398,6 +398,6 @@ def check_name(daemon: Daemon, above: Node, spec: targets.Spec, lower: Node, uns
     if not (leads or unsafe):
         raise CowferryError(
             f"'{spec[0]}', seen from '{above.filename}', does not lead to '{lower.filename}'",
-            "the disk could not be opened again, or would read differently; to record the name all "
-            "the same, use x-unsafe",
+            "with that name the disk could not be opened again, or would read differently; to "
+            "record the name anyway, use x-unsafe",
         )

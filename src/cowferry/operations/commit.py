@@ -129,7 +129,8 @@ def start(
     if on_ready == "cancel":
         raise CowferryError(
             f"a commit of '{upper.filename}' ends when everything is in the base",
-            "only a commit of the image that the guest writes becomes ready, and can end otherwise",
+            "only a commit of the image that the guest writes can end without moving the disk; "
+            "leave out x-on-ready",
         )
     above = layers[layers.index(upper) - 1]
     if upper.size < min(lower.size, above.size):

@@ -131,7 +131,7 @@ def _partly(disk: Disk, node: Node, sync: str) -> dict[str, Any]:
         assert node.backing is not None
         raise CowferryError(
             f"'{node.filename}' lies over '{node.backing.filename}', and not over '{disk.name}'",
-            "sync=none wants an overlay of the disk; or copy all of it with sync=full",
+            "sync=none needs a target that is an overlay of the disk; sync=full copies everything",
         )
     return {
         "base": root.backing if sync == "top" else None,

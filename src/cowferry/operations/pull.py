@@ -202,7 +202,10 @@ def _part(
     check_source(daemon, daemon.graph.disk(wanted.device), wanted.device, None)
     found, first = _bitmap(daemon, so_far, source, wanted.device, bitmap, anew)
     if wanted.base is not None and found is None:
-        raise CowferryError(f"no bitmap is named that counts from '{wanted.base}'", "name it, too")
+        raise CowferryError(
+            f"base '{wanted.base}' is given without a bitmap",
+            "name the bitmap that counts from that backup",
+        )
     return Kept(
         daemon, so_far, wanted, job_id, bitmap=found, first=first, anew=anew, scratch=scratch,
         on_cbw_error=on_cbw_error,

@@ -271,6 +271,6 @@ def check_backing(target: Node, backing: Node) -> None:
     elif not leads_to(target.filename, spec, backing):
         raise CowferryError(
             f"'{target.filename}' names another backing file: '{spec[0]}', format {spec[1]}",
-            f"make it over '{backing.filename}' ({backing.driver}), which is not copied; or open "
-            "it with the backing file that it names",
+            f"the job does not copy '{backing.filename}' ({backing.driver}): create the target "
+            "over that image, or open the target with the backing file that it names",
         )

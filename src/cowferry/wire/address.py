@@ -115,7 +115,7 @@ def from_qmp(given: Mapping[str, Any], what: str = "addr", listen: bool = False)
     if not isinstance(rest, Mapping):
         raise CowferryError(f"Invalid parameter type for '{what}.data', expected: object")
     if "data" in given and set(given) != {"type", "data"}:
-        raise CowferryError(f"Parameter '{what}.data' is beside members that belong into it")
+        raise CowferryError(f"Parameter '{what}' has members beside 'data', which belong into it")
     for key in sorted(MEMBERS[kind] - set(rest)):
         raise CowferryError(f"Parameter '{what}.{key}' is missing")
     for key, value in rest.items():

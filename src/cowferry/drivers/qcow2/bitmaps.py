@@ -128,7 +128,9 @@ def info(image: Qcow2) -> list[dict[str, Any]]:
         log.warning("%s", error.desc)
         return []
     if found.problem:
-        log.error("'%s': %s: what follows is lost", image.filename, found.problem)
+        log.error(
+            "'%s': %s: the rest of the directory cannot be used", image.filename, found.problem
+        )
     words = ((IN_USE, "in-use"), (AUTO, "auto"))
     return [
         {
@@ -143,7 +145,9 @@ def info(image: Qcow2) -> list[dict[str, Any]]:
 def _tell_of_damage(image: Qcow2, found: Directory) -> None:
     """No bitmap is lost in silence."""
     if found.problem:
-        log.error("'%s': %s: what follows is lost", image.filename, found.problem)
+        log.error(
+            "'%s': %s: the rest of the directory cannot be used", image.filename, found.problem
+        )
     for e in found.entries:
         if e.flaw:
             log.error(

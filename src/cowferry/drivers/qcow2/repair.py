@@ -206,7 +206,10 @@ class Repair:
         if not damaged and not refs.incomplete_snapshots:
             return
         if refs.lost:  # what the refcounts call free may belong to it
-            self.said.append("Bitmaps and snapshots are left as they are, for the same reason")
+            self.said.append(
+                "Bitmaps and snapshots are left as they are, because a table cannot be followed "
+                f"({refs.lost})"
+            )
             return
         try:
             image.reload()

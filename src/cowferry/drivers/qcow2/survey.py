@@ -66,8 +66,8 @@ class Survey:
                 self._look(table[:: image.map.words])
         if len(self.withheld) > found:
             log.warning(
-                "'%s': tables use %d cluster(s) whose refcount is 0; nothing else is put there "
-                "(repair: cowferry check -r all)",
+                "'%s': %d cluster(s) of tables have the refcount 0; cowferry writes nothing else "
+                "there (repair: cowferry check -r all)",
                 image.filename, len(self.withheld),
             )  # fmt: skip
             if len(self.withheld) > MAX_WITHHELD:
