@@ -195,7 +195,7 @@ def test_qmp_sends_typed_arguments_and_shows_errors(scene: Scene) -> None:
     )
     for message, more in (('{"execute": 1}', ()), ('{"id": 1}', ()), (whole, ("x=1",))):
         status, _, err = scene.run("qmp", message, *more)
-        assert status == 1 and "a whole message is" in err
+        assert status == 1 and "a whole message" in err
     assert scene.run("qmp", "query-jobs", "x")[::2] == (1, "cowferry: 'x' is not KEY=VALUE\n")
 
 
