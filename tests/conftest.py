@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,12 @@ settings.load_profile("CI" if os.environ.get("CI") == "true" else "laptop")
 for module in pkgutil.walk_packages(cowferry.__path__, "cowferry."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
+
+
+# A shell that starts the suite in the background, and nohup, have us ignore these. Programs that
+# tests start would inherit that, and some tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

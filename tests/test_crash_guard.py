@@ -41,7 +41,7 @@ FLUSHES = ("fdatasync", "fsync", "flush_directory")
 
 # How a flush goes down to the file: whoever is above these has asked for it.
 WAY_DOWN = {
-    "Qcow2.flush", "Qcow2._barrier", "Qcow2._write_tables", "write_tables",
+    "Qcow2.flush", "Qcow2._barrier", "Qcow2._write_tables", "write_tables", "_write_durably",
     "Qcow2.write_header", "Qcow2.reopen",
     "Qcow2.close_tables", "Qcow2.close", "Qcow2.set_backing", "Qcow2.resize", "Qcow2._bound_dirty",
     "Qcow2.pwrite", "Qcow2.zero", "Qcow2.discard", "Qcow2.link", "record_backing", "grow",
@@ -297,7 +297,7 @@ ROWS: list[tuple[str, Scenario, Break]] = [
         snapshot,
         Without("_Target.replace", "Snapshot.approach", "record", unless="_store"),
     ),
-    ("the record's bytes and name", snapshot, Without("_store")),
+    ("the record's bytes and name", snapshot, Without("_store", "_replace")),
     ("the old image of a snapshot", snapshot, Without("Snapshot.settle")),
     (
         "a new QED overlay's bytes",
