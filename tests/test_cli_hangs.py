@@ -150,7 +150,7 @@ def test_a_verb_that_follows_a_job_says_that_the_job_goes_on(served: Served) -> 
         assert copying.stdout is not None and copying.stdout.readline()  # it follows the job
         with served.frozen():
             err = copying.communicate(timeout=PATIENCE)[1]
-        assert copying.returncode == 1 and "job copy-vm goes on when the daemon does" in err
+        assert copying.returncode == 1 and "job copy-vm goes on as soon as the daemon does" in err
         assert f"kill -CONT {served.child.pid}" in err
         q.call("block-job-set-speed", device="copy-vm", speed=0)
         until(lambda: not q.call("query-block-jobs"))

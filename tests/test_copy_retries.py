@@ -102,7 +102,7 @@ def test_a_copy_whose_errors_do_not_go_away_fails_in_the_end(
     start(failing)
     end = failing.told.wait("BLOCK_JOB_COMPLETED", device="c")
     assert failing.errors() > 2
-    assert f"{SIZE} bytes could not be copied, however often it was tried" in end["error"]
+    assert f"{SIZE} bytes could not be copied, even after repeated tries" in end["error"]
     failing.broken.unlink()
     start(failing)
     failing.told.wait("BLOCK_JOB_READY", device="c")

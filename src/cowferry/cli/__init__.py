@@ -101,8 +101,9 @@ def group(ctx: click.Context) -> None:
     COMMAND --help says what each takes. Live commands talk to the daemon of the run folder
     ($COWFERRY_RUN), or to the QMP socket given by -c or $COWFERRY_QMP.
 
-    A command that fails ends with 1. A wrong command line ends it with 2, or with 1 if it is one of
-    qemu-img's; but compare with 64. The help of check and compare tells their further exit codes.
+    A command that fails exits with 1. On a wrong command line it exits with 2, but qemu-img's
+    commands exit with 1, and compare with 64. The help of check and compare lists their further
+    exit codes.
     """
     if ctx.invoked_subcommand in OFFLINE:
         for number in heard():

@@ -41,45 +41,49 @@ PULL = "pull"  # what a pull backup is called unless it is given a name
 @click.command("backup")
 @click.argument("disks", metavar="DISK DEST | DISK=DEST...", nargs=-1)
 @click.option(
-    "--incremental", is_flag=True, help="Only what the --bitmap says; DEST lies over --base."
+    "--incremental", is_flag=True, help="Copy only what --bitmap records; DEST lies over --base."
 )
-@click.option("--top", is_flag=True, help="Only DISK's own image; DEST lies over its backing file.")
+@click.option(
+    "--top", is_flag=True, help="Copy only DISK's own image; DEST lies over its backing file."
+)
 @click.option(
     "--bitmap", metavar="NAME",
-    help="What tells the changes since a backup. A full backup begins it.",
+    help="The bitmap of the changes since a backup. A full backup begins it.",
 )  # fmt: skip
 @click.option(
     "--base", "bases", multiple=True, metavar="[DISK=]FILE",
-    help="Of an increment: the backup before it.",
+    help="The previous backup (with --incremental or --pull).",
 )  # fmt: skip
-@click.option("--base-format", metavar="FORMAT", help="Of --base [by its name].")
+@click.option("--base-format", metavar="FORMAT", help="Format of --base [by its name].")
 @click.option(
     "--unsafe", is_flag=True,
     help="Do not check that --bitmap counts from --base, nor that --base is unchanged.",
 )  # fmt: skip
 @click.option(
     "--format", metavar="FORMAT",
-    help="Of DEST [by its name, else DISK's; raw on a device or a server].",
+    help="Format of DEST [by its name, else DISK's; raw on a device or a server].",
 )  # fmt: skip
-@click.option("--compress", is_flag=True, help="Into compressed clusters; DEST is qcow2.")
+@click.option("--compress", is_flag=True, help="Write compressed clusters; DEST is qcow2.")
 @click.option(
     "--bitmap-mode", type=click.Choice(["on-success", "never", "always"]), default="on-success",
     show_default=True, help="When the bitmap counts anew from the moment of this backup.",
 )  # fmt: skip
 @click.option(
     "--scratch", metavar="DIR",
-    help="Where old data waits, for a slow DEST or for whoever pulls [beside DISK's image].",
+    help="Folder for old data until DEST or the pulling program has it [beside DISK's image].",
 )  # fmt: skip
 @click.option(
     "--on-cbw-error", type=click.Choice(["break-guest-write", "break-snapshot"]),
-    help="Old data can be saved nowhere: fail the guest's write [push], or the backup [pull].",
+    help="If old data can be saved nowhere: fail the guest's write [push] or the backup [pull].",
 )  # fmt: skip
 @speed
 @on_error("--on-source-error", "a read")
 @on_error("--on-target-error", "a write")
 @click.option("--pull", is_flag=True, help="Export every DISK of this moment, until Ctrl-C.")
 @click.option("--end", is_flag=True, help="End a pull backup that went well.")
-@click.option("--failed", is_flag=True, help="With --end: it did not; bitmaps keep every bit.")
+@click.option(
+    "--failed", is_flag=True, help="With --end: the backup failed; bitmaps keep every bit."
+)
 @click.option(
     "--id", metavar="ID", help="The name of a pull backup, or of a group [pull, backup-group]."
 )
@@ -93,9 +97,9 @@ def backup_command(
     """Back up disks as they are at one moment, while their guests go on writing.
 
     Push: each DISK goes into a new file DEST. With --bitmap a full backup begins to record what
-    changes from then on, and --incremental copies that into an overlay of the backup before. The
-    last DEST of a chain reads as the whole disk, and qemu-img or cowferry convert restores it. A
-    --base is refused if the bitmap counts from another backup, or if it was written since.
+    changes from then on, and --incremental copies that into an overlay over the previous backup.
+    The last DEST of a chain reads as the whole disk, and qemu-img or cowferry convert restores it.
+    cowferry refuses --base if the bitmap counts from another backup, or if it was written since.
 
     \b
         cowferry backup vm /backup/mon.qcow2 --bitmap b0
@@ -104,16 +108,16 @@ def backup_command(
 
     Pull: each DISK is exported over NBD, read-only, for another program to read; its URIs are
     printed. With --bitmap the export says what has changed (qemu:dirty-bitmap:NAME). --end, from
-    anywhere, ends it: what changed from that moment on is then what the bitmap says. After Ctrl-C,
-    or --end --failed, the bitmap keeps every bit.
+    any shell, ends the backup: the bitmap then says what has changed since the backup's moment.
+    After Ctrl-C, or --end --failed, the bitmap keeps every bit.
 
     \b
         cowferry backup --pull vm data --bitmap b0
         cowferry backup --end
 
-    A DEST that exists is refused, unless it is a block device or an NBD URI, which are overwritten;
-    one that was made is removed if the backup fails. A bitmap then says what it said before, and
-    what was written since.
+    A DEST that exists is refused, unless it is a block device or an NBD URI, which are overwritten.
+    If the backup fails, a DEST that it made is removed, and the bitmap still says what it said
+    before, and what was written since.
     """
     if failed and not end:
         raise click.UsageError("--failed goes with --end")

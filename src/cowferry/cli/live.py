@@ -106,8 +106,9 @@ def _message(text: str, more: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
 def qmp_command(command: str, arguments: tuple[str, ...], path: str | None) -> int:
     """Send one QMP COMMAND and print what it returns.
 
-    Values are JSON where they can be (numbers, true, {...}) and strings otherwise; dots nest. The
-    arguments, or the whole message with "execute" and "arguments", may be one JSON object.
+    A VALUE that is JSON (a number, true, {...}) is sent as JSON, any other as a string. Dots in KEY
+    nest: a.b=1 sends {"a": {"b": 1}}. The arguments, or the whole message with "execute" and
+    "arguments", may also be one JSON object.
     """
     given: dict[str, Any] = {}
     if command.startswith("{"):

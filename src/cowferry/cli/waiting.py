@@ -246,7 +246,9 @@ def follow(
             return _until_over(work, words, show, at_ready, asked_to_stop)
         except Silent as error:
             ((kind, id),) = work.name().items()
-            error.hint = f"{kind} {id} goes on when the daemon does: cowferry jobs; {error.hint}"
+            error.hint = (
+                f"{kind} {id} goes on as soon as the daemon does; see cowferry jobs; {error.hint}"
+            )
             raise
         except KeyboardInterrupt:
             with contextlib.suppress(QmpError):  # it has just ended

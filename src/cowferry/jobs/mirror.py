@@ -345,7 +345,7 @@ class Mirror(Follower):
         elif now - self._gained >= LOST_SECONDS and self.ignored is not None:
             raise OSError(
                 self.ignored.errno,
-                f"{left} bytes could not be copied, however often it was tried: "
+                f"{left} bytes could not be copied, even after repeated tries: "
                 f"{self.ignored.strerror or self.ignored}",
             )
         return self._retry

@@ -49,10 +49,12 @@ def start(
     if backing_file is not None and base is None and base_node is None and bottom is None:
         raise CowferryError("backing file specified, but streaming the entire chain")
     if top.driver in ("raw", "file") and top.backing is None:
-        hint = "a qcow2 image can have one, and a raw one made with one"
+        hint = "a qcow2 image can have one, and so can a raw image that was created with one"
         if not top.remote:
-            hint += f"; if this was such a one, then '{top.filename}{FILLING}' is lost: put it "
-            hint += "back before anybody writes"
+            hint += (
+                f"; if this one was, its map '{top.filename}{FILLING}' is lost: put the map back "
+            )
+            hint += "before anything writes to the image"
         raise NotSupported(
             f"'{device}' is a {top.driver} image: it has no backing file to stream from", hint
         )

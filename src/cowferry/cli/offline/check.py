@@ -30,8 +30,8 @@ def check_command(
 ) -> int:  # fmt: skip
     """Check FILENAME, and with -r repair it.
 
-    What a repair cannot correct without doubt it leaves alone, and says so. Nothing that is
-    referenced is overwritten.
+    A repair leaves alone what it cannot correct without doubt, and says so. It never overwrites
+    what the image refers to.
 
     \b
     Exit code:

@@ -27,11 +27,11 @@ def create_command(
 ) -> int:  # fmt: skip
     """Make an image of SIZE bytes (suffixes k, M, G, T) at FILENAME.
 
-    With a backing file the size may be left out: it is then the backing file's. A raw image with
-    one is to be filled from it, by `cowferry stream`: FILENAME.filling says what it holds already.
+    With a backing file SIZE may be left out: it is then the backing file's. `cowferry stream` fills
+    a raw image from its backing file: FILENAME.filling says what the image holds already.
 
-    An image that has that name stays as it was until the new one is complete. No file of the
-    backing chain is replaced.
+    An image that has the name FILENAME stays as it was until the new one is complete. A file of the
+    backing chain is never replaced.
 
     \b
         cowferry create vm.qcow2 20G

@@ -19,9 +19,9 @@ def current_command(as_json: bool, filename: str) -> int:
     """Print which image is current for the disk that once was in FILENAME.
 
     Snapshots, copies and commits move a disk from one image to another, and leave a record of it
-    beside the image that they leave. This follows the records; no daemon need run. It warns of an
-    image that is of no use by itself, because a commit went into it and was not finished, or went
-    past it.
+    beside the image that they leave. This command follows the records, and needs no daemon. It
+    warns of an image that cannot be used by itself, because a commit may have changed it or an
+    image below it.
 
     \b
         cowferry current /images/vm.qcow2
