@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import resource
 import struct
 import subprocess
@@ -123,7 +124,7 @@ def entries_everywhere(path: Path) -> None:
 
 def garbage_for_refcounts(path: Path) -> None:
     image = made(path, "1G", 0, cluster_size="64k", refcount_bits="1")
-    write(image, image.block(), os.urandom(65536))
+    write(image, image.block(), random.Random(1).randbytes(65536))
 
 
 def blocks_in_holes(path: Path) -> None:
@@ -135,10 +136,70 @@ def blocks_in_holes(path: Path) -> None:
     image.put(56, 1, "I")
 
 
+def bitmaps(image: Image, number: int, directory: bytes, place: int = 1 << 20) -> None:
+    """Have the header name a directory of this many bitmaps."""
+    size = max(len(directory), number * 32)
+    extension = struct.pack(">IIIIQQ", 0x23852875, 24, number, 0, size, place)
+    with open(image.path, "r+b") as f:
+        f.seek(image.get(100, "I"))
+        f.write(extension + bytes(8))
+    image.put(88, 1)
+    write(image, place, directory)
+
+
+def entry(place: int, words: int, number: int, granularity: int = 16) -> bytes:
+    """A bitmap whose table has so many words."""
+    name = b"%08d" % number
+    return struct.pack(">QIIBBHI", place, words, 2, 1, granularity, len(name), 0) + name
+
+
+def many_bitmaps(path: Path) -> None:
+    image = made(path, "1M", GIB)
+    entries = (entry((256 << 20) + (n << 13), 1, n) for n in range(10000))
+    bitmaps(image, 10000, b"".join(entries))
+
+
+def bitmaps_in_a_hole(path: Path) -> None:
+    bitmaps(made(path, "1M", GIB), 10000, b"", 256 << 20)
+
+
+def damaged_bitmaps_of_much(path: Path) -> None:
+    """Each of 300 would have 512 MiB of bits, but for the offset of its table."""
+    image = made(path, "16T", GIB)
+    bitmaps(image, 300, b"".join(entry((64 << 20) + 512, 8192, n, 12) for n in range(300)))
+
+
+def snapshots_with_long_names(path: Path) -> None:
+    image = made(path, "1M", GIB)
+    fixed = struct.pack(">QIHHIIQII", 256 << 20, 1, 500, 500, 0, 0, 0, 0, 1000)
+    write(image, 1 << 20, (fixed + b"n" * 2000) * 30000)
+    image.put(64, 1 << 20)
+    image.put(60, 30000, "I")
+
+
+def snapshots_of_nothing(path: Path) -> None:
+    image = made(path, "1M", GIB)
+    image.put(64, 256 << 20)
+    image.put(60, 65536, "I")
+
+
+def a_large_refcount_table(path: Path) -> None:
+    """65536 blocks, each in another place of a hole."""
+    image = made(path, "1M", SPARSE)
+    places = range(GIB, GIB + (13 << 32), 13 << 16)
+    write(image, 16 << 20, struct.pack(f">{len(places)}Q", *places))
+    image.put(48, 16 << 20)
+    image.put(56, 8, "I")
+
+
 MADE_UP = [
     one_block_named_often, sparse_tail, sparse_tail_of_small_clusters, one_l2_table_named_often,
     snapshots_of_one_l1_table, snapshots_in_holes, entries_everywhere, garbage_for_refcounts,
     blocks_in_holes,
+]  # fmt: skip
+OPENED = [
+    *MADE_UP, many_bitmaps, bitmaps_in_a_hole, damaged_bitmaps_of_much, snapshots_with_long_names,
+    snapshots_of_nothing, a_large_refcount_table,
 ]  # fmt: skip
 
 
@@ -156,6 +217,54 @@ def test_memory_and_time_follow_what_the_tables_hold(
     if make in (sparse_tail, sparse_tail_of_small_clusters):
         assert cowferry("check", path).returncode == 0
         assert Image(path).table < 1 << 30, "new tables lie at the end of the hole"
+
+
+USE = """
+import sys
+from cowferry.block.disk import Disk
+from cowferry.cli import main
+from cowferry.drivers import opening
+from cowferry.errors import CowferryError
+
+def run(*arguments):
+    try:
+        main(list(arguments))
+    except SystemExit as end:
+        assert end.code in (0, 1, None), (arguments, end.code)
+
+path, copy, dirty = sys.argv[1:]
+run("info", path)
+run("bitmap", "--list", path)
+run("map", "--max-length", "64M", path)
+if copy == "copy":  # it holds little
+    run("map", path)
+    run("convert", "-O", "qcow2", path, path + ".copy.qcow2")
+for image in (path, dirty):
+    try:
+        disk = Disk(opening.open_image(image, "qcow2"), "vm")
+        disk.pwrite(memoryview(b"x" * 4096), 4096)
+        disk.flush()
+        disk.root.close()
+    except (OSError, CowferryError) as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("make", OPENED, ids=lambda m: m.__name__)
+def test_what_opens_an_image_keeps_to_the_same_bounds(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    """It is looked at, mapped, copied, written, and opened as one that was not closed cleanly."""
+    path, dirty = tmp_path / "vm.qcow2", tmp_path / "dirty.qcow2"
+    make(path)
+    subprocess.run(["cp", "--sparse=always", path, dirty], check=True)
+    Image(dirty).put(72, 1)
+    copy = "copy" if make not in (one_l2_table_named_often, entries_everywhere) else ""
+    done = subprocess.run(
+        [sys.executable, "-c", USE, path, copy, dirty],
+        capture_output=True, text=True, preexec_fn=limits,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("make", [one_block_named_often, blocks_in_holes])

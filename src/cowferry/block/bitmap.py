@@ -10,12 +10,16 @@ makes the persistent ones outlive a crash is a *keeper* (`block/keeper.py`), not
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bitarray import bitarray
 
+log = logging.getLogger(__name__)
+
+MOST_TOLD = 20  # bitmaps that are told of when an image is opened
 MOST_BITS = 1 << 28  # of a bitmap that follows a guest: 32 MiB
 MAX_BYTES = 512 << 20  # of memory for the bits of one bitmap
 PIECE = 1 << 18  # bits that are merged at once
@@ -216,3 +220,13 @@ def spread(bits: bitarray, factor: int) -> bitarray:
         data, bits = bits.unpack(one=b"\xff"), bitarray(endian="little")
         bits.frombytes(data)
     return bits
+
+
+def tell_of_bad(bitmaps: Iterable[Bitmap], filename: str) -> None:
+    """Log which bitmaps of an image cannot be used, and why; of thousands only how many there are
+    beside the first."""
+    bad = [bitmap for bitmap in bitmaps if bitmap.inconsistent]
+    for bitmap in bad[:MOST_TOLD]:
+        log.warning("'%s': bitmap '%s' is inconsistent: %s", filename, bitmap.name, bitmap.reason)
+    if len(bad) > MOST_TOLD:
+        log.warning("'%s': and so are %d more", filename, len(bad) - MOST_TOLD)

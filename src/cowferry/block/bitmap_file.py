@@ -29,7 +29,7 @@ import stat
 import struct
 import threading
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from bitarray import bitarray
@@ -97,7 +97,8 @@ class Entry:
     """One bitmap. `granularity` in bytes; one bit for each granule, little-endian.
 
     `recording`: it follows writes; `guarded`: regions are marked before a write, although writes
-    are not recorded; `inconsistent`: it was not kept for a while and may be removed, no more."""
+    are not recorded; `inconsistent`: it was not kept for a while and may be removed, no more. Then
+    it may have no bits."""
 
     name: str
     kind: str  # one of KINDS
@@ -255,7 +256,8 @@ def _entries(
         if granularity & granularity - 1 or not (MIN_GRANULARITY <= granularity <= MAX_GRANULARITY):
             raise ValueError(f"bitmap '{name}' has granules of {granularity} bytes")
         total += n
-        if n != -(-contents.bits(granularity) // 8) or total > MAX_BITS:
+        none = flags & INCONSISTENT and not n
+        if (n != -(-contents.bits(granularity) // 8) and not none) or total > MAX_BITS:
             raise ValueError(f"bitmap '{name}' has {n} bytes of bits")
         if offset < SECTOR or offset % ALIGN:
             raise ValueError(f"bitmap '{name}' has its bits at {offset}")
@@ -526,6 +528,11 @@ def entry_of(bitmap: Bitmap, bits: bitarray) -> Entry:
     )
 
 
+def placeholder(bitmap: Bitmap) -> Entry:
+    """Return an entry that names an inconsistent bitmap without its bits, which nobody needs."""
+    return replace(entry_of(bitmap, bitarray(endian="little")), inconsistent=True)
+
+
 def _state(header: bytes) -> int:
     """What state the file with that header is in."""
     return int(HEADER.unpack_from(header)[5])
@@ -577,7 +584,8 @@ def _layout(path: str, contents: Contents) -> tuple[bytes, bytes, list[int]]:
     length += sum(ENTRY.size + -(-len(n) // 8) * 8 for n in names)
     known = any(e.since for e in contents.entries)
     length += ID * len(names) if known else 0
-    total = sum(-(-contents.bits(e.granularity) // 8) for e in contents.entries)
+    full = [e for e in contents.entries if e.bits or not e.inconsistent]
+    total = sum(-(-contents.bits(e.granularity) // 8) for e in full)
     if len(names) > MAX_BITMAPS or length > MAX_DIRECTORY or total > MAX_BITS:
         raise ImageError(
             f"'{path}': {len(names)} bitmaps with {total >> 20} MiB of bits are too many",
@@ -589,7 +597,7 @@ def _layout(path: str, contents: Contents) -> tuple[bytes, bytes, list[int]]:
     for e, text in zip(contents.entries, names, strict=True):
         if not 0 < len(text) <= MAX_NAME:
             raise ImageError(f"a bitmap's name has 1 to {MAX_NAME} bytes, not {len(text)}")
-        bits = contents.bits(e.granularity)
+        bits = contents.bits(e.granularity) if e.bits or not e.inconsistent else 0
         assert len(e.bits) == bits, f"bitmap '{e.name}' has {len(e.bits)} bits, not {bits}"
         flags = RECORDING * e.recording | GUARDED * e.guarded | INCONSISTENT * e.inconsistent
         data = e.bits.tobytes()

@@ -54,7 +54,7 @@ from collections.abc import Collection, Iterator
 from bitarray import bitarray
 
 from cowferry.block import bitmap_file, moves, origin, sysio
-from cowferry.block.bitmap import Bitmap, folded
+from cowferry.block.bitmap import Bitmap, folded, tell_of_bad
 from cowferry.block.bitmap_file import (
     Contents,
     Damaged,
@@ -63,6 +63,7 @@ from cowferry.block.bitmap_file import (
     Stamp,
     entry_of,
     fitted,
+    placeholder,
 )
 from cowferry.block.node import Node
 from cowferry.errors import CowferryError, ImageError, NotSupported
@@ -173,7 +174,7 @@ class Keeper:
             try:
                 for bitmap in self._persistent():
                     entry = self._entries.get(id(bitmap))
-                    if entry is not None:
+                    if entry is not None and not entry.inconsistent:
                         self._marks.replace(entry, _bits(bitmap))
             finally:
                 self._hold()
@@ -378,7 +379,11 @@ class Keeper:
             self._shape()
         size = max(self.node.size, self._next_size or 0)
         entries = {}
+        kept = {id(bitmap) for bitmap in self._kept()}
         for bitmap in self._persistent():
+            if bitmap.inconsistent and self.node.stores_bitmaps:
+                entries[id(bitmap)] = placeholder(bitmap)
+                continue
             before = self._entries.get(id(bitmap))
             bits = fitted(_bits(bitmap), -(-size // bitmap.granularity))
             if size > self.node.size and bitmap.recording:  # as `change_size` is going to
@@ -386,7 +391,7 @@ class Keeper:
             if not precise:
                 if before is not None:
                     bits |= fitted(before.bits, len(bits))
-                if bitmap in self._kept():
+                if id(bitmap) in kept:
                     first, stop = mark[0] // bitmap.granularity, -(-mark[1] // bitmap.granularity)
                     bits[first : min(stop, len(bits))] = True
             entries[id(bitmap)] = entry_of(bitmap, bits)
@@ -537,13 +542,7 @@ def attach(node: Node, repair: bool = False) -> None:
         for bitmap in found:
             bitmap.persistent = True
             node.bitmaps[bitmap.name] = bitmap
-            if bitmap.inconsistent:
-                log.warning(
-                    "'%s': bitmap '%s' is inconsistent: %s",
-                    node.filename,
-                    bitmap.name,
-                    bitmap.reason,
-                )
+        tell_of_bad(found, node.filename)
         if found:
             node.keeper = Keeper(node, generation, token)
             if not node.read_only:
@@ -728,9 +727,15 @@ def _find(node: Node) -> tuple[list[Bitmap], int, bytes]:
         return [], 0, b""
     why = _objection(node, file)
     bitmaps = []
+    lost = node.stores_bitmaps and any(e.inconsistent for e in file.entries)
+    stored = {b.name: b for b in node.read_bitmaps()} if lost else {}
     for entry in file.entries:
-        if entry.kind == "dirty":
-            bitmap = Bitmap(entry.name, node.size, entry.granularity)
+        if entry.kind == "dirty" and entry.inconsistent and entry.name in stored:
+            bitmap = stored[entry.name]
+            _distrusted(bitmap, bitmap.reason or "nobody kept it for a while")
+            bitmaps.append(bitmap)
+        elif entry.kind == "dirty":
+            bitmap = Bitmap(entry.name, node.size if entry.bits else 0, entry.granularity)
             bitmap.recording, bitmap.guarded = entry.recording, entry.guarded
             bitmap.since = entry.since
             bitmap.replace(fitted(entry.bits, len(bitmap.bits)))

@@ -135,9 +135,11 @@ def interrupted() -> NoReturn:
 
 def show_every_name() -> None:
     """Have names of files that are no UTF-8 printed as the bytes that they are, in every locale."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
-        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and out.errors == "strict":
+        utf8 = codecs.lookup(out.encoding).name == "utf-8"
+        with contextlib.suppress(OSError):  # descriptor 1 was exchanged below: it stays as it is
+            out.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def main(argv: list[str] | None = None) -> Any:

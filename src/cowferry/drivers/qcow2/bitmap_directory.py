@@ -169,7 +169,7 @@ def look(image: Qcow2) -> Directory:
     file.pread(memoryview(data), offset)
     found = Directory(offset, size)
     names: set[bytes] = set()
-    shown: set[str] = set()
+    shown: dict[str, int] = {}
     at = total = 0
     for i in range(number):
         if at + ENTRY.size > size:
@@ -205,13 +205,14 @@ def look(image: Qcow2) -> Directory:
     return found
 
 
-def _unique(name: str, taken: set[str]) -> str:
-    """Return the name, or if it is another's one like it; it is taken from now on."""
-    found, n = name, 1
+def _unique(name: str, taken: dict[str, int]) -> str:
+    """Return the name, or if it is another's one like it. `taken` has the names that were given
+    away, and of beginnings of names how many were: a hostile directory has thousands alike."""
+    found, stem = name, name[: MAX_NAME // 8]
     while found in taken:
-        n += 1
-        found = f"{name[: MAX_NAME // 8]}~{n}"
-    taken.add(found)
+        taken[stem] = taken.get(stem, 1) + 1
+        found = f"{stem}~{taken[stem]}"
+    taken.setdefault(found, 1)
     return found
 
 

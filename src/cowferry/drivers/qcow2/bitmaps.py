@@ -73,6 +73,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOKEN = 16  # bytes
+MOST_TOLD = 20  # damaged bitmaps that are named when an image is opened
 BATCH = 1 << 20  # bytes of bits that are written at once
 
 
@@ -148,12 +149,14 @@ def _tell_of_damage(image: Qcow2, found: Directory) -> None:
         log.error(
             "'%s': %s: the rest of the directory cannot be used", image.filename, found.problem
         )
-    for e in found.entries:
-        if e.flaw:
-            log.error(
-                "'%s': bitmap '%s' is damaged (%s) and cannot be used; the other bitmaps can",
-                image.filename, e.shown, e.flaw,
-            )  # fmt: skip
+    damaged = [e for e in found.entries if e.flaw]
+    for e in damaged[:MOST_TOLD]:
+        log.error(
+            "'%s': bitmap '%s' is damaged (%s) and cannot be used; the other bitmaps can",
+            image.filename, e.shown, e.flaw,
+        )  # fmt: skip
+    if len(damaged) > MOST_TOLD:
+        log.error("'%s': and %d more", image.filename, len(damaged) - MOST_TOLD)
 
 
 def token(image: Qcow2) -> bytes:

@@ -34,7 +34,7 @@ def contradictions(refs: References, stored: Stored, one: Callable[[int], bool])
             if bool(root.entry & COPIED) is not right:
                 yield Wrong(root.position, root.entry, right)
     for cluster, _, index in refs.each_table():
-        table = refs.table(cluster)
+        table = refs.table(cluster) if not refs.blank[cluster] else None
         for run in refs.runs(table) if table is not None else ():
             skip = run.entry & COMPRESSED or run.entry & OFFSET & (refs.cluster_size - 1)
             if not skip and (index is not None or run.entry & COPIED):

@@ -690,11 +690,11 @@ class Qcow2(Node):
         occupied = -(-os.fstat(self.data_fd).st_blocks * 512 // self.cluster_size)
         enough = max(occupied * 10 // 9, occupied + 2)
         counted = 0
-        with self.meta:
-            for cluster in range(self.refcounts.end):
-                counted += self.refcounts.get(cluster) > 0
-                if counted >= enough:
-                    return True
+        for index in self.refcounts.filled_blocks():
+            with self.meta:  # for a moment only: guests need it, too
+                counted += self.refcounts.used(index)
+            if counted >= enough:
+                return True
         return False
 
     @property

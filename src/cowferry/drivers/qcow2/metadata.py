@@ -10,6 +10,8 @@ The image's `meta` lock guards what is noted. While an image is opened, no other
 
 from __future__ import annotations
 
+from array import array
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from cowferry.drivers.qcow2 import snapshots
@@ -30,26 +32,37 @@ def note(image: Qcow2) -> None:
     image.metadata = {0} | image.bitmap_clusters
     _table(image, "the L1 table", h.l1_offset, h.l1_size * 8)
     _table(image, "the refcount table", h.reftable_offset, h.reftable_clusters * cluster)
-    for entry in image.refcounts.table:
-        if entry:
-            _table(image, "a refcount block", entry & OFFSET, cluster)
-    named: set[int] = set()
-    for entry in image.map.l1:
-        if entry & OFFSET:
-            shared = entry & OFFSET in named and _is_shared(image, entry & OFFSET)
-            if not shared:
-                _table(image, "an L2 table", entry & OFFSET, cluster)
-            named.add(entry & OFFSET)
+    if _many(image, "a refcount block", image.refcounts.table):
+        image.overlap = image.overlap or "two entries of the refcount table name one block"
+    shared = _many(image, "an L2 table", image.map.l1)
+    if shared and not image.read_only and not all(_is_shared(image, s) for s in shared):
+        image.overlap = image.overlap or "several L1 entries name one L2 table"
     if image.snapshots and not image.read_only:
         _note_snapshots(image)
+
+
+def _many(image: Qcow2, name: str, entries: array[int]) -> list[int]:
+    """Note tables of one cluster each, and return the offsets that are named several times.
+
+    There may be millions, so that little work is done for each."""
+    bits, mask, end = image.header.cluster_bits, image.cluster_size - 1, image.file.size
+    named = [offset for entry in entries if (offset := entry & OFFSET)]
+    found = {offset >> bits for offset in named if not offset & mask and offset < end}
+    if not image.overlap and not image.metadata.isdisjoint(found):
+        place = min(image.metadata & found) << bits
+        image.overlap = f"{name} at host offset {place:#x} overlaps another table"
+    image.metadata |= found
+    if len(found) == len(named):
+        return []
+    return [o for o, n in Counter(named).items() if n > 1 and o >> bits in found]
 
 
 def _is_shared(image: Qcow2, offset: int) -> bool:
     """Whether the refcount of an L2 table says that several entries name it."""
     refs, cluster = image.refcounts, offset >> image.header.cluster_bits
     index = cluster // refs.per_block
-    if image.read_only or index >= len(refs.table) or refs.misplaced(refs.table[index] & OFFSET):
-        return image.read_only
+    if index >= len(refs.table) or refs.misplaced(refs.table[index] & OFFSET):
+        return False
     return refs.get(cluster) > 1
 
 

@@ -26,6 +26,7 @@ import logging
 import sys
 import weakref
 from array import array
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowferry.block.node import State
@@ -101,22 +102,34 @@ class Refcounts:
         self.untouched = max(filled, self.end) if not image.on_device else 1 << 62
 
     def _last_used(self) -> int:
-        """The last cluster that a refcount block counts. A block that is named twice counts once,
-        and one in a hole of the file counts nothing: neither is read."""
-        seen: set[int] = set()
-        file, size = self.image.file, 1 << self.cluster_bits
-        for index in range(len(self.table) - 1, -1, -1):
-            offset = self.table[index] & OFFSET
-            if offset in seen or self.misplaced(offset):
-                continue
-            seen.add(offset)
-            start = next(iter(file.extents(offset, size)), None)
-            if start is not None and start.state is State.ZERO and start.length >= size:
-                continue
+        """The last cluster that a refcount block counts."""
+        for index in self.filled_blocks():
             block = self.block(index)
             if block is not None and any(block):
                 return index * self.per_block + max(i for i, n in enumerate(block) if n)
         return 0
+
+    def filled_blocks(self) -> Iterator[int]:
+        """Yield which blocks may count something, the last one first. A block that is named twice
+        counts once, and one in a hole of the file counts nothing: neither is read."""
+        seen: set[int] = set()
+        file, size = self.image.file, 1 << self.cluster_bits
+        for index in range(len(self.table) - 1, -1, -1):
+            offset = self.table[index] & OFFSET
+            if index in self.blocks:
+                yield index
+                continue
+            if offset in seen or self.misplaced(offset):
+                continue
+            seen.add(offset)
+            start = next(iter(file.extents(offset, size)), None)
+            if start is None or start.state is not State.ZERO or start.length < size:
+                yield index
+
+    def used(self, index: int) -> int:
+        """Return how many clusters of a block are counted. Raises as `block` does."""
+        block = self.block(index)
+        return len(block) - block.count(0) if block is not None else 0
 
     def misplaced(self, offset: int) -> bool:
         """Whether no refcount block can lie at `offset`."""

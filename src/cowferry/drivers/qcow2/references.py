@@ -84,6 +84,7 @@ class References:
         self.counts = Counts(page)
         self.roles = Counts(page)  # of tables, other than L2 and the refcount structures
         self.tables = Counts(page)  # of L2 tables: how many L1 entries name them
+        self.blank = Counts(page)  # of these, those that are all zero
         self.clashing: set[int] = set()  # tables that lie over something else: never written
         self.notes = Notes()
         self.result = Result(total_clusters=-(-h.size // h.cluster_size))
@@ -442,6 +443,7 @@ class References:
     def _count_table(self, cluster: int, by: int, index: int | None) -> None:
         table = self.table(cluster)
         if table is None:
+            self.blank.add(cluster)
             return
         at = cluster << self.bits
         before = self._doubtful
