@@ -40,7 +40,7 @@ def refused(base: Path) -> bool:
     try:
         opening.current_image(str(base))
     except ImageError as error:
-        return "not finished" in error.desc
+        return "cannot be used by itself" in error.desc
     return False
 
 

@@ -259,7 +259,7 @@ def test_an_overlay_over_what_a_guest_writes_is_used_by_nobody_but_a_backup(
     base = graph.add_node(raw(tmp_path / "base.raw", "base"))
     graph.hold(graph.disk("base"), True)
     scratch = graph.add_node(qcow2(tmp_path / "scratch.qcow2", "scratch", backing="base"))
-    why = "Node 'scratch' is busy: 'base' below it is in use by a writable export"
+    why = "Node 'scratch' is busy: a writable export changes 'base' below it"
     for use in (
         lambda: graph.hold(graph.disk("scratch"), False),
         lambda: graph.claim([scratch], "a test"),

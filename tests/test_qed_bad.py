@@ -297,7 +297,7 @@ def test_damage_ends_in_EIO_for_its_own_range_and_in_no_more_writes(
     assert check(path).exit_code == 2
 
 
-def test_an_entry_that_is_no_place_is_dropped_by_a_repair_and_others_stay(tmp_path: Path) -> None:
+def test_an_entry_that_is_no_place_is_cleared_by_a_repair_and_others_stay(tmp_path: Path) -> None:
     for number, kind in enumerate(("unaligned", "in the header", "a table beyond")):
         path = make(tmp_path, f"{number}.qed")
         oracle, l2 = written(path)
@@ -309,7 +309,7 @@ def test_an_entry_that_is_no_place_is_dropped_by_a_repair_and_others_stay(tmp_pa
         found = check(path, "all")
         assert (found.corruptions, found.corruptions_fixed) == (0, 1)
         assert (found.leaks, found.leaks_fixed) == ((5 if "table" in kind else 1), 0)
-        assert "dropped" in found.repairs[0] and "left alone" in found.repairs[1]
+        assert "cleared" in found.repairs[0] and "left alone" in found.repairs[1]
         oracle[:lost] = bytes(lost)
         image = opened(path)
         assert not differs(contents(image), oracle)
