@@ -137,7 +137,9 @@ def test_one_host_does_not_keep_the_others_out(
         greeted = [connect("127.0.0.5").recv(8) for _ in range(12)]
         assert greeted == [b"NBDMAGIC"] * 10 + [b""] * 2
         assert connect("127.0.0.6").recv(8) == b"NBDMAGIC"
-        complaints = [r.getMessage() for r in caplog.records if "refused a connection" in r.getMessage()]
+        complaints = [
+            r.getMessage() for r in caplog.records if "refused a connection" in r.getMessage()
+        ]
         assert len(complaints) == 1
         assert f"127.0.0.1:{port}: 127.0.0.5 has 10 of 20" in complaints[0]
 

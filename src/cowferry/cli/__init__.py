@@ -107,13 +107,14 @@ def group(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand in OFFLINE:
         for number in heard():
-            if number != signal.SIGINT:
-                signal.signal(number, _ended)
+            signal.signal(number, _ended)
 
 
 def _ended(number: int, frame: FrameType | None) -> None:
-    """Leave by the way of an error, on which what was begun is undone."""
-    sys.exit(128 + number)
+    """A signal has come where a command only reads: whatever writes is inside `Interrupts`.
+
+    An exception here might leave a lock taken for which the way out waits."""
+    _end(128 + number)
 
 
 def complain(error: CowferryError) -> None:
@@ -123,14 +124,15 @@ def complain(error: CowferryError) -> None:
         click.echo(f"  {error.hint}", err=True)
 
 
-def interrupted() -> NoReturn:
-    """End the program after Ctrl-C, at once, with exit status 130.
+def _end(status: int) -> NoReturn:
+    """End the program at once.
 
     The interpreter would first wait for all threads, and a thread may wait for a server."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        # A handler may come in the middle of a flush: then RuntimeError.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             stream.flush()
-    os._exit(130)
+    os._exit(status)
 
 
 def show_every_name() -> None:
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> Any:
     try:
         status = group.main(argv, prog_name="cowferry", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        interrupted()
+        _end(128 + signal.SIGINT)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

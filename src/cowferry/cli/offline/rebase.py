@@ -61,7 +61,8 @@ def rebase_command(
     if backing is None:
         if unsafe or backing_format:
             raise click.UsageError("-u and -F need -b")
-        _declare_complete(filename, format)
+        with Interrupts():
+            _declare_complete(filename, format)
         return 0
     if backing and not backing_format:
         raise CowferryError("backing file specified without backing format", "add -F FORMAT")
