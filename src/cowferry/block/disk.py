@@ -419,8 +419,7 @@ class Disk:
         `exclusive`."""
         leases, end = self.leases, offset + length
         shift = leases.shift
-        for at in (offset, end - 1):
-            granule = at >> shift
+        for granule in {offset >> shift, end - 1 >> shift}:
             if offset <= granule << shift and (granule + 1) << shift <= end:
                 continue  # written as a whole
             table = leases.tables.get(granule >> SPAN_BITS)

@@ -479,6 +479,7 @@ def clear(buf: memoryview) -> None:
 
 
 NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # fail rather than wait for a disk
+PROBE = (bytearray(1),)  # whose byte nobody looks at
 
 
 def cached(fd: int, host: int) -> bool:
@@ -486,7 +487,7 @@ def cached(fd: int, host: int) -> bool:
 
     True also if the file system cannot tell, and past the end of the file."""
     try:
-        os.preadv(fd, (bytearray(1),), host, NOWAIT)
+        os.preadv(fd, PROBE, host, NOWAIT)
     except BlockingIOError:
         return False
     except OSError:
