@@ -85,7 +85,7 @@ NO_STAMP = Stamp()
 
 
 def stamp_of(fd: int) -> Stamp:
-    """What ties a file to the image in `fd` as it is now."""
+    """Return the stamp that ties a bitmap file to the image in `fd` as the image is now."""
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode):
         return Stamp(names.of_device(st.st_rdev))
@@ -515,7 +515,7 @@ def fitted(bits: bitarray, length: int) -> bitarray:
 
 
 def entry_of(bitmap: Bitmap, bits: bitarray) -> Entry:
-    """What a file says of a bitmap."""
+    """Return what a bitmap file records about a bitmap."""
     return Entry(
         bitmap.name,
         "dirty",
@@ -529,12 +529,12 @@ def entry_of(bitmap: Bitmap, bits: bitarray) -> Entry:
 
 
 def placeholder(bitmap: Bitmap) -> Entry:
-    """Return an entry that names an inconsistent bitmap without its bits, which nobody needs."""
+    """Return the entry of an inconsistent bitmap, without its bits: they have no use any more."""
     return replace(entry_of(bitmap, bitarray(endian="little")), inconsistent=True)
 
 
 def _state(header: bytes) -> int:
-    """What state the file with that header is in."""
+    """Return the state that the header of a bitmap file records."""
     return int(HEADER.unpack_from(header)[5])
 
 

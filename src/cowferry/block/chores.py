@@ -53,8 +53,9 @@ class Chores:
         thread.join(MOMENT)
 
     def end(self, seconds: float = math.inf) -> bool:
-        """Wait for all of them, for so many seconds at most; whether they have ended. Nobody may
-        ask for another one meanwhile."""
+        """Wait for all of them, for `seconds` at most. Return whether all have ended.
+
+        The caller sees to it that no thread asks for another one meanwhile."""
         with self._lock:
             running = list(self._running.values())
         until = time.monotonic() + seconds

@@ -20,7 +20,7 @@ from cowferry.block.walk import children
 from cowferry.errors import CowferryError
 
 MOMENT = 1.0  # seconds that the next set waits at most for the one before
-WAIT_SECONDS = 30.0  # for requests in flight, and for a server, if nobody is in a hurry
+WAIT_SECONDS = 30.0  # for requests in flight, and for a server, at most
 
 
 class Closing(threading.Thread):

@@ -80,7 +80,7 @@ HOLD = 64 << 10  # bytes for which `holds` has a bit, at least
 
 
 def stamp(node: Node) -> Stamp:
-    """What ties a file to the image under `node` as it is now."""
+    """Return the stamp that ties a bitmap file to the image under `node` as the image is now."""
     return bitmap_file.stamp_of(_file(node).fd)
 
 
