@@ -3,15 +3,17 @@ to import."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from loops import loop
 from tests_support import need, unavailable
 
 Mount = Callable[..., Path]
@@ -49,24 +51,16 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 @pytest.fixture
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """Makes loop devices of so many bytes, full of what is not zero."""
-    need("losetup")
     monkeypatch.setenv("COWFERRY_STATE", str(tmp_path / "state"))
-    made: list[str] = []
+    numbers = itertools.count()
+    with ExitStack() as made:
 
-    def make(size: int) -> str:
-        file = tmp_path / f"device{len(made)}"
-        file.write_bytes(b"\xaa" * size)
-        done = subprocess.run(
-            ["losetup", "-f", "--show", str(file)], capture_output=True, text=True
-        )
-        if done.returncode:
-            unavailable(f"no loop device: {done.stderr.strip()}")
-        made.append(done.stdout.strip())
-        return made[-1]
+        def make(size: int) -> str:
+            file = tmp_path / f"device{next(numbers)}"
+            file.write_bytes(b"\xaa" * size)
+            return made.enter_context(loop(file))
 
-    yield make
-    for path in made:
-        subprocess.run(["losetup", "-d", path], check=True)
+        yield make
 
 
 def fill(point: Path, room: int = 0) -> None:

@@ -9,8 +9,8 @@ import errno
 import os
 import shutil
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from cowferry.drivers.file import File
 from cowferry.drivers.qcow2.repair import Rebuilt, Repair
 from cowferry.errors import CowferryError, ImageError
 from damage import COPIED, Image, check, make, verdict, wrong_bytes
+from loops import loop
 from test_bitmaps_damaged import break_it
 from test_qcow2_peers import by_qemu
 from test_qcow2_repair import by_qemu_or_us, without_size
-from tests_support import need, unavailable
+from tests_support import need
 from writelog import Log, put, states
 
 SOAK = os.environ.get("COWFERRY_SOAK") is not None
@@ -67,19 +68,8 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 @pytest.fixture
 def device() -> Iterator[Device]:
     """Makes loop devices over files."""
-    need("losetup")
-    made: list[str] = []
-
-    def attach(path: Path) -> str:
-        done = subprocess.run(["losetup", "-f", "--show", path], capture_output=True, text=True)
-        if done.returncode:
-            unavailable(f"no loop device: {done.stderr.strip()}")
-        made.append(done.stdout.strip())
-        return made[-1]
-
-    yield attach
-    for name in made:
-        subprocess.run(["losetup", "-d", name], check=True)
+    with ExitStack() as made:
+        yield lambda path: made.enter_context(loop(path))
 
 
 class DeviceLog(Log):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -382,8 +382,6 @@ def test_attributes_of_ours_do_not_come_to_the_new_image(tmp_path: Path) -> None
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[Callable[[int], tuple[str, Path]]]:
     """Makes devices full of old bytes."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
 
         def make(size: int) -> tuple[str, Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from chains import differs
 from cowferry.block.disk import Disk
 from cowferry.drivers import opening
 from cowferry.exports.nbd import NbdExport, NbdServer
+from nbd_servers import program
 from test_qcow2_peers import qemu_img, source
 from tests_support import need
 
@@ -110,18 +110,9 @@ def by_us(path: Path) -> Iterator[str]:
 def by_qemu_nbd(path: Path) -> Iterator[str]:
     format = "raw" if path.suffix == ".raw" else "qcow2"
     sock = path.with_name("theirs.sock")
-    child = subprocess.Popen(
-        ["qemu-nbd", "-r", "-t", "-k", str(sock), "-f", format, "-x", "d", str(path)]
-    )
-    try:
-        for _ in range(2000):
-            if sock.exists() or child.poll() is not None:
-                break
-            time.sleep(0.005)
+    options = ("-r", "-t", "-e", "8", "-k", str(sock), "-f", format, "-x", "d", str(path))
+    with program(sock, "qemu-nbd", *options):
         yield f"nbd+unix:///d?socket={sock}"
-    finally:
-        child.terminate()
-        child.wait(30)
 
 
 def look(uri: str, flat: Path) -> tuple[bytes, list[tuple[int, bool]]]:

@@ -15,11 +15,11 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
-from cowferry.cli.signals import heard
+from cowferry.cli.signals import end_at_once, heard
 from cowferry.errors import CowferryError
 from cowferry.wire import qmp
 
@@ -114,7 +114,7 @@ def _ended(number: int, frame: FrameType | None) -> None:
     """A signal has come where a command only reads: whatever writes is inside `Interrupts`.
 
     An exception here might leave a lock taken for which the way out waits."""
-    _end(128 + number)
+    end_at_once(128 + number)
 
 
 def complain(error: CowferryError) -> None:
@@ -122,17 +122,6 @@ def complain(error: CowferryError) -> None:
     click.echo(f"cowferry: {error.desc}", err=True)
     if error.hint:
         click.echo(f"  {error.hint}", err=True)
-
-
-def _end(status: int) -> NoReturn:
-    """End the program at once.
-
-    The interpreter would first wait for all threads, and a thread may wait for a server."""
-    for stream in (sys.stdout, sys.stderr):
-        # A handler may come in the middle of a flush: then RuntimeError.
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            stream.flush()
-    os._exit(status)
 
 
 def show_every_name() -> None:
@@ -155,7 +144,7 @@ def main(argv: list[str] | None = None) -> Any:
     try:
         status = group.main(argv, prog_name="cowferry", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _end(128 + signal.SIGINT)
+        end_at_once(128 + signal.SIGINT)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,7 +26,7 @@ from cowferry.cli.keyval import parse_option, split
 from cowferry.cli.limits import numbers, parse_limits
 from cowferry.cli.pidfile import Pidfile
 from cowferry.cli.run import make_run_folder, run_folder
-from cowferry.cli.signals import heard
+from cowferry.cli.signals import end_at_once, heard
 from cowferry.errors import CowferryError
 from cowferry.wire.address import Address, from_qmp, parse_tcp, parse_uri
 
@@ -212,7 +212,7 @@ class Serving:
                 with contextlib.suppress(OSError):
                     server.stop_listening()
             self._forget_pidfile()
-            self._exit(1)
+            end_at_once(1)
 
     def _forget_pidfile(self) -> None:
         if self.pidfile is not None:
@@ -229,14 +229,7 @@ class Serving:
             for thread in threading.enumerate():
                 if isinstance(thread, Closing):
                     thread.join(max(until - time.monotonic(), 0))
-            self._exit(1)
-
-    def _exit(self, status: int) -> NoReturn:
-        """End now: a thread that hangs would keep the interpreter from ending."""
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(status)
+            end_at_once(1)
 
     # cowferry's own way ------------------------------------------------------------------
 

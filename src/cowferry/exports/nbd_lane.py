@@ -118,9 +118,8 @@ class Connection:
         self.held = 0  # their weight in bytes; guarded by `idle`
         self.idle = threading.Condition()
         self.closed = False
-        self.flushing = (
-            False  # a worker flushes for the reader, which sets it; the worker clears it
-        )
+        # A worker flushes for the reader. The reader sets it, and the worker clears it.
+        self.flushing = False
         self.goodbye = False  # the client has taken leave: what it asked for is still done
         self.out = bytearray(COALESCE + INLINE + 64)
         self.out_view = memoryview(self.out)

@@ -125,12 +125,9 @@ class Commit(Job):
             at += length
 
     def doing(self, operation: str) -> str:
-        into = self.into
-        return (
-            f"reading '{into.top.filename}'"
-            if operation == "read"
-            else (f"writing '{into.base.filename}'")
-        )
+        if operation == "read":
+            return f"reading '{self.into.top.filename}'"
+        return f"writing '{self.into.base.filename}'"
 
     def _begin(self) -> int:
         with self._exclusive(0, None), Scope(SETTLE_SECONDS, NO_ANSWER):

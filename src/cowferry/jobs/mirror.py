@@ -530,9 +530,8 @@ class Mirror(Follower):
             if waiting and self.limited and speed:
                 done += f"; its speed limit of {speed / 1e6:.0f} MB/s is too low"
             return done
-        chasing = waiting and r.total > (
-            self.first or 0
-        )  # all was copied once, and some of it again
+        # All was copied once, and some of it again.
+        chasing = waiting and r.total > (self.first or 0)
         if chasing and not self._blocking and r.known and r.demand >= r.copy_rate * EVEN:
             return (
                 f"does not converge: the guest writes {r.demand / 1e6:.0f} MB/s and "

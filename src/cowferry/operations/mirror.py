@@ -378,9 +378,8 @@ def copy(
                     steps.callback(left.rest)  # it can be gone on with
                 elif failed:
                     if left is not None and os.path.isfile(target):
-                        made.append(
-                            targets.Made(target)
-                        )  # by this copy, or by the one that it went on with
+                        # By this copy, or by the one that it went on with.
+                        made.append(targets.Made(target))
                     steps.callback(targets.unmake, daemon, made)
                     if left is not None:
                         steps.callback(_over, disk, left)

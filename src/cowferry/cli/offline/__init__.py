@@ -14,7 +14,7 @@ from cowferry.block import names, sysio
 from cowferry.block.node import Node, chain, files
 from cowferry.cli.keyval import parse_option
 from cowferry.drivers import formats, opening, partial
-from cowferry.drivers.options import check_format
+from cowferry.drivers import options as creation
 from cowferry.errors import CowferryError, ImageError, reason
 
 
@@ -114,9 +114,8 @@ def check_backing(options: Mapping[str, Any]) -> None:
         raise CowferryError(
             "backing file specified without backing format", "add -F FORMAT (raw, qcow2, qed)"
         )
-    if format and not name:
-        raise CowferryError("Backing format cannot be used without backing file", "leave it out")
-    check_format(format)
+    creation.check_backing(options)
+    creation.check_format(format)
 
 
 def forget(node: Node | None) -> None:

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitarray import bitarray
 
-from cowferry.block.bitmap import Bitmap
+from cowferry.block.bitmap import MOST_TOLD, Bitmap
 from cowferry.drivers.qcow2 import header as headers
 from cowferry.drivers.qcow2 import sources
 from cowferry.drivers.qcow2.bitmap_directory import (
@@ -73,7 +73,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOKEN = 16  # bytes
-MOST_TOLD = 20  # damaged bitmaps that are named when an image is opened
 BATCH = 1 << 20  # bytes of bits that are written at once
 
 
@@ -128,10 +127,7 @@ def info(image: Qcow2) -> list[dict[str, Any]]:
     except CowferryError as error:
         log.warning("%s", error.desc)
         return []
-    if found.problem:
-        log.error(
-            "'%s': %s: the rest of the directory cannot be used", image.filename, found.problem
-        )
+    _tell_of_problem(image, found)
     words = ((IN_USE, "in-use"), (AUTO, "auto"))
     return [
         {
@@ -143,12 +139,16 @@ def info(image: Qcow2) -> list[dict[str, Any]]:
     ]
 
 
-def _tell_of_damage(image: Qcow2, found: Directory) -> None:
-    """No bitmap is lost in silence."""
+def _tell_of_problem(image: Qcow2, found: Directory) -> None:
     if found.problem:
         log.error(
             "'%s': %s: the rest of the directory cannot be used", image.filename, found.problem
         )
+
+
+def _tell_of_damage(image: Qcow2, found: Directory) -> None:
+    """No bitmap is lost in silence."""
+    _tell_of_problem(image, found)
     damaged = [e for e in found.entries if e.flaw]
     for e in damaged[:MOST_TOLD]:
         log.error(
@@ -156,7 +156,7 @@ def _tell_of_damage(image: Qcow2, found: Directory) -> None:
             image.filename, e.shown, e.flaw,
         )  # fmt: skip
     if len(damaged) > MOST_TOLD:
-        log.error("'%s': and %d more", image.filename, len(damaged) - MOST_TOLD)
+        log.error("'%s': and so are %d more", image.filename, len(damaged) - MOST_TOLD)
 
 
 def token(image: Qcow2) -> bytes:
